@@ -2,7 +2,7 @@
 
 The parameter-golf game: the lowest bits per byte (BPB) on FineWeb validation text, with the code
 plus the compressed weights in 16 MB and ten minutes of training on 8xH100. This one file is the
-whole submission. It runs on CUDA, Apple MPS and plain CPUs, on one process or many.
+whole submission; it runs on CUDA, Apple MPS and plain CPUs, on one process or many.
 
     python train_gpt.py                                   one device, the baseline configuration
     torchrun --nproc_per_node=8 train_gpt.py              eight GPUs
@@ -10,8 +10,8 @@ whole submission. It runs on CUDA, Apple MPS and plain CPUs, on one process or m
     EVAL_ONLY=1 ARTIFACT=a.artifact python train_gpt.py   score an artifact, nothing else
     python train_gpt.py --help | --settings               all settings | those of this run
 
-Read it from top to bottom: the order is that of a run. In the comments on shapes, B is batch,
-T time, D model dim, H heads, Dh head dim, V vocabulary.
+Read it from top to bottom: the order is that of a run. Shapes: B batch, T time, D model dim,
+H heads, Dh head dim, V vocabulary, N tokens.
 """
 
 import contextlib
@@ -23,16 +23,13 @@ import json
 import math
 import os
 import random
-import re
 import shlex
 import struct
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,8 +42,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 # ===================================== SETTINGS =====================================
-# Every setting is an environment variable in the field's own spelling. A wrong or misspelt one
-# must stop the run in its first seconds, not be ignored for ten minutes on eight GPUs.
+# A wrong or misspelt setting must stop the run at once, not be ignored for minutes on eight GPUs.
 
 
 class UserError(Exception):
@@ -60,11 +56,11 @@ def require(condition: Any, problem: str) -> None:
 
 
 def setting(default: Any, valid: str, doc: str) -> Any:
-    """Declare a setting; `valid` is an interval for numbers, a|b|c for names, or empty."""
+    """Declare a setting; `valid` is an interval, or "a, b, c" for choices, or empty."""
     return dataclasses.field(default=default, metadata={"valid": valid, "doc": doc})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Hyperparameters:
     """The resolved settings of one run. A field's environment variable is its name in capitals."""
 
@@ -74,14 +70,18 @@ class Hyperparameters:
     run_id: str = setting("", "", "name of the run; empty: a random UUID")
     out_dir: str = setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>")
     seed: int = setting(1337, "[0, 4294967295]", "seeds Python's, NumPy's and PyTorch's generators")
-    device: str = setting("auto", "auto|cuda|mps|cpu", "auto: the first of the three that is there")
-    dtype: str = setting("auto", "auto|bf16|fp32", "compute type; auto: bf16 on CUDA and AMX CPUs")
-    compile: str = setting("auto", "auto|0|1", "torch.compile; auto: on CUDA only")
+    device: str = setting(
+        "auto", "auto, cuda, mps, cpu", "auto: the first of the three that is there"
+    )
+    dtype: str = setting(
+        "auto", "auto, bf16, fp32", "compute type; auto: bf16 on CUDA and AMX CPUs"
+    )
+    compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: on CUDA only")
     val_batch_size: int = setting(524288, "[1, inf)", "tokens per validation batch, all ranks")
     val_loss_every: int = setting(1000, "[0, inf)", "validate every N steps; 0: at the end only")
     train_log_every: int = setting(200, "[0, inf)", "log every N steps and steps 1-10; 0: never")
     val_tokens: int = setting(0, "[0, inf)", "use only the first N validation tokens; 0: all")
-    eval_only: int = setting(0, "0|1", "score ARTIFACT and exit")
+    eval_only: int = setting(0, "0, 1", "score ARTIFACT and exit")
     artifact: str = setting("", "", "the artifact that EVAL_ONLY scores")
     save_nll: str = setting("", "", ".npy file for the final NLL of each scored token, in nats")
     artifact_max_bytes: int = setting(16_000_000, "[1, inf)", "cap on code plus artifact, bytes")
@@ -99,7 +99,7 @@ class Hyperparameters:
     num_heads: int = setting(8, "[1, 65536]", "query heads; divides MODEL_DIM")
     num_kv_heads: int = setting(4, "[1, 65536]", "key and value heads; divides NUM_HEADS")
     mlp_mult: int = setting(2, "[1, 64]", "MLP hidden width, in units of MODEL_DIM")
-    tie_embeddings: int = setting(1, "0|1", "the output head is the token embedding")
+    tie_embeddings: int = setting(1, "0, 1", "the output head is the token embedding")
     rope_base: float = setting(10000.0, "(0, inf)", "base of the rotary frequencies")
     logit_softcap: float = setting(30.0, "(0, inf)", "c in c*tanh(logits/c)")
     qk_gain_init: float = setting(1.5, "(-inf, inf)", "initial gain of each query head")
@@ -127,19 +127,18 @@ MODEL_SETTINGS += " ROPE_BASE LOGIT_SOFTCAP TRAIN_SEQ_LEN"
 
 def parse_setting(name: str, text: str) -> Any:
     """Parse one setting. Raises ValueError that says what would be right."""
-    kind, valid, default = FIELDS[name].type, FIELDS[name].metadata["valid"], FIELDS[name].default
-    if not valid or text == default == "":
+    kind, valid = FIELDS[name].type, FIELDS[name].metadata["valid"]
+    if not valid or text == FIELDS[name].default == "":
         return text
-    if "|" in valid:
-        if text not in valid.split("|"):
-            raise ValueError(f"expected one of {valid.replace('|', ', ')}")
+    if text in valid.split(", "):
         return kind(text)
-    low, high = map(float, valid[1:-1].split(","))
     with contextlib.suppress(ValueError):
+        low, high = map(float, valid[1:-1].split(","))
         v = int(text) if kind is int else float(text)
         if low < v < high or (v, valid[0]) == (low, "[") or (v, valid[-1]) == (high, "]"):
             return v
-    raise ValueError(f"expected a {'whole ' if kind is int else ''}number in {valid}")
+    noun = "a whole number in" if kind is int else "a number in"
+    raise ValueError(f"expected {noun if valid[0] in '[(' else 'one of'} {valid}")
 
 
 def read_dotenv(path: str) -> dict[str, str]:
@@ -162,8 +161,8 @@ def one_typo(a: str, b: str) -> bool:
 
 
 def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hyperparameters:
-    """Resolve all settings: the environment, then the CONFIG file, then the defaults.
-    Raises UserError with every problem found, in files and folders too if `check_places`."""
+    """Resolve all settings: environment, CONFIG file, defaults. Raises UserError with all problems,
+    those of files and folders too if `check_places`."""
     problems, values = [], {}
     config = read_dotenv(environ["CONFIG"]) if environ.get("CONFIG") else {}
     for name, text in {**config, **environ}.items():
@@ -174,26 +173,18 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
             except ValueError as error:
                 problems.append(f"{name}={text}: {error}")
         elif near or name in config:
-            hint = f"did you mean {near[0]}?" if near else "see --help"
-            problems.append(f"{name}={text}: no such setting; {hint}")
+            meant = f"did you mean {near[0]}?" if near else "see --help"
+            problems.append(f"{name}={text}: no such setting; {meant}")
     hp = Hyperparameters(**values)
-    problems = problems or broken_rules(hp, check_places)
+    problems += broken_rules(hp, check_places)
     require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
     return hp
-
-
-def writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`, or in the parent in which it will be; makes none."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=existing):
-        return True
-    return False
 
 
 def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
     """What is wrong between settings that are each valid, and with the places that they name."""
     seq, batch, micro = hp.train_seq_len, hp.train_batch_tokens, hp.micro_batch_tokens
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    least = seq * int(os.environ.get("WORLD_SIZE", "1"))
     there = getattr(torch, hp.device, torch.cpu).is_available()
     rules = [
         (hp.model_dim % hp.num_heads, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
@@ -202,21 +193,24 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
         (batch % seq, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
         (micro % seq, "{MICRO_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
         (micro and batch % micro, "{TRAIN_BATCH_TOKENS}: not divisible by {MICRO_BATCH_TOKENS}"),
-        (hp.val_batch_size < seq * world, "{VAL_BATCH_SIZE}: under {TRAIN_SEQ_LEN} a rank"),
+        (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {TRAIN_SEQ_LEN} a rank"),
         (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
         (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
-        (not re.fullmatch(r"[\w.-]*", hp.run_id), "{RUN_ID}: use letters, digits, '.', '_', '-'"),
+        (Path(hp.run_id).name != hp.run_id.lstrip("."), "{RUN_ID}: must be a plain file name"),
         (not there, "{DEVICE}: PyTorch finds no such device here"),
     ]
     if check_places:
-        train = hp.eval_only or shard_paths(hp, "train")
+        train, val = hp.eval_only or shard_paths(hp, "train"), shard_paths(hp, "val")
+        out = Path(hp.out_dir).absolute()
+        out = next(place for place in (out, *out.parents) if place.exists())
+        writable = [p.is_dir() and os.access(p, os.W_OK) for p in (out, Path(hp.save_nll).parent)]
         rules += [
             (not Path(hp.tokenizer_path).is_file(), "{TOKENIZER_PATH}: no file (data/README.md)"),
             (not train, "{DATA_PATH}: no fineweb_train_*.bin (data/README.md)"),
-            (not shard_paths(hp, "val"), "{DATA_PATH}: no fineweb_val_*.bin (data/README.md)"),
+            (not val, "{DATA_PATH}: no fineweb_val_*.bin (data/README.md)"),
             (hp.eval_only and not Path(hp.artifact).is_file(), "{ARTIFACT}: no such file"),
-            (not writable(Path(hp.out_dir, hp.run_id)), "{OUT_DIR}: cannot be written to"),
-            (not writable(Path(hp.save_nll).parent), "{SAVE_NLL}: its folder cannot be written to"),
+            (not writable[0], "{OUT_DIR}: cannot be written to"),
+            (not writable[1], "{SAVE_NLL}: its folder does not exist or cannot be written to"),
         ]
     shown = {name: f"{name}={getattr(hp, name.lower())}" for name in FIELDS}
     return [text.format_map(shown) for broken, text in rules if broken]
@@ -225,8 +219,7 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
 def settings_table() -> str:
     """All settings as a Markdown table that is also readable in a terminal."""
     row = "| {:26} | {:41} | {:20} | {:56} |".format
-    docs = [(name, field, *field.metadata.values()) for name, field in FIELDS.items()]
-    rows = [row(name, f.default, valid.replace("|", ", "), doc) for name, f, valid, doc in docs]
+    rows = [row(name, field.default, *field.metadata.values()) for name, field in FIELDS.items()]
     return "\n".join([row("variable", "default", "valid", "meaning"), row(*["---"] * 4), *rows])
 
 
@@ -237,8 +230,7 @@ def settings_dotenv(hp: Hyperparameters) -> str:
 
 
 # ===================================== RUN CONTEXT =====================================
-# Logs go to the console and <RUN_ID>.txt in the lines that the field's tools parse, and to
-# metrics.jsonl for our own.
+# <RUN_ID>.txt has the console's lines, in the form that the field's tools parse.
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -255,9 +247,9 @@ class Run:
     """A process's place in the job (rank, device, dtype) and, on rank 0, the job's logs."""
 
     def __init__(self, hp: Hyperparameters) -> None:
-        torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **os.environ}
-        self.rank, self.local_rank = int(torchrun["RANK"]), int(torchrun["LOCAL_RANK"])
-        self.hp, self.world_size = hp, int(torchrun["WORLD_SIZE"])
+        env = os.environ.get
+        self.rank, self.local_rank = int(env("RANK", "0")), int(env("LOCAL_RANK", "0"))
+        self.hp, self.world_size = hp, int(env("WORLD_SIZE", "1"))
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))
         there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
         kind = next(there) if hp.device == "auto" else hp.device
@@ -265,10 +257,9 @@ class Run:
         # Without AMX, a CPU multiplies bf16 no faster than fp32.
         amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
         fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and amx
-        bf16 = fast if hp.dtype == "auto" else hp.dtype == "bf16"
+        bf16 = {"auto": fast, "bf16": True, "fp32": False}[hp.dtype]
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        forward_tokens = hp.micro_batch_tokens or FORWARD_TOKENS[kind]
-        self.forward_rows = max(1, forward_tokens // hp.train_seq_len)  # at most, in one pass
+        self.forward_rows = (hp.micro_batch_tokens or FORWARD_TOKENS[kind]) // hp.train_seq_len or 1
         self.compile = kind == "cuda" if hp.compile == "auto" else hp.compile == "1"
 
     def start(self) -> None:
@@ -316,10 +307,9 @@ class Run:
 # ===================================== DATA =====================================
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then uint16
 # tokens; a document is its BOS and what follows. This is the format of the published data.
-
 SHARD_MAGIC, SHARD_HEADER_BYTES = (20240520, 1), 1024
 SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
-FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 8192}  # in one forward pass, by default
+FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
 IGNORE = -100  # target of a padding position: the default ignore_index of cross_entropy
 
 
@@ -349,16 +339,14 @@ class TokenStream:
         self.read(0, min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of the endless sequence, uint16 (count,).
-        Raises UserError at an id outside the vocabulary, which would crash a GPU."""
+        """Tokens [start, start + count), uint16 (count,). Raises UserError at an impossible id."""
         pieces, end = [], start + count
         while start < end:
             index = int(np.searchsorted(self.ends, start % self.total, "right"))
             offset = start % self.total - int(self.ends[index]) + len(self.shards[index])
             piece = self.shards[index][offset:][: end - start]
-            where = f"{self.paths[index]}, token {offset + int(piece.argmax())}"
-            worst, size = int(piece.max()), self.vocab_size
-            require(worst < size, f"{where}: id {worst} is outside VOCAB_SIZE={size}")
+            worst, at = int(piece.max()), f"{self.paths[index]}, token {offset + piece.argmax()}"
+            require(worst < self.vocab_size, f"{at}: id {worst}, VOCAB_SIZE={self.vocab_size}")
             pieces.append(piece)
             start += len(piece)
         return np.concatenate(pieces)
@@ -373,31 +361,26 @@ def to_rows(span: np.ndarray, rows: int, seq_len: int) -> Tensor:
 
 def batches(stream: TokenStream, run: Run) -> Iterator[list[Tensor]]:
     """Each step's micro-batches, int64 (2, rows, T) on the device, made while the last is computed.
-    Step s trains on the tokens from s·TRAIN_BATCH_TOKENS on, whatever the number of ranks; each
-    takes a contiguous share of the sequences, in as few and as equal micro-batches as fit."""
+    Step s is the tokens from s·TRAIN_BATCH_TOKENS on, of which each rank has a contiguous share."""
     hp, T = run.hp, run.hp.train_seq_len
     total = hp.train_batch_tokens // T
     share = range(total * run.rank // run.world_size, total * (run.rank + 1) // run.world_size)
     most = math.ceil(total / run.world_size)
     rows = math.ceil(most / math.ceil(most / run.forward_rows))
-    copies = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
 
     def load(step: int) -> list[Tensor]:
-        spans = [(row, min(rows, share.stop - row)) for row in share[::rows]]
-        starts = [(step * hp.train_batch_tokens + row * T, count * T + 1) for row, count in spans]
-        micro = [to_rows(stream.read(start, count), rows, T) for start, count in starts]
-        with torch.cuda.stream(copies):
-            pinned = [batch.pin_memory() if copies else batch for batch in micro]
-            return [batch.to(run.device, non_blocking=True) for batch in pinned]
+        micro, start = [], step * hp.train_batch_tokens
+        for row in share[::rows]:
+            span = stream.read(start + row * T, min(rows, share.stop - row) * T + 1)
+            batch = to_rows(span, rows, T)
+            batch = batch.pin_memory() if run.device.type == "cuda" else batch
+            micro.append(batch.to(run.device, non_blocking=True))
+        return micro
 
     with ThreadPoolExecutor(1) as worker:
         ahead = worker.submit(load, 0)
         for step in itertools.count(1):
-            ready = ahead.result()
-            for batch in ready if copies else ():
-                torch.cuda.current_stream().wait_stream(copies)
-                batch.record_stream(torch.cuda.current_stream())
-            ahead = worker.submit(load, step)
+            ready, ahead = ahead.result(), worker.submit(load, step)
             yield ready
 
 
@@ -411,20 +394,15 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class Matrix(nn.Linear):
-    """A linear map without bias; its fp32 weights are cast to the dtype of what they multiply."""
-
-    def __init__(self, in_features: int, out_features: int, zero: bool = False) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        if zero:  # what writes to the residual stream starts silent
-            nn.init.zeros_(self.weight)
+    """A linear map whose fp32 weights are cast to the dtype of what they multiply."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + Dh/2) of x, (B, H, T, Dh), by its position's angle."""
-    a, b = x.chunk(2, dim=-1)
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate each pair (i, i + Dh/2) of x, (B, H, T, Dh), by cos and sin, (2, T, Dh/2)."""
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rotary
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
@@ -434,19 +412,18 @@ class Attention(nn.Module):
     def __init__(self, hp: Hyperparameters) -> None:
         super().__init__()
         dim, self.heads, self.kv_heads = hp.model_dim, hp.num_heads, hp.num_kv_heads
-        self.c_q = Matrix(dim, dim)
-        self.c_k = Matrix(dim, dim // self.heads * self.kv_heads)
-        self.c_v = Matrix(dim, dim // self.heads * self.kv_heads)
-        self.proj = Matrix(dim, dim, zero=True)
+        kv_dim = dim // self.heads * self.kv_heads
+        self.c_q, self.proj = (Matrix(dim, dim, bias=False) for _ in range(2))
+        self.c_k, self.c_v = (Matrix(dim, kv_dim, bias=False) for _ in range(2))
         self.q_gain = nn.Parameter(torch.full((self.heads, 1, 1), hp.qk_gain_init))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         B, T, D = x.shape
         q, k, v = (c(x).view(B, T, -1, D // self.heads) for c in (self.c_q, self.c_k, self.c_v))
         q, k, v = (y.transpose(1, 2) for y in (rms_norm(q), rms_norm(k), v))
-        q, k = rotate(q, cos, sin) * self.q_gain.to(x.dtype), rotate(k, cos, sin)
-        grouped = self.kv_heads != self.heads
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        q, k = rotate(q, rotary) * self.q_gain.to(x.dtype), rotate(k, rotary)
+        gqa = self.kv_heads != self.heads
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -457,15 +434,15 @@ class Block(nn.Module):
     def __init__(self, hp: Hyperparameters) -> None:
         super().__init__()
         dim, hidden = hp.model_dim, hp.mlp_mult * hp.model_dim
-        self.attn, self.fc = Attention(hp), Matrix(dim, hidden)
-        self.proj = Matrix(hidden, dim, zero=True)
+        self.attn, self.fc = Attention(hp), Matrix(dim, hidden, bias=False)
+        self.proj = Matrix(hidden, dim, bias=False)
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, dim))
 
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), cos, sin)
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), rotary)
         return x + self.mlp_scale.to(x.dtype) * self.proj(F.relu(self.fc(rms_norm(x))).square())
 
 
@@ -476,31 +453,34 @@ class GPT(nn.Module):
         super().__init__()
         self.dtype, self.softcap, self.skips = dtype, hp.logit_softcap, hp.num_layers // 2
         self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
-        if hp.tie_embeddings:
-            nn.init.normal_(self.tok_emb.weight, std=hp.tied_embed_init_std)
         self.blocks = nn.ModuleList(Block(hp) for _ in range(hp.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.skips, hp.model_dim))
-        self.lm_head = None if hp.tie_embeddings else Matrix(hp.model_dim, hp.vocab_size, zero=True)
+        if hp.tie_embeddings:
+            nn.init.normal_(self.tok_emb.weight, std=hp.tied_embed_init_std)
+        else:
+            self.lm_head = Matrix(hp.model_dim, hp.vocab_size, bias=False)
+        for name, weight in self.named_parameters():
+            if name.endswith(("proj.weight", "lm_head.weight")):  # what writes starts silent
+                nn.init.zeros_(weight)
         # Rotary embeddings (arXiv 2104.09864): position t turns pair i by t·base^(-2i/Dh).
-        pairs = torch.arange(hp.model_dim // hp.num_heads // 2, dtype=torch.float64)
+        pairs = torch.arange(hp.model_dim // hp.num_heads // 2).double()
         frequencies = hp.rope_base ** (-pairs / len(pairs))
-        angles = torch.outer(torch.arange(hp.train_seq_len, dtype=torch.float64), frequencies)
-        self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
-        self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
+        angles = torch.outer(torch.arange(hp.train_seq_len).double(), frequencies)
+        rotary = torch.stack((angles.cos(), angles.sin())).to(dtype)
+        self.register_buffer("rotary", rotary, persistent=False)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """NLL in nats of each target given its prefix: int64 (B, T), twice, to fp32 (B, T).
-        Positions whose target is IGNORE give 0."""
-        cos, sin = self.cos[: inputs.size(1)], self.sin[: inputs.size(1)]
+        """NLL in nats of each target given its prefix, 0 if IGNORE: int64 (B, T) to fp32 (B, T)."""
+        rotary = self.rotary[:, : inputs.size(1)]
         x = x0 = rms_norm(self.tok_emb(inputs)).to(self.dtype)
         stack: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i >= self.skips and stack:
                 x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
-            x = block(x, x0, cos, sin)
+            x = block(x, x0, rotary)
             if i < self.skips:
                 stack.append(x)
-        head = self.lm_head or self.tok_emb
+        head = getattr(self, "lm_head", self.tok_emb)
         logits = F.linear(rms_norm(x), head.weight.to(x.dtype)).float()
         logits = self.softcap * torch.tanh(logits / self.softcap)
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -509,7 +489,6 @@ class GPT(nn.Module):
 
 # ===================================== OPTIMIZERS =====================================
 # Muon for the matrices of the blocks; Adam for the embedding, the head, and the control tensors.
-
 CONTROL_TENSORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
 
 
@@ -535,10 +514,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params, momentum = group["params"], group["momentum"]
             grads = torch.stack([p.grad for p in params])
-            state = self.state[params[0]]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(grads)
-            buffer = state["momentum_buffer"].mul_(momentum).add_(grads)
+            buffer = self.state[params[0]].setdefault("momentum_buffer", torch.zeros_like(grads))
+            buffer.mul_(momentum).add_(grads)
             nesterov = grads.add_(buffer, alpha=momentum).to(group["dtype"])
             scale = max(1.0, grads.size(-2) / grads.size(-1)) ** 0.5
             for p, update in zip(params, orthogonalize(nesterov, group["steps"]), strict=True):
@@ -549,49 +526,40 @@ def build_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimi
     """Divide the parameters among Adam and Muon; each belongs to exactly one group."""
     embed_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
     adam_rates = {"tok_emb.weight": embed_lr, "lm_head.weight": hp.head_lr}
-    rates, shapes = {}, {}
+    adam, muon = {}, {}
     for name, p in model.named_parameters():
-        if name in adam_rates or name.endswith(CONTROL_TENSORS):
-            rates.setdefault(adam_rates.get(name, hp.scalar_lr), []).append(p)
-        else:
-            shapes.setdefault(p.shape, []).append(p)
-    adam_groups = [{"params": ps, "lr": lr, "base_lr": lr} for lr, ps in rates.items()]
-    adam = torch.optim.Adam(adam_groups, betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True)
-    lr, steps = hp.matrix_lr, hp.muon_backend_steps
-    muon_groups = [{"params": ps, "lr": lr, "base_lr": lr} for ps in shapes.values()]
-    muon = Muon(muon_groups, {"steps": steps, "dtype": model.dtype})
-    owned = [p for group in adam.param_groups + muon.param_groups for p in group["params"]]
-    once = len(owned) == len(set(owned)) and set(owned) == set(model.parameters())
-    assert once, "every parameter must belong to exactly one optimizer group"
-    return [adam, muon]
+        control = name.endswith(CONTROL_TENSORS)
+        lr = adam_rates.get(name, hp.scalar_lr if control else hp.matrix_lr)
+        groups, key = (adam, lr) if control or name in adam_rates else (muon, p.shape)
+        groups.setdefault(key, {"params": [], "lr": lr, "base_lr": lr})["params"].append(p)
+    owned = [p for group in (*adam.values(), *muon.values()) for p in group["params"]]
+    assert len(owned) == len(set(owned)) and set(owned) == set(model.parameters())  # noqa: PT018
+    return [
+        torch.optim.Adam([*adam.values()], betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True),
+        Muon([*muon.values()], {"steps": hp.muon_backend_steps, "dtype": model.dtype}),
+    ]
 
 
 def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
-    """The multiplier of all learning rates at `step`, `elapsed` seconds into training.
-    1, then linearly down to 0 at the end of the run, be that ITERATIONS or the wallclock cap,
-    whichever is nearer. The warmdown is WARMDOWN_FRAC of the run or lasts WARMDOWN_ITERS steps."""
-    cap = hp.max_wallclock_seconds
-    if hp.warmdown_frac == "":
-        remaining, warmdown = hp.iterations - step, hp.warmdown_iters
-        by_clock = (cap - elapsed) * step / elapsed if elapsed else remaining
-    else:
-        remaining, warmdown = 1 - step / hp.iterations, hp.warmdown_frac
-        by_clock = 1 - elapsed / cap if cap else remaining
-    remaining = min(remaining, by_clock) if cap else remaining
-    return min(1.0, max(0.0, remaining / warmdown)) if warmdown else 1.0
+    """The multiplier of all learning rates at `step`, `elapsed` seconds into training: 1, then
+    linearly down to 0 at the end of the run, be that ITERATIONS or the wallclock cap."""
+    left, cap = hp.iterations - step, hp.max_wallclock_seconds
+    if cap and elapsed:
+        left = min(left, (cap - elapsed) * step / elapsed)  # at the mean pace so far
+    share = hp.warmdown_frac
+    warmdown = hp.warmdown_iters if share == "" else share * (step + left)
+    return min(1.0, max(0.0, left / warmdown)) if warmdown > 0 else 1.0
 
 
 # ===================================== EVALUATION =====================================
 # BPB = (sum of NLL / ln 2) / (bytes of the text that the scored tokens decode to). A wrong byte
 # count wins leaderboards unnoticed, so the counts are audited against decoded text first.
-
 SPACE = "\u2581"  # SentencePiece's marker of a space
 ADVICE = "TOKENIZER_PATH must be the tokenizer of the shards, and have a piece for a single space"
 
 
 class Tokenizer:
-    """A SentencePiece model and the UTF-8 bytes of its tokens, by the rules of the challenge.
-    Raises UserError if the file is no model, or not one of VOCAB_SIZE pieces."""
+    """A SentencePiece model of VOCAB_SIZE pieces, and the UTF-8 bytes that its tokens stand for."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         try:
@@ -599,12 +567,11 @@ class Tokenizer:
         except Exception as error:
             raise UserError(f"{hp.tokenizer_path}: not a SentencePiece model: {error}") from None
         ids, self.pieces = range(len(sp)), [sp.id_to_piece(i) for i in range(len(sp))]
-        what = f"{hp.tokenizer_path}: {len(sp)} pieces, but VOCAB_SIZE={hp.vocab_size}"
-        require(len(sp) == hp.vocab_size, what)
+        size = f"{len(sp)} pieces, but VOCAB_SIZE={hp.vocab_size}"
+        require(len(sp) == hp.vocab_size, f"{hp.tokenizer_path}: {size}")
         # Control, unknown and unused tokens hold no text, and a space after them does not count.
         edges = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
-        texts = [piece.removeprefix(SPACE).replace(SPACE, " ") for piece in self.pieces]
-        sizes = [len(text.encode()) for text in texts]
+        sizes = [len(p.removeprefix(SPACE).replace(SPACE, " ").encode()) for p in self.pieces]
         self.edge, self.byte = np.array(edges), np.array([sp.is_byte(i) for i in ids])
         self.base = np.where(edges, 0, np.where(self.byte, 1, sizes))
         self.lead = np.array([piece.startswith(SPACE) for piece in self.pieces]) & ~self.edge
@@ -615,8 +582,7 @@ class Tokenizer:
 
     def decoded_bytes(self, ids: np.ndarray) -> int:
         """UTF-8 bytes of the text that tokens decode to, less spaces that follow a control token.
-        A plain piece goes in front of what is decoded, since decoding strips spaces there. A byte
-        that is no UTF-8 decodes to U+FFFD, three bytes, and counts as the one that it is."""
+        A plain piece goes first, since decoding strips spaces there; U+FFFD counts as one byte."""
         plain = next(i for i, piece in enumerate(self.pieces) if piece.isalpha())
         parts = [part[~self.edge[part]] for part in np.split(ids, np.flatnonzero(self.edge[ids]))]
         texts = self.sp.decode([[plain, *part.tolist()] for part in parts])
@@ -628,27 +594,25 @@ class Tokenizer:
             size -= 2 * sum("\udc80" <= char <= "\udcff" for char in escaped)
         return size
 
-    def encodes_again(self, ids: np.ndarray) -> bool:
-        """Whether a document's first words, decoded, are encoded to the same tokens."""
-        words = ids[1 : 1 + np.argmax(np.append(self.edge[ids[1:129]], True))]
-        words = words[: np.append(0, np.flatnonzero(self.lead[words]))[-1]].tolist()  # whole ones
-        return self.sp.encode(self.sp.decode(words)) == words
-
     def audit(self, tokens: np.ndarray) -> None:
         """Compare `lengths` with the decoded text of each document of tokens, uint16 (N,). Raises
-        UserError that names the first in which they differ, and if most documents do not encode to
-        their tokens again: a wrong tokenizer counts its own text right."""
+        UserError, also if most do not encode to their tokens again: another tokenizer's would."""
         documents = np.split(tokens, np.flatnonzero(tokens == self.sp.bos_id()))
         documents = [ids for ids in documents if len(ids)]
         for number, ids in enumerate(documents):
             count, size = self.base[ids[0]] + self.lengths(ids).sum(), self.decoded_bytes(ids)
-            what = f"counts {count} bytes, but decodes to {size}: BPB would be wrong"
-            require(count == size, f"byte audit: validation document {number} {what}; {ADVICE}")
-        differ = [n for n, ids in enumerate(documents[:256]) if not self.encodes_again(ids)]
+            what = f"document {number} counts {count} bytes, but decodes to {size}"
+            require(count == size, f"byte audit: validation {what}; {ADVICE}")
+        starts = [
+            ids[1 : 1 + np.argmax(np.append(self.edge[ids[1:129]], True))] for ids in documents
+        ]
+        ends = [np.append(0, np.flatnonzero(self.lead[ids]))[-1] for ids in starts]  # whole words
+        words = [ids[:end].tolist() for ids, end in zip(starts, ends, strict=True)]
+        again = self.sp.encode(self.sp.decode(words))
+        differ = [number for number, ids in enumerate(words) if again[number] != ids]
         what = f"documents {differ[:3]} decode to text that does not encode to them again"
-        has_space = self.sp.piece_to_id(SPACE) != self.sp.unk_id()
-        same = 2 * len(differ) <= min(256, len(documents))
-        require(has_space and same, f"byte audit: validation {what}; {ADVICE}")
+        ours = 2 * len(differ) <= len(documents) and SPACE in self.pieces
+        require(ours, f"byte audit: validation {what}; {ADVICE}")
         require(self.lengths(tokens).any(), "byte audit: the validation tokens hold no text")
 
 
@@ -665,108 +629,94 @@ class Validation:
 
 @torch.no_grad()
 def score(model: nn.Module, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
-    """NLL in nats of each token but the first, float32 (N - 1,); its mean, and bits per byte.
-    Each token is scored once, in sequences that do not overlap. A forward pass holds the same on
-    any number of ranks (unless VAL_BATCH_SIZE is small), so that the result is the same too."""
+    """NLL in nats of each token but the first, float32 (N - 1,); its mean, and bits per byte. Each
+    token is scored once, in sequences that do not overlap, alike on any number of ranks."""
     count, T = len(val.tokens) - 1, run.hp.train_seq_len
-    rows = min(run.hp.val_batch_size // run.world_size // T, run.forward_rows)
+    rows = min(run.hp.val_batch_size // run.world_size // T or 1, run.forward_rows)
     nll, span = torch.zeros(count, device=run.device), rows * T
     for start in range(run.rank * span, count, run.world_size * span):
         batch, part = to_rows(val.tokens[start:][: span + 1], rows, T), nll[start:][:span]
         part.copy_(model(*batch.to(run.device)).flatten()[: len(part)])
     if run.world_size > 1:
         dist.all_reduce(nll)  # each element is set on one rank and zero on the others
-    total = float(nll.cpu().numpy().sum(dtype=np.float64))
-    bpb = total / math.log(2) / val.text_bytes
-    return nll.cpu().numpy(), {"val_loss": total / count, "val_bpb": bpb}
+    nats = float(nll.cpu().double().sum())
+    losses = {"val_loss": nats / count, "val_bpb": nats / math.log(2) / val.text_bytes}
+    return nll.cpu().numpy(), losses
 
 
 # ===================================== ARTIFACT =====================================
 # A preamble (magic, version, sizes), SHA-256, and zstd(JSON header, payload). No pickle: loading
 # checks digest and sizes before it allocates, and runs nothing.
-
 SCHEME, ZSTD_LEVEL = "int8_zstd", 22
 PREAMBLE, MAGIC, VERSION = struct.Struct("<6sHIQ"), b"BIRDIE", 1
 KEEP_FLOAT_NUMEL = 65536  # smaller matrices stay fp16: they cost little and are worth precision
-MAX_BYTES = 2**31  # of header and payload
 
 
 def stored_arrays(name: str, w: np.ndarray) -> list[np.ndarray]:
     """The arrays whose product stands for fp32 w: matrices as int8 with an fp16 scale for each row,
-    which maps the row's extreme value to ±127, control tensors as fp32, other tensors as fp16."""
+    control tensors as fp32, other tensors as fp16."""
     if name.endswith(CONTROL_TENSORS) or w.ndim != 2 or w.size <= KEEP_FLOAT_NUMEL:
         return [w.astype("<f4" if name.endswith(CONTROL_TENSORS) else "<f2")]
-    scale = (np.abs(w).max(axis=1, keepdims=True) / 127).astype("<f2")
-    # Divide by the scale as it is stored, so that its rounding costs nothing.
+    # A row's extreme value becomes ±127, but no step is finer than σ/40: its noise is 0.7% of σ,
+    # and finer ones only cost bytes. Rounding uses the scale as it is stored.
+    scale = np.maximum(np.abs(w).max(1, keepdims=True) / 127, w.std(1, keepdims=True) / 40)
+    scale = scale.astype("<f2")
     q = np.rint(w / np.where(scale > 0, scale, 1).astype(np.float32))
     return [scale, np.clip(q, -127, 127).astype("|i1")]
-
-
-def file_digest(path: str) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def product(arrays: list[np.ndarray]) -> np.ndarray:
-    """The fp32 tensor that stored_arrays made `arrays` of."""
-    return math.prod(array.astype(np.float32) for array in arrays)
 
 
 def pack_artifact(model: GPT, hp: Hyperparameters) -> bytes:
     """Quantize and compress the weights. Raises UserError if they are not finite as stored."""
     tensors = {name: stored_arrays(name, t.cpu().numpy()) for name, t in model.state_dict().items()}
-    bad = [name for name, arrays in tensors.items() if not np.isfinite(product(arrays)).all()]
+    bad = [name for name, (first, *_) in tensors.items() if not np.isfinite(first).all()]
     require(not bad, f"{', '.join(bad)}: values that are not finite; no artifact is written")
     layout = {name: [[a.dtype.str, a.shape] for a in arrays] for name, arrays in tensors.items()}
     settings = {name: str(getattr(hp, name.lower())) for name in MODEL_SETTINGS.split()}
-    header = {
-        "scheme": SCHEME,
-        "settings": settings,
-        "tokenizer_sha256": file_digest(hp.tokenizer_path),
-    }
-    text = json.dumps(header | {"tensors": layout}).encode()
+    tokenizer = hashlib.sha256(Path(hp.tokenizer_path).read_bytes()).hexdigest()
+    header = {"settings": settings, "tokenizer": tokenizer, "tensors": layout}
+    header = json.dumps({"scheme": SCHEME, **header}).encode()
     payload = b"".join(array.tobytes() for arrays in tensors.values() for array in arrays)
-    preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(payload))
-    body = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(text + payload)
+    preamble = PREAMBLE.pack(MAGIC, VERSION, len(header), len(payload))
+    body = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(header + payload)
     return preamble + hashlib.sha256(preamble + body).digest() + body
 
 
-def unpack_artifact(path: Path) -> tuple[dict[str, Any], memoryview]:
-    """The header and the payload of an artifact. Raises UserError unless it is whole and ours."""
+def open_artifact(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The header and the payload. Raises UserError if the file is damaged, or not one of ours."""
     data = path.read_bytes()
     preamble, digest, body = data[:20], data[20:52], data[52:]
-    ours = body and data.startswith(MAGIC)
-    require(ours, f"{path}: not an artifact, or cut off at its start: {len(data)} bytes")
+    require(data.startswith(MAGIC) and body, f"{path}: not an artifact, or cut off at its start")
     _, version, header_size, payload_size = PREAMBLE.unpack(preamble)
     require(version == VERSION, f"{path}: format version {version}; this script reads {VERSION}")
     intact = hashlib.sha256(preamble + body).digest() == digest
     require(intact, f"{path}: wrong digest: truncated or damaged; copy it again")
-    fits = zstandard.frame_content_size(body) == header_size + payload_size < MAX_BYTES
-    require(fits, f"{path}: its sizes contradict each other, or are over {MAX_BYTES} bytes")
-    raw = memoryview(zstandard.ZstdDecompressor().decompress(body))
-    return json.loads(bytes(raw[:header_size])), raw[header_size:]
+    fits = zstandard.frame_content_size(body) == header_size + payload_size < 2**31
+    require(fits, f"{path}: its sizes contradict each other, or are over 2 GiB")
+    raw = zstandard.ZstdDecompressor().decompress(body)
+    return json.loads(raw[:header_size]), raw[header_size:]
 
 
 def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
-    """The settings, with the artifact's for the model, and the dequantized fp32 weights. Raises
-    UserError if the file is damaged, malformed, or of another version or tokenizer."""
-    header, payload = unpack_artifact(path)
-    values = {n.lower(): parse_setting(n, header["settings"][n]) for n in MODEL_SETTINGS.split()}
-    hp, weights, at = dataclasses.replace(hp, **values), {}, 0
-    problems = broken_rules(hp, check_places=False)
-    require(not problems, f"{path} does not fit the settings: {'; '.join(problems)}")
-    same_tokenizer = header["tokenizer_sha256"] == file_digest(hp.tokenizer_path)
-    require(same_tokenizer, f"{hp.tokenizer_path}: not the tokenizer that {path} was trained with")
-    for name, layout in header["tensors"].items():
-        arrays = []
-        for kind, shape in layout:
-            arrays.append(np.frombuffer(payload, kind, math.prod(shape), at).reshape(shape))
-            at += arrays[-1].nbytes
-        weights[name] = torch.from_numpy(product(arrays))
-    with torch.device("meta"):
-        shapes = {name: t.shape for name, t in GPT(hp).state_dict().items()}
-    complete = {name: w.shape for name, w in weights.items()} == shapes and at == len(payload)
-    require(complete, f"{path}: its tensors are not those of the model that it describes")
+    """The settings, with the artifact's for the model, and its fp32 weights. Raises UserError."""
+    weights, at = {}, 0
+    try:
+        header, payload = open_artifact(path)
+        values = {n.lower(): parse_setting(n, text) for n, text in header["settings"].items()}
+        hp = dataclasses.replace(hp, **values)
+        with torch.device("meta"):
+            shapes = {name: [*t.shape] for name, t in GPT(hp).state_dict().items()}
+        if shapes != {name: layout[-1][1] for name, layout in header["tensors"].items()}:
+            raise ValueError("its tensors are not those of the model that it describes")
+        for name, layout in header["tensors"].items():
+            arrays = []
+            for kind, shape in layout:
+                arrays.append(np.frombuffer(payload, kind, math.prod(shape), at).reshape(shape))
+                at += arrays[-1].nbytes
+            weights[name] = torch.from_numpy(math.prod(a.astype(np.float32) for a in arrays))
+    except (KeyError, TypeError, ValueError, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: malformed: {error!r}") from None
+    digest = hashlib.sha256(Path(hp.tokenizer_path).read_bytes()).hexdigest()
+    require(header["tokenizer"] == digest, f"{hp.tokenizer_path}: not the tokenizer of {path}")
     return hp, weights
 
 
@@ -780,9 +730,7 @@ class Trainer:
     def __init__(self, model: GPT, forward: nn.Module, stream: TokenStream, run: Run) -> None:
         self.model, self.forward, self.stream, self.run = model, forward, stream, run
         self.optimizers, self.feed = build_optimizers(model, run.hp), batches(stream, run)
-        # Gradients, and at the end the loss, are views of one buffer, so that zeroing it, summing
-        # it over ranks and clipping it are one operation each.
-        params = list(model.parameters())
+        params = list(model.parameters())  # gradients and loss share one buffer, and its operations
         self.sums = torch.zeros(sum(p.numel() for p in params) + 1, device=run.device)
         for p, grad in zip(params, self.sums[:-1].split([p.numel() for p in params]), strict=True):
             p.grad = grad.view_as(p)
@@ -802,8 +750,8 @@ class Trainer:
         if self.run.world_size > 1:
             dist.all_reduce(self.sums)
         if hp.grad_clip_norm:
-            norm = self.sums[:-1].norm()
-            self.sums[:-1] *= (hp.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            scale = hp.grad_clip_norm / (self.sums[:-1].norm() + 1e-6)
+            self.sums[:-1] *= scale.clamp(max=1.0)
         for optimizer in self.optimizers:
             optimizer.step()
         return self.sums[-1].clone()
@@ -812,9 +760,8 @@ class Trainer:
         """Take WARMUP_STEPS steps, which compile every kernel, and undo all that they did."""
         parts = (self.model, *self.optimizers)
         saved = copy.deepcopy([part.state_dict() for part in parts])
-        with torch.random.fork_rng([self.run.device] if self.run.device.type == "cuda" else []):
-            for step in range(self.run.hp.warmup_steps):
-                self.step(step, 0.0)
+        for step in range(self.run.hp.warmup_steps):  # a step draws no random numbers
+            self.step(step, 0.0)
         for part, state in zip(parts, saved, strict=True):
             part.load_state_dict(state)
         self.feed = batches(self.stream, self.run)
@@ -850,22 +797,21 @@ def train(trainer: Trainer, val: Validation, run: Run) -> None:
 
 def main(arguments: list[str]) -> None:
     """Train, export and score a model, or only score one, as the environment says."""
-    known = arguments in ([], ["--help"], ["--settings"])
-    require(known, f"{' '.join(arguments)}: no such argument; see --help")
+    require(arguments in ([], ["--help"], ["--settings"]), f"{arguments}: see --help")
     if arguments == ["--help"]:
         return print(__doc__, settings_table(), sep="\n")
     hp = load_settings(os.environ, check_places=not arguments)
     if arguments == ["--settings"]:
         return print(settings_dotenv(hp))
-    run = Run(load_artifact(Path(hp.artifact), hp)[0] if hp.eval_only else hp)
+    artifact = Path(hp.artifact)
+    run = Run(load_artifact(artifact, hp)[0] if hp.eval_only else hp)
     stream = None if hp.eval_only else TokenStream("train", run)
     val = Validation(run)
     run.start()
-    run.log(f"val_tokens:{len(val.tokens)} val_bytes:{val.text_bytes} byte_audit:ok")
     model = GPT(run.hp, run.dtype).to(run.device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
-    run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-    artifact = Path(hp.artifact)
+    params = f"model_params:{sum(p.numel() for p in model.parameters())}"
+    run.log(f"{params} val_tokens:{len(val.tokens)} val_bytes:{val.text_bytes} byte_audit:ok")
     if stream:
         run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
         trainer = Trainer(model, forward, stream, run)
@@ -873,34 +819,32 @@ def main(arguments: list[str]) -> None:
         train(trainer, val, run)
         artifact = run.dir / "final_model.artifact"
         if run.rank == 0:
-            state = model.state_dict()
-            atomic_write(run.dir / "final_model.pt", lambda file: torch.save(state, file))
-            atomic_write(artifact, lambda file: file.write(pack_artifact(model, hp)))
+            atomic_write(run.dir / "final_model.pt", lambda f: torch.save(model.state_dict(), f))
+            atomic_write(artifact, lambda f: f.write(pack_artifact(model, hp)))
     start = time.perf_counter()
     if run.rank == 0:
         model.load_state_dict(load_artifact(artifact, hp)[1])
     run.broadcast(model.parameters())
     nll, final = score(forward, val, run)
-    ms = 1e3 * (time.perf_counter() - start)
-    for name, digits in (("roundtrip", 4), ("roundtrip_exact", 8)):
-        text = " ".join(f"{key}:{value:.{digits}f}" for key, value in final.items())
-        run.log(f"final_{SCHEME}_{name} {text} eval_time:{ms:.0f}ms")
+    ms, text = (
+        1e3 * (time.perf_counter() - start),
+        " ".join(f"{k}:{v:.8f}" for k, v in final.items()),
+    )
+    run.log(f"final_{SCHEME}_roundtrip_exact {text} eval_time:{ms:.0f}ms")
     if hp.save_nll and run.rank == 0:
-        atomic_write(Path(hp.save_nll), lambda file: np.save(file, nll))
+        atomic_write(Path(hp.save_nll), lambda f: np.save(f, nll))
     code, size, cap = Path(__file__).stat().st_size, artifact.stat().st_size, hp.artifact_max_bytes
-    run.log(f"Code size: {code} bytes, {SCHEME} model: {size} bytes")
     sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": cap}
-    run.log(f"Total submission size {SCHEME}: {code + size} bytes", "final", **final, **sizes)
-    over = f"{code + size} bytes of code and artifact are over ARTIFACT_MAX_BYTES={cap}"
-    require(code + size <= cap, f"{over}; all is saved, but make the model smaller")
+    line = f"Total submission size {SCHEME}: {code + size} bytes ({code} code, {size} artifact)"
+    run.log(line, "final", **final, **sizes)
+    require(code + size <= cap, f"{line}, over ARTIFACT_MAX_BYTES={cap}; saved in {run.dir}")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except UserError as problem:
-        # Before they meet, all ranks find the same problems; the first one of a node speaks.
-        if not dist.is_initialized() and os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(2)
-            sys.exit(1)
-        sys.exit(f"{Path(__file__).name}: error: {problem}")
+    except (UserError, OSError) as problem:
+        # Before they meet, the ranks of a node find the same problems: one of them speaks.
+        speaks = dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+        time.sleep(0 if speaks else 2)
+        sys.exit(f"{Path(__file__).name}: error: {problem}" if speaks else 1)

@@ -1,0 +1,233 @@
+"""What the test files share: train_gpt as a module, a tiny dataset, and ways to run the script."""
+
+import io
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import hypothesis
+import numpy as np
+import pytest
+import sentencepiece as spm
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+SCRIPT = REPO / "train_gpt.py"
+sys.path.insert(0, str(REPO))
+
+import train_gpt  # noqa: E402
+
+torch.set_num_threads(1)
+# The same examples on every run; nothing is written beside the tests.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("tests")
+
+VOCAB = 512
+BOS = 1
+WORDS_TEXT = """
+the a of and to in is that it was for on with as his they be at one have this from or
+had by hot but some what there we can out other were all your when up use word how said an each
+she which do their time if will way about many then them would write like so these her long make
+thing see him two has look more day could go come did my sound no most number who over know water
+than call first people may down side been now find any new work part take get place made live where
+after back little only round man year came show every good me give our under name very through just
+form much great think say help low line before turn cause same mean differ move right boy old too
+does tell sentence set three want air well also play small end put home read hand port large spell
+add even land here must big high such follow act why ask men change went light kind off need house
+picture try us again animal point mother world near build self earth father head stand own page
+country found answer school grow study still learn plant cover food sun four thought let keep eye
+never last door between city tree cross since hard start might story saw far sea draw left late run
+while press close night real life few stop open seem together next white children begin got walk
+"""
+WORDS = WORDS_TEXT.split()
+MARKS = ["", "", "", "", "", ",", ".", ";", "!", "?", " -", ":"]
+RARE = ["café", "naïve", "Zürich", "señor", "Ångström", "🙂", "日本", "€5", "±0.3", "Ω", "🚀🚀"]
+
+
+def compose_documents(count: int = 100, seed: int = 0) -> list[str]:
+    """English-looking documents of 5 to 150 words, the same on every machine."""
+    rng = random.Random(seed)
+    documents = []
+    for _ in range(count):
+        words = []
+        for _ in range(rng.randint(5, 150)):
+            kind = rng.random()
+            # Squaring makes some words far more frequent than others, as in real text.
+            word = WORDS[int(len(WORDS) * rng.random() ** 2)]
+            if kind < 0.04:
+                word = str(rng.randint(0, 10 ** rng.randint(1, 6)))
+            elif kind < 0.06:
+                word = rng.choice(RARE)
+            elif kind < 0.12:
+                word = word.capitalize()
+            elif kind < 0.14:
+                word = word.upper()
+            words.append(word + rng.choice(MARKS))
+        documents.append(" ".join(words) + ".")
+    return documents
+
+
+def train_tokenizer(path: Path, documents: Iterable[str], vocab_size: int = VOCAB) -> Path:
+    """Train a SentencePiece BPE with the challenge's options (techniques.md 1.5)."""
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=0.999,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False,
+        pad_id=0,
+        bos_id=BOS,
+        eos_id=2,
+        unk_id=3,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    assert len(spm.SentencePieceProcessor(model_proto=model.getvalue())) == vocab_size
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def shard_bytes(tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
+    """A shard in the published format: 256 little-endian int32, then uint16 tokens."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    return header.tobytes() + np.asarray(tokens).astype("<u2").tobytes()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Documents, the tokenizer trained on them, and their shards; val holds the first documents."""
+
+    folder: Path
+    tokenizer: Path
+    val_documents: list[str]
+    val: np.ndarray
+    train: np.ndarray
+
+    @property
+    def sp(self) -> spm.SentencePieceProcessor:
+        return spm.SentencePieceProcessor(model_file=str(self.tokenizer))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Dataset:
+    """100 documents, a 512-piece tokenizer, 2 train and 2 val shards; never to be changed."""
+    root = tmp_path_factory.mktemp("dataset")
+    documents = compose_documents()
+    tokenizer = train_tokenizer(root / "tiny_512_bpe.model", documents)
+    sp = spm.SentencePieceProcessor(model_file=str(tokenizer))
+    encoded = [[BOS, *ids] for ids in sp.encode(documents)]
+    folder = root / "shards"
+    folder.mkdir()
+    split = {}
+    for name, chosen in (("val", encoded[:15]), ("train", encoded[15:])):
+        middle = len(chosen) // 3
+        for number, part in enumerate((chosen[:middle], chosen[middle:])):
+            path = folder / f"fineweb_{name}_{number:06d}.bin"
+            path.write_bytes(shard_bytes(np.concatenate(part)))
+        split[name] = np.concatenate(chosen).astype(np.uint16)
+    return Dataset(folder, tokenizer, documents[:15], split["val"], split["train"])
+
+
+@pytest.fixture
+def tiny_env(dataset, tmp_path) -> dict[str, str]:
+    """Settings of a CPU run of a second."""
+    return tiny_settings(dataset, tmp_path / "logs")
+
+
+def tiny_settings(dataset: Dataset, out_dir: Path, **overrides: object) -> dict[str, str]:
+    """Settings of a CPU run of a second on `dataset`; for fixtures of a wider scope."""
+    settings = {
+        "DATA_PATH": dataset.folder,
+        "TOKENIZER_PATH": dataset.tokenizer,
+        "OUT_DIR": out_dir,
+        "RUN_ID": "tiny",
+        "VOCAB_SIZE": VOCAB,
+        "NUM_LAYERS": 2,
+        "MODEL_DIM": 64,
+        "NUM_HEADS": 4,
+        "NUM_KV_HEADS": 2,
+        "TRAIN_SEQ_LEN": 64,
+        "TRAIN_BATCH_TOKENS": 512,
+        "VAL_BATCH_SIZE": 4096,
+        "ITERATIONS": 4,
+        "WARMDOWN_ITERS": 2,
+        "WARMUP_STEPS": 0,
+        "VAL_LOSS_EVERY": 0,
+        "MAX_WALLCLOCK_SECONDS": 0,
+        "DEVICE": "cpu",
+        "DTYPE": "fp32",
+        "COMPILE": 0,
+    } | overrides
+    return {name: str(value) for name, value in settings.items()}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended."""
+
+    rc: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+def run_cli(
+    env: dict[str, str],
+    *args: str,
+    copy_to: Path | None = None,
+    nproc: int = 1,
+    cwd: Path | None = None,
+) -> Outcome:
+    """Run train_gpt.py, or its copy in the folder `copy_to`, as a program that sees only `env`."""
+    script = SCRIPT
+    if copy_to:
+        copy_to.mkdir(parents=True, exist_ok=True)
+        script = Path(shutil.copy(SCRIPT, copy_to))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    command = [sys.executable, *(launcher if nproc > 1 else []), str(script), *args]
+    basic = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+    start = time.perf_counter()
+    done = subprocess.run(
+        command,
+        env={**basic, "OMP_NUM_THREADS": "1", **env},
+        cwd=cwd,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr, time.perf_counter() - start)
+
+
+def run_main(env: dict[str, str], *args: str) -> None:
+    """Call train_gpt.main in this process, which is faster, in an environment of `env` alone."""
+    basic = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+    with mock.patch.dict(os.environ, {**basic, **env}, clear=True):
+        train_gpt.main(list(args))
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The raw weights that a run left in its folder."""
+    return torch.load(folder / "final_model.pt", weights_only=True)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes] | None]:
+    """Every path below `folder`; for files, their time of change and their contents."""
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }

@@ -1,0 +1,649 @@
+"""Settings: precedence, defaults, validity, typos, relations, dotenv files, --settings, --help."""
+
+import itertools
+import os
+import re
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPT, run_cli, run_main
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import UserError, load_settings, one_typo
+
+# Typed from reference/hyperparameters.md, not from train_gpt.py.
+PUBLISHED = {
+    "DATA_PATH": "./data/datasets/fineweb10B_sp1024",
+    "TOKENIZER_PATH": "./data/tokenizers/fineweb_1024_bpe.model",
+    "RUN_ID": "",  # a random UUID, made when the run starts
+    "SEED": 1337,
+    "VAL_BATCH_SIZE": 524288,
+    "VAL_LOSS_EVERY": 1000,
+    "TRAIN_LOG_EVERY": 200,
+    "ITERATIONS": 20000,
+    "WARMDOWN_ITERS": 1200,
+    "WARMUP_STEPS": 20,
+    "TRAIN_BATCH_TOKENS": 524288,
+    "TRAIN_SEQ_LEN": 1024,
+    "MAX_WALLCLOCK_SECONDS": 600.0,
+    "QK_GAIN_INIT": 1.5,
+    "VOCAB_SIZE": 1024,
+    "NUM_LAYERS": 9,
+    "NUM_KV_HEADS": 4,
+    "MODEL_DIM": 512,
+    "NUM_HEADS": 8,
+    "MLP_MULT": 2,
+    "TIE_EMBEDDINGS": 1,
+    "ROPE_BASE": 10000.0,
+    "LOGIT_SOFTCAP": 30.0,
+    "EMBED_LR": 0.6,
+    "HEAD_LR": 0.008,
+    "TIED_EMBED_LR": 0.05,
+    "TIED_EMBED_INIT_STD": 0.005,
+    "MATRIX_LR": 0.04,
+    "SCALAR_LR": 0.04,
+    "MUON_MOMENTUM": 0.95,
+    "MUON_BACKEND_STEPS": 5,
+    "MUON_MOMENTUM_WARMUP_START": 0.85,
+    "MUON_MOMENTUM_WARMUP_STEPS": 500,
+    "BETA1": 0.9,
+    "BETA2": 0.95,
+    "ADAM_EPS": 1e-8,
+    "GRAD_CLIP_NORM": 0.0,
+}
+# The further ones that the issue names.
+FURTHER = {
+    "CONFIG": "",
+    "DEVICE": "auto",
+    "DTYPE": "auto",
+    "COMPILE": "auto",
+    "MICRO_BATCH_TOKENS": 0,
+    "WARMDOWN_FRAC": "",
+    "VAL_TOKENS": 0,
+    "EVAL_ONLY": 0,
+    "ARTIFACT": "",
+    "SAVE_NLL": "",
+    "ARTIFACT_MAX_BYTES": 16_000_000,
+    "OUT_DIR": "logs",
+}
+DEFAULTS = PUBLISHED | FURTHER
+WHOLE = [name for name, value in DEFAULTS.items() if type(value) is int]
+REAL = [*(name for name, value in DEFAULTS.items() if type(value) is float), "WARMDOWN_FRAC"]
+BOOLEAN = ["TIE_EMBEDDINGS", "EVAL_ONLY"]
+TEXT = ["DATA_PATH", "TOKENIZER_PATH", "OUT_DIR", "ARTIFACT", "SAVE_NLL"]
+
+
+def resolve(environ: dict[str, str]) -> train_gpt.Hyperparameters:
+    """The settings of an environment, without a look at files and folders."""
+    return load_settings(environ, check_places=False)
+
+
+def problems(environ: dict[str, str]) -> str:
+    """The message with which an environment is refused."""
+    with pytest.raises(UserError) as caught:
+        resolve(environ)
+    return str(caught.value)
+
+
+def config(folder: Path, text: str) -> dict[str, str]:
+    """An environment whose CONFIG is a file of `text`."""
+    path = folder / "run.env"
+    path.write_text(text, encoding="utf-8")
+    return {"CONFIG": str(path)}
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+# ---- names, defaults, precedence
+
+
+def test_there_are_37_published_settings_and_12_further_ones():
+    assert (len(PUBLISHED), len(FURTHER)) == (37, 12)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_default(name):
+    value = getattr(resolve({}), name.lower())
+    assert (value, type(value)) == (DEFAULTS[name], type(DEFAULTS[name]))
+
+
+def test_there_are_no_undocumented_settings():
+    assert {field.upper() for field in vars(resolve({}))} == set(DEFAULTS)
+
+
+def test_environment_wins_over_config_and_config_over_default(tmp_path):
+    environ = config(tmp_path, "NUM_LAYERS=5\nMLP_MULT=3\n")
+    hp = resolve({**environ, "NUM_LAYERS": "6"})
+    assert (hp.num_layers, hp.mlp_mult, hp.model_dim) == (6, 3, 512)
+
+
+def test_environment_may_put_a_bad_config_value_right(tmp_path):
+    assert resolve({**config(tmp_path, "NUM_LAYERS=many\n"), "NUM_LAYERS": "6"}).num_layers == 6
+
+
+def test_relations_are_checked_between_config_and_environment(tmp_path):
+    message = problems({**config(tmp_path, "MODEL_DIM=384\n"), "NUM_HEADS": "5"})
+    assert "MODEL_DIM=384" in message
+    assert "NUM_HEADS=5" in message
+
+
+def test_settings_are_frozen():
+    with pytest.raises(AttributeError):
+        resolve({}).num_layers = 3
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *REAL, "DEVICE", "DTYPE", "COMPILE"])
+@pytest.mark.parametrize("text", ["many", "nan", "inf", "-inf", "1,5", "0x10", "--1"])
+def test_what_is_no_number_or_choice_is_refused(name, text):
+    assert f"{name}={text}: expected" in problems({name: text})
+
+
+@pytest.mark.parametrize("name", [n for n in DEFAULTS if DEFAULTS[n] != "" and n not in TEXT])
+def test_an_empty_value_is_refused(name):
+    assert f"{name}=: expected" in problems({name: ""})
+
+
+@pytest.mark.parametrize("name", [name for name, value in DEFAULTS.items() if value == ""])
+def test_an_empty_value_stays_empty_where_empty_is_the_default(name):
+    assert getattr(resolve({name: ""}), name.lower()) == ""
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("text", ["1.5", "1.0", "1e3"])
+def test_whole_numbers_have_no_fraction(name, text):
+    assert f"{name}={text}: expected" in problems({name: text})
+
+
+@pytest.mark.parametrize("name", BOOLEAN)
+@pytest.mark.parametrize("text", ["true", "True", "yes", "on", "false", "2", "-1", "01"])
+def test_a_boolean_is_0_or_1(name, text):
+    message = problems({name: text})
+    assert f"{name}={text}: expected one of 0, 1" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "right"),
+    [
+        ("DEVICE", "gpu", "auto, cuda, mps, cpu"),
+        ("DTYPE", "fp16", "auto, bf16, fp32"),
+        ("COMPILE", "2", "auto, 0, 1"),
+    ],
+)
+def test_a_choice_names_all_that_would_be_right(name, text, right):
+    assert f"{name}={text}: expected one of {right}" in problems({name: text})
+
+
+BEYOND = {
+    "SEED": ["-1", "4294967296"],
+    "VAL_BATCH_SIZE": ["0"],
+    "VAL_LOSS_EVERY": ["-1"],
+    "TRAIN_LOG_EVERY": ["-1"],
+    "VAL_TOKENS": ["-1"],
+    "ARTIFACT_MAX_BYTES": ["0"],
+    "ITERATIONS": ["-1"],
+    "MAX_WALLCLOCK_SECONDS": ["-0.1"],
+    "WARMDOWN_ITERS": ["-1"],
+    "WARMDOWN_FRAC": ["-0.1", "1.01"],
+    "WARMUP_STEPS": ["-1"],
+    "TRAIN_BATCH_TOKENS": ["0"],
+    "MICRO_BATCH_TOKENS": ["-1"],
+    "TRAIN_SEQ_LEN": ["0"],
+    "VOCAB_SIZE": ["0", "65537"],
+    "NUM_LAYERS": ["0"],
+    "MODEL_DIM": ["0"],
+    "NUM_HEADS": ["0"],
+    "NUM_KV_HEADS": ["0"],
+    "MLP_MULT": ["0"],
+    "ROPE_BASE": ["0", "-1"],
+    "LOGIT_SOFTCAP": ["0", "-30"],
+    "EMBED_LR": ["-0.1"],
+    "HEAD_LR": ["-0.1"],
+    "TIED_EMBED_LR": ["-0.1"],
+    "TIED_EMBED_INIT_STD": ["-0.1"],
+    "MATRIX_LR": ["-0.1"],
+    "SCALAR_LR": ["-0.1"],
+    "MUON_MOMENTUM": ["-0.1", "1"],
+    "MUON_BACKEND_STEPS": ["0"],
+    "MUON_MOMENTUM_WARMUP_START": ["-0.1", "1"],
+    "MUON_MOMENTUM_WARMUP_STEPS": ["-1"],
+    "BETA1": ["-0.1", "1"],
+    "BETA2": ["-0.1", "1"],
+    "ADAM_EPS": ["-1e-9"],
+    "GRAD_CLIP_NORM": ["-1"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name, texts in BEYOND.items() for text in texts]
+)
+def test_out_of_range_is_refused(name, text):
+    assert f"{name}={text}: expected" in problems({name: text})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("SEED", "0", 0),
+        ("SEED", "4294967295", 4294967295),
+        ("WARMDOWN_FRAC", "0", 0.0),
+        ("WARMDOWN_FRAC", "1", 1.0),
+        ("ITERATIONS", "0", 0),
+        ("MAX_WALLCLOCK_SECONDS", "0", 0.0),
+        ("MUON_MOMENTUM", "0", 0.0),
+        ("ADAM_EPS", "1e-15", 1e-15),
+        ("QK_GAIN_INIT", "-2", -2.0),
+        ("VOCAB_SIZE", "65536", 65536),
+        ("TIE_EMBEDDINGS", "0", 0),
+        ("COMPILE", "1", "1"),
+    ],
+)
+def test_the_ends_of_a_range_are_right(name, text, value):
+    assert getattr(resolve({name: text}), name.lower()) == value
+
+
+def test_all_problems_of_values_and_names_are_reported_at_once():
+    environ = {"NUM_LAYER": "3", "MODEL_DIM": "wide", "BETA1": "1", "EVAL_ONLY": "yes", "SEED": ""}
+    message = problems(environ)
+    assert [name for name, text in environ.items() if f"{name}={text}: " not in message] == []
+
+
+def test_all_broken_relations_are_reported_at_once():
+    environ = {"MODEL_DIM": "100", "NUM_HEADS": "7", "NUM_KV_HEADS": "2", "VAL_TOKENS": "1"}
+    message = problems(environ | {"TRAIN_SEQ_LEN": "1000", "EVAL_ONLY": "1"})
+    culprits = ["MODEL_DIM=100", "NUM_HEADS=7", "TRAIN_BATCH_TOKENS=524288", "VAL_TOKENS=1"]
+    assert [culprit for culprit in [*culprits, "EVAL_ONLY=1"] if culprit not in message] == []
+
+
+def test_a_broken_relation_is_reported_beside_an_unrelated_bad_value():
+    message = problems({"MODEL_DIM": "100", "NUM_HEADS": "8", "MATRIX_LR": "fast", "SEEED": "1"})
+    assert "MATRIX_LR=fast" in message
+    assert "SEEED=1" in message
+    assert "MODEL_DIM=100" in message
+
+
+def test_all_missing_places_are_reported_at_once(tmp_path):
+    names = ["DATA_PATH", "TOKENIZER_PATH", "ARTIFACT"]
+    environ = {name: str(tmp_path / f"no_{name}") for name in names}
+    with pytest.raises(UserError) as caught:
+        load_settings({**environ, "EVAL_ONLY": "1", "OUT_DIR": str(tmp_path)})
+    missing = [name for name in names if f"{name}={environ[name]}" not in str(caught.value)]
+    assert missing == []
+
+
+# ---- typos
+
+
+def neighbours(word: str, alphabet: str) -> set[str]:
+    """Every string one insertion, deletion, substitution or transposition away from `word`."""
+    cuts = [(word[:i], word[i:]) for i in range(len(word) + 1)]
+    inserted = {a + c + b for a, b in cuts for c in alphabet}
+    deleted = {a + b[1:] for a, b in cuts if b}
+    substituted = {a + c + b[1:] for a, b in cuts if b for c in alphabet}
+    transposed = {a + b[1] + b[0] + b[2:] for a, b in cuts if len(b) > 1}
+    return inserted | deleted | substituted | transposed
+
+
+@settings(max_examples=400)
+@given(st.text("AB_", max_size=6), st.text("AB_", max_size=6))
+def test_one_typo_agrees_with_brute_force_on_any_two_words(a, b):
+    # Equal words count as near: a name that differs in case alone arrives in capitals.
+    assert one_typo(a, b) == (a == b or b in neighbours(a, "AB_"))
+
+
+CAPITALS = string.ascii_uppercase + string.digits + "_"
+NEAR_A_SETTING = set(DEFAULTS).union(*(neighbours(name, CAPITALS) for name in DEFAULTS))
+
+
+def test_one_typo_agrees_with_brute_force_on_all_short_words():
+    words = ["".join(w) for n in range(5) for w in itertools.product("AB", repeat=n)]
+    near = {a: neighbours(a, "AB") | {a} for a in words}
+    assert [(a, b) for a in words for b in words if one_typo(a, b) != (b in near[a])] == []
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(sorted(DEFAULTS)))
+def test_one_typo_finds_every_neighbour_of_a_setting_both_ways(name):
+    near = neighbours(name, CAPITALS)
+    assert [word for word in near if not (one_typo(word, name) and one_typo(name, word))] == []
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(sorted(DEFAULTS)), st.data())
+def test_two_typos_pass_unless_they_come_back_to_one(name, data):
+    once = data.draw(st.sampled_from(sorted(neighbours(name, "QZ_"))))
+    twice = data.draw(st.sampled_from(sorted(neighbours(once, "QZ_"))))
+    near = neighbours(name, CAPITALS) | {name}
+    assert one_typo(twice, name) == (twice in near)
+
+
+TYPOS = [
+    ("NUM_LAYER", "NUM_LAYERS"),  # deletion
+    ("MATRX_LR", "MATRIX_LR"),
+    ("EED", "SEED"),
+    ("NUM_LAYERSS", "NUM_LAYERS"),  # insertion
+    ("MODEL__DIM", "MODEL_DIM"),
+    ("_VOCAB_SIZE", "VOCAB_SIZE"),
+    ("ITERATION5", "ITERATIONS"),  # substitution
+    ("MODEL-DIM", "MODEL_DIM"),
+    ("BETA3", "BETA1"),
+    ("ITERATOINS", "ITERATIONS"),  # transposition
+    ("ESED", "SEED"),
+    ("ROPE_BAES", "ROPE_BASE"),
+    ("num_layers", "NUM_LAYERS"),  # case
+    ("Seed", "SEED"),
+    ("matrx_lr", "MATRIX_LR"),
+]
+
+
+@pytest.mark.parametrize(("typo", "meant"), TYPOS)
+def test_did_you_mean_in_the_environment(typo, meant):
+    message = problems({typo: "7"})
+    assert f"{typo}=7" in message
+    assert f"did you mean {meant}?" in message
+
+
+@pytest.mark.parametrize(("typo", "meant"), TYPOS)
+def test_did_you_mean_in_the_config_file(typo, meant, tmp_path):
+    message = problems(config(tmp_path, f"{typo}=7\n"))
+    assert f"{typo}=7" in message
+    assert f"did you mean {meant}?" in message
+
+
+def test_an_exact_name_is_no_typo_of_its_neighbour():
+    assert resolve({"BETA1": "0.5", "BETA2": "0.6"}).beta1 == 0.5
+
+
+UNRELATED = """
+PATH HOME LANG SHELL TERM USER PWD EDITOR HOSTNAME LC_ALL TMPDIR DISPLAY PYTHONPATH
+VIRTUAL_ENV OMP_NUM_THREADS CUDA_VISIBLE_DEVICES RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE
+MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_RANK TORCHELASTIC_RUN_ID TORCHELASTIC_MAX_RESTARTS
+NCCL_DEBUG NCCL_IB_DISABLE PYTORCH_CUDA_ALLOC_CONF TORCH_LOGS WANDB_API_KEY HF_TOKEN HF_HOME
+AWS_SECRET_ACCESS_KEY CI GITHUB_ACTIONS PYTEST_CURRENT_TEST LD_LIBRARY_PATH SSH_AUTH_SOCK _ A
+EXPORT_DIR NUM_WORKERS MODEL DATA TOKENIZER LR BATCH_SIZE
+"""
+
+
+def test_unrelated_environment_variables_pass():
+    environ = dict.fromkeys(UNRELATED.split(), "x") | {"WORLD_SIZE": "1"}
+    assert resolve(environ) == resolve({})
+
+
+@settings(max_examples=200)
+@given(st.text(string.ascii_letters + string.digits + "_", min_size=1, max_size=20))
+def test_only_neighbours_of_settings_are_refused_in_the_environment(name):
+    assume(name.upper() not in NEAR_A_SETTING)
+    assert resolve({name: "x"}) == resolve({})
+
+
+def test_an_unrelated_name_in_the_config_file_is_refused(tmp_path):
+    assert "WANDB_API_KEY=x" in problems(config(tmp_path, "WANDB_API_KEY=x\n"))
+
+
+# ---- relations
+
+
+RELATIONS = {
+    "heads divide the model": ({"MODEL_DIM": "500"}, ["MODEL_DIM=500", "NUM_HEADS=8"]),
+    "even head dim": ({"MODEL_DIM": "72", "NUM_HEADS": "8"}, ["MODEL_DIM=72", "NUM_HEADS=8"]),
+    "kv heads divide heads": ({"NUM_KV_HEADS": "3"}, ["NUM_KV_HEADS=3", "NUM_HEADS=8"]),
+    "more kv heads than heads": ({"NUM_KV_HEADS": "16"}, ["NUM_KV_HEADS=16", "NUM_HEADS=8"]),
+    "batch of whole sequences": (
+        {"TRAIN_BATCH_TOKENS": "1536"},
+        ["TRAIN_BATCH_TOKENS=1536", "TRAIN_SEQ_LEN=1024"],
+    ),
+    "batch under a sequence": (
+        {"TRAIN_BATCH_TOKENS": "512"},
+        ["TRAIN_BATCH_TOKENS=512", "TRAIN_SEQ_LEN=1024"],
+    ),
+    "micro-batch of whole sequences": (
+        {"MICRO_BATCH_TOKENS": "512"},
+        ["MICRO_BATCH_TOKENS=512", "TRAIN_SEQ_LEN=1024"],
+    ),
+    "batch of whole micro-batches": (
+        {"MICRO_BATCH_TOKENS": "3072"},
+        ["MICRO_BATCH_TOKENS=3072", "TRAIN_BATCH_TOKENS=524288"],
+    ),
+    "validation batch of a sequence": (
+        {"VAL_BATCH_SIZE": "1023"},
+        ["VAL_BATCH_SIZE=1023", "TRAIN_SEQ_LEN=1024"],
+    ),
+    "one validation token has no context": ({"VAL_TOKENS": "1"}, ["VAL_TOKENS=1"]),
+    "EVAL_ONLY needs an artifact": ({"EVAL_ONLY": "1"}, ["EVAL_ONLY=1", "ARTIFACT"]),
+    "RUN_ID is no path": ({"RUN_ID": "a/b"}, ["RUN_ID=a/b"]),
+    "RUN_ID is not absolute": ({"RUN_ID": "/tmp/x"}, ["RUN_ID=/tmp/x"]),
+    "RUN_ID does not climb": ({"RUN_ID": ".."}, ["RUN_ID=.."]),
+    "RUN_ID is not the folder itself": ({"RUN_ID": "."}, ["RUN_ID=."]),
+}
+
+
+@pytest.mark.parametrize(("environ", "named"), RELATIONS.values(), ids=RELATIONS)
+def test_broken_relation(environ, named):
+    message = problems(environ)
+    assert [culprit for culprit in named if culprit not in message] == []
+
+
+def test_validation_batch_must_hold_a_sequence_of_every_rank(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "VAL_BATCH_SIZE=2048" in problems({"VAL_BATCH_SIZE": "2048"})
+
+
+def test_validation_batch_of_exactly_a_sequence_a_rank_is_right(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert resolve({"VAL_BATCH_SIZE": "3072"}).val_batch_size == 3072
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there(device, monkeypatch):
+    monkeypatch.setattr(getattr(train_gpt.torch, device), "is_available", lambda: False)
+    assert f"DEVICE={device}" in problems({"DEVICE": device})
+
+
+def test_relations_that_hold_are_not_complained_about():
+    environ = {"MODEL_DIM": "96", "NUM_HEADS": "6", "NUM_KV_HEADS": "3", "TRAIN_SEQ_LEN": "48"}
+    environ |= {"TRAIN_BATCH_TOKENS": "960", "MICRO_BATCH_TOKENS": "96", "VAL_BATCH_SIZE": "48"}
+    assert resolve(environ | {"RUN_ID": "2026-01-02_a.b"}).model_dim == 96
+
+
+# ---- dotenv files
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("DATA_PATH=plain", "plain"),
+        ("DATA_PATH='two words'", "two words"),
+        ('DATA_PATH="two words"', "two words"),
+        ('DATA_PATH="it\'s"', "it's"),
+        ("DATA_PATH='say \"hi\"'", 'say "hi"'),
+        ("DATA_PATH='a # b'", "a # b"),
+        ('DATA_PATH="a # b"', "a # b"),
+        ("DATA_PATH=a # a comment, and it's one", "a"),
+        ("# first\n\n  # second = 3\nDATA_PATH=a\n# last", "a"),
+        ("DATA_PATH=a=b", "a=b"),
+        ("DATA_PATH=", ""),
+        ("DATA_PATH=''", ""),
+        ("DATA_PATH=a\r\nSEED=1\r\n", "a"),
+        ("  DATA_PATH=indented", "indented"),
+        ("DATA_PATH=first\nDATA_PATH=second", "second"),
+        ("DATA_PATH=naïve/日本", "naïve/日本"),
+        # In a shell as in dotenv files, # opens a comment only at the start of a word.
+        ("DATA_PATH=run#1", "run#1"),
+    ],
+)
+def test_dotenv_text(text, path, tmp_path):
+    assert resolve(config(tmp_path, text)).data_path == path
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["SEED", "SEED 1", "SEED = 1", "export SEED=1", "DATA_PATH=two words", "DATA_PATH='open"],
+)
+def test_malformed_dotenv_is_refused_with_the_file_named(text, tmp_path):
+    environ = config(tmp_path, f"MLP_MULT=3\n{text}\n")
+    assert f"CONFIG={environ['CONFIG']}" in problems(environ)
+
+
+def test_config_in_a_config_file_is_refused(tmp_path):
+    environ = config(tmp_path, "CONFIG=other.env\n")
+    assert f"CONFIG={environ['CONFIG']}" in problems(environ)
+
+
+def test_a_config_file_that_is_missing_is_named(tmp_path):
+    path = str(tmp_path / "none.env")
+    assert f"CONFIG={path}" in problems({"CONFIG": path})
+
+
+def test_a_config_file_that_is_a_folder_is_named(tmp_path):
+    assert f"CONFIG={tmp_path}" in problems({"CONFIG": str(tmp_path)})
+
+
+def test_a_config_file_that_is_no_utf8_is_named(tmp_path):
+    path = tmp_path / "latin1.env"
+    path.write_bytes("DATA_PATH=café".encode("latin-1"))
+    assert f"CONFIG={path}" in problems({"CONFIG": str(path)})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_config_file_that_may_not_be_read_is_named(tmp_path):
+    environ = config(tmp_path, "SEED=1\n")
+    Path(environ["CONFIG"]).chmod(0)
+    assert f"CONFIG={environ['CONFIG']}" in problems(environ)
+
+
+def test_an_empty_config_file_changes_nothing(tmp_path):
+    environ = config(tmp_path, "")
+    assert vars(resolve(environ)) == {**vars(resolve({})), "config": environ["CONFIG"]}
+
+
+# ---- --settings and --help
+
+
+def printed(capsys, environ: dict[str, str], *arguments: str) -> str:
+    """What the script prints."""
+    run_main(environ, *arguments)
+    return capsys.readouterr().out
+
+
+# Environments hold no NUL; a text file changes \r; surrogates are no text.
+odd_text = st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), max_size=20)
+numbers = st.one_of(st.floats(0, 1e9), st.floats(0, 1e-9)).map(repr)
+environments = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(TEXT, odd_text),
+        **dict.fromkeys(["MATRIX_LR", "ADAM_EPS", "GRAD_CLIP_NORM"], numbers),
+        "QK_GAIN_INIT": st.floats(-1e9, 1e9).map(repr),
+        "WARMDOWN_FRAC": st.one_of(st.just(""), st.floats(0, 1).map(repr)),
+        "SEED": st.integers(0, 2**32 - 1).map(str),
+        "COMPILE": st.sampled_from(["auto", "0", "1"]),
+        "TIE_EMBEDDINGS": st.sampled_from(["0", "1"]),
+        "RUN_ID": st.text("ab_-.1", max_size=8).map(lambda text: f"r{text}"),
+    },
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(environ=environments)
+@example(
+    environ={"DATA_PATH": "two words", "OUT_DIR": "it's #1", "SAVE_NLL": '"', "ARTIFACT": "a\nb"}
+)
+@example(
+    environ={
+        "DATA_PATH": "$HOME",
+        "OUT_DIR": "`ls`",
+        "SAVE_NLL": "\\",
+        "ARTIFACT": "ends in space ",
+    }
+)
+def test_settings_output_is_a_config_that_gives_the_same_output(environ, tmp_path, capsys):
+    first = printed(capsys, environ, "--settings")
+    again = printed(capsys, config(tmp_path, first), "--settings")
+    assert again == first
+
+
+def test_settings_output_is_complete(capsys):
+    names = [line.split("=")[0] for line in printed(capsys, {}, "--settings").splitlines()]
+    assert sorted(names) == sorted(set(DEFAULTS) - {"CONFIG"})
+
+
+def test_settings_output_shows_the_resolved_values(tmp_path, capsys):
+    environ = {**config(tmp_path, "MLP_MULT=3\nSEED=5"), "SEED": "6"}
+    lines = printed(capsys, environ, "--settings").splitlines()
+    assert {"MLP_MULT=3", "SEED=6", "NUM_LAYERS=9"} <= set(lines)
+
+
+def test_settings_output_can_be_read_by_a_shell(tmp_path, capsys):
+    value = 'it\'s $HOME #1 "q" `x` \\'
+    path = tmp_path / "run.env"
+    path.write_text(printed(capsys, {"DATA_PATH": value}, "--settings"), encoding="utf-8")
+    echo = ["sh", "-c", '. "$1"; printf %s "$DATA_PATH"', "sh", str(path)]
+    assert subprocess.run(echo, capture_output=True, text=True, check=True).stdout == value
+
+
+def test_settings_works_where_nothing_is_there_yet(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed(capsys, {}, "--settings")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_refuses_what_a_run_would_refuse():
+    with pytest.raises(UserError, match="NUM_LAYER=3"):
+        run_main({"NUM_LAYER": "3"}, "--settings")
+
+
+def test_help_lists_every_setting_with_its_default(capsys):
+    rows = [re.split(r" *\| *", line)[1:3] for line in help_rows(printed(capsys, {}, "--help"))]
+    shown = dict(rows)
+    assert {name: shown.get(name) for name in DEFAULTS} == {
+        name: str(value) for name, value in DEFAULTS.items()
+    }
+
+
+def help_rows(text: str) -> list[str]:
+    """The lines of the table of settings."""
+    return [line for line in text.splitlines() if re.match(r"\| *[A-Z]", line)]
+
+
+def test_help_is_given_in_a_bad_environment_too(capsys):
+    assert "NUM_LAYERS" in printed(capsys, {"NUM_LAYER": "x"}, "--help")
+
+
+def test_help_exits_0(tmp_path):
+    done = run_cli({}, "--help", cwd=tmp_path)
+    assert (done.rc, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [["--hlep"], ["--help", "x"], ["train"], ["--settings", ""]])
+def test_an_unknown_argument_is_refused(arguments):
+    with pytest.raises(UserError, match=re.escape(arguments[0])):
+        run_main({}, *arguments)
+
+
+def test_an_unknown_argument_exits_1_with_one_line(tmp_path):
+    done = run_cli({}, "--hlep", cwd=tmp_path)
+    assert done.rc == 1
+    assert re.fullmatch(r"train_gpt\.py: error: .*--hlep.*\n", done.stderr)
+
+
+def test_importing_the_script_runs_nothing(tmp_path):
+    code = "import train_gpt; assert not train_gpt.dist.is_initialized()"
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(SCRIPT.parent), "NUM_LAYER": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
