@@ -1,5 +1,6 @@
 """The artifact: quantization, the file format, and what damaged or malicious files do."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -187,7 +188,8 @@ def test_values_are_not_biased():
 def test_zero_rows_stay_zero():
     w = np.random.default_rng(0).normal(size=(40, 2000)).astype(np.float32)
     w[[0, 7, 39]] = 0
-    stored = multiplied(tg.stored_arrays(MATRIX, w))
+    with np.errstate(divide="raise", invalid="raise"):
+        stored = multiplied(tg.stored_arrays(MATRIX, w))
     assert (stored[[0, 7, 39]] == 0).all()
     assert np.isfinite(stored).all()
 
@@ -416,8 +418,8 @@ def digest_key(header):
 
 
 def product(*shapes):
-    """Let the embedding be a product of int8 arrays of these shapes, which the payload does hold;
-    None is the right shape."""
+    """Let the embedding be a product of arrays of these shapes, which the payload does hold: fp16
+    scales and int8. None is the right shape."""
 
     def change(header, payload):
         at = 0
@@ -425,8 +427,10 @@ def product(*shapes):
             size = sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in layout)
             if name == "tok_emb.weight":
                 whole = [layout[-1][1] if shape is None else shape for shape in shapes]
-                layout[:] = [["|i1", shape] for shape in whole]
-                return payload[:at] + bytes(sum(map(math.prod, whole))) + payload[at + size :]
+                *scales, last = whole
+                layout[:] = [*(["<f2", shape] for shape in scales), ["|i1", last]]
+                zeros = bytes(2 * sum(map(math.prod, scales)) + math.prod(last))
+                return payload[:at] + zeros + payload[at + size :]
             at += size
         raise AssertionError
 
@@ -500,6 +504,16 @@ def test_crafted_content_is_refused(tmp_path, tokenizer, small, change):
     payload = change(header, payload)
     with pytest.raises(tg.UserError):
         load(crafted(header, payload), tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (4, 3)])
+def test_model_that_cannot_run_is_refused(tmp_path, tokenizer, heads, kv_heads):
+    """Its tensors are those that its settings ask for, but heads of odd size cannot be rotated,
+    and 3 heads of keys cannot be shared among 4 of queries."""
+    hp = settings(tokenizer, VOCAB_SIZE=8, MODEL_DIM=8, NUM_LAYERS=1)
+    hp = dataclasses.replace(hp, num_heads=heads, num_kv_heads=kv_heads)
+    with pytest.raises(tg.UserError):
+        load(tg.pack_artifact(tg.GPT(hp), hp), tmp_path, tokenizer)
 
 
 HEADERS = {

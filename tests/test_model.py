@@ -22,6 +22,8 @@ TINY = {
     "DEVICE": "cpu",
 }
 
+HEADS = ("tok_emb.weight", "lm_head.weight")
+
 
 def settings(**values):
     """Tiny settings, changed by `values`."""
@@ -34,10 +36,10 @@ def random_model(hp, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     model = tg.GPT(hp, dtype)
     for name, p in model.named_parameters():
-        mean = 0.7 if p.ndim != 2 or name.endswith(("resid_mix", "skip_weights")) else 0.0
-        std = p.size(-1) ** -0.5 if p.ndim == 2 and not mean else 0.4
-        std = 1.0 if name in ("tok_emb.weight", "lm_head.weight") else std
-        torch.nn.init.normal_(p, mean, std)
+        if name.endswith("weight"):
+            torch.nn.init.normal_(p, 0.0, 1.0 if name in HEADS else p.size(-1) ** -0.5)
+        else:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
     return model
 
 

@@ -1,0 +1,63 @@
+"""The rules of the house that a program can check: sizes, formatting, and generated text."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train_gpt
+
+ROOT = Path(train_gpt.__file__).parent
+SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+
+
+def functions() -> list[tuple[str, int]]:
+    """Every function of train_gpt.py with its length in lines."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, kinds)]
+    return [(node.name, node.end_lineno - node.lineno + 1) for node in nodes]
+
+
+def test_the_file_is_at_most_850_lines():
+    assert SOURCE.count("\n") <= 850
+
+
+def test_no_function_is_over_60_lines_nor_main_over_50():
+    long = [(n, lines) for n, lines in functions() if lines > (50 if n == "main" else 60)]
+    assert long == []
+
+
+def test_nothing_runs_at_import():
+    """Only definitions, constants and the main guard stand at the top level."""
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.If)
+    body = ast.parse(SOURCE).body[1:]
+    assert [ast.unparse(node) for node in body if not isinstance(node, allowed)] == []
+
+
+def test_sections_come_in_the_order_of_the_design():
+    titles = [line.strip("#= ") for line in SOURCE.splitlines() if line.startswith("# ====")]
+    assert titles == [
+        *("SETTINGS", "RUN CONTEXT", "DATA", "MODEL"),
+        *("OPTIMIZERS", "EVALUATION", "ARTIFACT", "TRAINING"),
+    ]
+
+
+def test_the_readme_has_the_table_of_settings():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- settings -->\n{train_gpt.settings_table()}\n<!-- /settings -->" in readme
+
+
+def test_the_sample_configuration_is_valid():
+    path = next((ROOT / "records").glob("*/*_Sample_CPU/config.env"))
+    train_gpt.load_settings({"CONFIG": str(path)}, check_places=False)
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_ruff_is_content(command):
+    ruff = shutil.which("ruff", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    done = subprocess.run([ruff, *command, "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
