@@ -48,7 +48,7 @@ def draw_loss(events: list[Event], path: Path) -> None:
     right.annotate(
         f"{final['val_bpb']:.4f} from the artifact",
         (val[-1]["step"], val[-1]["val_bpb"]),
-        xytext=(-8, 18),
+        xytext=(0, -26),
         textcoords="offset points",
         ha="right",
         color="#c44e52",

@@ -1,0 +1,850 @@
+"""Birdie: train, export and validate a language model that fits in 16,000,000 bytes.
+
+The parameter-golf game: the lowest bits per byte (BPB) on FineWeb validation text, with the code
+plus the compressed weights in 16 MB and ten minutes of training on 8xH100. This one file is the
+whole submission; it runs on CUDA, Apple MPS and plain CPUs, on one process or many.
+
+    python train_gpt.py                                   one device, the baseline configuration
+    torchrun --nproc_per_node=8 train_gpt.py              eight GPUs
+    CONFIG=my.env NUM_LAYERS=11 python train_gpt.py       settings from a file and the environment
+    EVAL_ONLY=1 ARTIFACT=a.artifact python train_gpt.py   score an artifact, nothing else
+    python train_gpt.py --help | --settings               all settings | those of this run
+
+Read it from top to bottom: the order is that of a run. Shapes: B batch, T time, D model dim,
+H heads, Dh head dim, V vocabulary, N tokens.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import struct
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import zstandard
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor, nn
+
+# ===================================== SETTINGS =====================================
+# A wrong or misspelt setting must stop the run at once, not be ignored for minutes on eight GPUs.
+
+
+class UserError(Exception):
+    """What the user can put right: the message says what was wrong, where, and what to do."""
+
+
+def require(condition: Any, problem: str) -> None:
+    """Raise UserError with `problem` unless `condition` holds."""
+    if not condition:
+        raise UserError(problem)
+
+
+def setting(default: Any, valid: str, doc: str) -> Any:
+    """Declare a setting; `valid` is an interval, or "a, b, c" for choices, or empty."""
+    return dataclasses.field(default=default, metadata={"valid": valid, "doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """The resolved settings of one run. A field's environment variable is its name in capitals."""
+
+    config: str = setting("", "", "dotenv file with settings; the environment overrides it")
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "", "folder of the shards")
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "", "SentencePiece")
+    run_id: str = setting("", "", "name of the run; empty: a random UUID")
+    out_dir: str = setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>")
+    seed: int = setting(1337, "[0, 4294967295]", "seeds Python's, NumPy's and PyTorch's generators")
+    device: str = setting(
+        "auto", "auto, cuda, mps, cpu", "auto: the first of the three that is there"
+    )
+    dtype: str = setting(
+        "auto", "auto, bf16, fp32", "compute type; auto: bf16 on CUDA and AMX CPUs"
+    )
+    compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: on CUDA only")
+    val_batch_size: int = setting(524288, "[1, inf)", "tokens per validation batch, all ranks")
+    val_loss_every: int = setting(1000, "[0, inf)", "validate every N steps; 0: at the end only")
+    train_log_every: int = setting(200, "[0, inf)", "log every N steps and steps 1-10; 0: never")
+    val_tokens: int = setting(0, "[0, inf)", "use only the first N validation tokens; 0: all")
+    eval_only: int = setting(0, "0, 1", "score ARTIFACT and exit")
+    artifact: str = setting("", "", "the artifact that EVAL_ONLY scores")
+    save_nll: str = setting("", "", ".npy file for the final NLL of each scored token, in nats")
+    artifact_max_bytes: int = setting(16_000_000, "[1, inf)", "cap on code plus artifact, bytes")
+    iterations: int = setting(20000, "[0, inf)", "optimizer steps at most")
+    max_wallclock_seconds: float = setting(600.0, "[0, inf)", "training time at most; 0: no cap")
+    warmdown_iters: int = setting(1200, "[0, inf)", "last steps, in which the rates fall to 0")
+    warmdown_frac: float | str = setting("", "[0, 1]", "or: share of the run; empty: off")
+    warmup_steps: int = setting(20, "[0, inf)", "steps that prime the kernels and are undone")
+    train_batch_tokens: int = setting(524288, "[1, inf)", "tokens per optimizer step, all ranks")
+    micro_batch_tokens: int = setting(0, "[0, inf)", "tokens per forward pass; 0: by the device")
+    train_seq_len: int = setting(1024, "[1, inf)", "sequence length, training and validation")
+    vocab_size: int = setting(1024, "[1, 65536]", "must equal the tokenizer's")
+    num_layers: int = setting(9, "[1, 1024]", "blocks; the first half feeds skips to the second")
+    model_dim: int = setting(512, "[1, 65536]", "width of the residual stream")
+    num_heads: int = setting(8, "[1, 65536]", "query heads; divides MODEL_DIM")
+    num_kv_heads: int = setting(4, "[1, 65536]", "key and value heads; divides NUM_HEADS")
+    mlp_mult: int = setting(2, "[1, 64]", "MLP hidden width, in units of MODEL_DIM")
+    tie_embeddings: int = setting(1, "0, 1", "the output head is the token embedding")
+    rope_base: float = setting(10000.0, "(0, inf)", "base of the rotary frequencies")
+    logit_softcap: float = setting(30.0, "(0, inf)", "c in c*tanh(logits/c)")
+    qk_gain_init: float = setting(1.5, "(-inf, inf)", "initial gain of each query head")
+    embed_lr: float = setting(0.6, "[0, inf)", "Adam, token embedding, untied")
+    head_lr: float = setting(0.008, "[0, inf)", "Adam, output head, untied")
+    tied_embed_lr: float = setting(0.05, "[0, inf)", "Adam, token embedding, tied")
+    tied_embed_init_std: float = setting(0.005, "[0, inf)", "initial deviation, tied embedding")
+    matrix_lr: float = setting(0.04, "[0, inf)", "Muon, matrices of the blocks")
+    scalar_lr: float = setting(0.04, "[0, inf)", "Adam, gains and scales")
+    muon_momentum: float = setting(0.95, "[0, 1)", "momentum after its warmup")
+    muon_backend_steps: int = setting(5, "[1, 100]", "Newton-Schulz iterations")
+    muon_momentum_warmup_start: float = setting(0.85, "[0, 1)", "momentum at step 0")
+    muon_momentum_warmup_steps: int = setting(500, "[0, inf)", "steps of linear momentum warmup")
+    beta1: float = setting(0.9, "[0, 1)", "Adam, first moment")
+    beta2: float = setting(0.95, "[0, 1)", "Adam, second moment")
+    adam_eps: float = setting(1e-8, "[0, inf)", "Adam, added to the denominator")
+    grad_clip_norm: float = setting(0.0, "[0, inf)", "cap on the global gradient norm; 0: off")
+
+
+FIELDS = {field.name.upper(): field for field in dataclasses.fields(Hyperparameters)}
+# What an artifact carries so that the model can be rebuilt and scored as it was trained.
+MODEL_SETTINGS = [*FIELDS][[*FIELDS].index("TRAIN_SEQ_LEN") : [*FIELDS].index("QK_GAIN_INIT")]
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """Parse one setting. Raises ValueError that says what would be right."""
+    kind, valid = FIELDS[name].type, FIELDS[name].metadata["valid"]
+    if not valid or text == FIELDS[name].default == "":
+        return text
+    if text in valid.split(", "):
+        return kind(text)
+    with contextlib.suppress(ValueError):
+        low, high = map(float, valid[1:-1].split(","))
+        v = int(text) if kind is int else float(text)
+        if low < v < high or (v, valid[0]) == (low, "[") or (v, valid[-1]) == (high, "]"):
+            return v
+    noun = "a whole number in" if kind is int else "a number in"
+    raise ValueError(f"expected {noun if valid[0] in '[(' else 'one of'} {valid}")
+
+
+def read_dotenv(path: str) -> dict[str, str]:
+    """Read NAME=VALUE words in the quoting of a shell, with # comments. Raises UserError."""
+    try:
+        text = re.sub(r"(?<=\S)#", "\0", Path(path).read_text(encoding="utf-8"))  # no comment
+        words = [word.replace("\0", "#") for word in shlex.split(text, comments=True)]
+        if wrong := [word for word in words if "=" not in word or word.startswith("CONFIG=")]:
+            raise ValueError(f"{wrong[0]!r}: expected NAME=VALUE, spaces quoted, and not CONFIG")
+    except (OSError, ValueError) as error:
+        raise UserError(f"CONFIG={path}: cannot be read as a dotenv file: {error}") from None
+    return dict(word.split("=", 1) for word in words)
+
+
+def one_typo(a: str, b: str) -> bool:
+    """Whether one inserted, missing, wrong or swapped character turns a into b."""
+    a, b = sorted((a, b), key=len)
+    i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+    swapped = a[i + 1 : i + 2] + a[i : i + 1] + a[i + 2 :]
+    return b[i:] == swapped or b[i + 1 :] in (a[i:], a[i + 1 :])
+
+
+def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hyperparameters:
+    """Resolve all settings: environment, CONFIG file, defaults. Raises UserError with all problems,
+    those of files and folders too if `check_places`."""
+    problems, values = [], {}
+    config = read_dotenv(environ["CONFIG"]) if environ.get("CONFIG") else {}
+    for name, text in {**config, **environ}.items():
+        near = [known for known in FIELDS if one_typo(name.upper(), known)]
+        if name in FIELDS:
+            try:
+                values[name.lower()] = parse_setting(name, text)
+            except ValueError as error:
+                problems.append(f"{name}={text}: {error}")
+        elif near or name in config:
+            meant = f"did you mean {near[0]}?" if near else "see --help"
+            problems.append(f"{name}={text}: no such setting; {meant}")
+    hp = Hyperparameters(**values)
+    problems += broken_rules(hp, check_places)
+    require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
+    return hp
+
+
+def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
+    """What is wrong between settings that are each valid, and with the places that they name."""
+    seq, batch, micro = hp.train_seq_len, hp.train_batch_tokens, hp.micro_batch_tokens
+    least = seq * int(os.environ.get("WORLD_SIZE", "1"))
+    rules = [
+        (hp.model_dim % hp.num_heads, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
+        (hp.model_dim // hp.num_heads % 2, "{MODEL_DIM}: over {NUM_HEADS} must be even (rotary)"),
+        (hp.num_heads % hp.num_kv_heads, "{NUM_HEADS}: not divisible by {NUM_KV_HEADS}"),
+        (batch % seq, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
+        (micro % seq, "{MICRO_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
+        (batch % (micro or 1), "{TRAIN_BATCH_TOKENS}: not divisible by {MICRO_BATCH_TOKENS}"),
+        (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {TRAIN_SEQ_LEN} a rank"),
+        (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
+        (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
+        (hp.run_id in (".", "..") or "/" in hp.run_id, "{RUN_ID}: must be a plain file name"),
+        (not getattr(torch, hp.device, torch.cpu).is_available(), "{DEVICE}: PyTorch has none"),
+    ]
+    if check_places:
+        train, val = hp.eval_only or shard_paths(hp, "train"), shard_paths(hp, "val")
+        out = Path(hp.out_dir).absolute()
+        out = next(place for place in (out, *out.parents) if place.exists())
+        writable = [p.is_dir() and os.access(p, os.W_OK) for p in (out, Path(hp.save_nll).parent)]
+        nll = not hp.save_nll or (writable[1] and not Path(hp.save_nll).is_dir())
+        rules += [
+            (not Path(hp.tokenizer_path).is_file(), "{TOKENIZER_PATH}: no file (data/README.md)"),
+            (not train, "{DATA_PATH}: no fineweb_train_*.bin (data/README.md)"),
+            (not val, "{DATA_PATH}: no fineweb_val_*.bin (data/README.md)"),
+            (hp.eval_only and not Path(hp.artifact).is_file(), "{ARTIFACT}: no such file"),
+            (not writable[0], "{OUT_DIR}: cannot be written to"),
+            (not nll, "{SAVE_NLL}: no file can be made there"),
+        ]
+    shown = {name: f"{name}={getattr(hp, name.lower())}" for name in FIELDS}
+    return [text.format_map(shown) for broken, text in rules if broken]
+
+
+def settings_table() -> str:
+    """All settings as a Markdown table that is also readable in a terminal."""
+    row = "| {:26} | {:41} | {:20} | {:56} |".format
+    rows = [row(name, field.default, *field.metadata.values()) for name, field in FIELDS.items()]
+    return "\n".join([row("variable", "default", "valid", "meaning"), row(*["---"] * 4), *rows])
+
+
+def settings_dotenv(hp: Hyperparameters) -> str:
+    """The settings as a dotenv file that CONFIG accepts."""
+    texts = {name: str(getattr(hp, name.lower())) for name in FIELDS if name != "CONFIG"}
+    return "\n".join(f"{name}={shlex.quote(text) if text else ''}" for name, text in texts.items())
+
+
+# ===================================== RUN CONTEXT =====================================
+
+
+def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let `write` fill a temporary file, sync it, and rename it to `path`: all of it or nothing."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Run:
+    """A process's place in the job (rank, device, dtype) and, on rank 0, the job's logs."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        env = os.environ.get
+        self.rank, self.local_rank = int(env("RANK", "0")), int(env("LOCAL_RANK", "0"))
+        self.hp, self.world_size = hp, int(env("WORLD_SIZE", "1"))
+        self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
+        there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
+        kind = next(there) if hp.device == "auto" else hp.device
+        self.device = torch.device(kind, self.local_rank if kind == "cuda" else None)
+        # Without AMX, a CPU multiplies bf16 no faster than fp32.
+        amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and amx
+        bf16 = {"auto": fast, "bf16": True, "fp32": False}[hp.dtype]
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.forward_rows = (hp.micro_batch_tokens or FORWARD_TOKENS[kind]) // hp.train_seq_len or 1
+        self.compile = kind == "cuda" if hp.compile == "auto" else hp.compile == "1"
+
+    def start(self) -> None:
+        """Seed the generators, meet the other ranks, and open the logs with what a rerun needs."""
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(self.hp.seed)
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        if self.rank == 0:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.text = open(f"{self.dir}.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            self.metrics = open(self.dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            source = Path(__file__).read_text(encoding="utf-8")
+            print(source, "=" * 100, settings_dotenv(self.hp), sep="\n", file=self.text)
+            device = torch.cuda.get_device_name() if cuda else self.device.type
+            line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
+            line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size}"
+            self.log(line, "start", versions=line, settings=dataclasses.asdict(self.hp))
+
+    def log(self, line: str, event: str = "", **fields: Any) -> None:
+        """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
+        if self.rank == 0:
+            print(line, flush=True)
+            print(line, file=self.text)
+        if self.rank == 0 and event:
+            print(json.dumps({"event": event, **fields}), file=self.metrics)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank the values of rank 0."""
+        for tensor in tensors if self.world_size > 1 else ():
+            dist.broadcast(tensor.detach(), 0)
+
+    def clock(self, synchronize: bool = False) -> float:
+        """Seconds by rank 0's clock, the same on every rank; after the device's work, if asked."""
+        if synchronize and self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+        now = torch.tensor(time.perf_counter(), dtype=torch.float64)
+        self.broadcast([now])
+        return now.item()
+
+
+# ===================================== DATA =====================================
+# A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then uint16
+# tokens; a document is its BOS and what follows. This is the format of the published data.
+SHARD_MAGIC, SHARD_HEADER_BYTES = (20240520, 1), 1024
+SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
+FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
+IGNORE = -100  # target of a padding position: the default ignore_index of cross_entropy
+
+
+def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
+    """The shards of "train" or "val", in order; sidecars (fineweb_val_bytes_*) are not shards."""
+    return sorted(Path(hp.data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
+
+
+def map_shard(path: Path) -> np.ndarray:
+    """Memory-map a shard's tokens, uint16 (N,). Raises UserError if it is not a whole shard."""
+    magic, version, count = map(int, [*np.fromfile(path, "<i4", 3), 0, 0, 0][:3])
+    require((magic, version) == SHARD_MAGIC, f"{path}: not a token shard: no {SHARD_MAGIC} in it")
+    whole = count > 0 and path.stat().st_size == SHARD_HEADER_BYTES + 2 * count
+    require(whole, f"{path}: truncated or damaged: not as long as {count} tokens; get it again")
+    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
+
+
+class TokenStream:
+    """The shards of a split as one endless sequence that starts over after its last token."""
+
+    def __init__(self, split: str, run: Run) -> None:
+        self.paths, self.vocab_size = shard_paths(run.hp, split), run.hp.vocab_size
+        self.shards = [map_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.total = int(self.ends[-1])
+        self.read(0, min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count), uint16 (count,). Raises UserError at an impossible id."""
+        pieces, end = [], start + count
+        while start < end:
+            index = int(np.searchsorted(self.ends, start % self.total, "right"))
+            offset = start % self.total - int(self.ends[index]) + len(self.shards[index])
+            piece = self.shards[index][offset:][: end - start]
+            worst, at = int(piece.max()), f"{self.paths[index]}, token {offset + piece.argmax()}"
+            require(worst < self.vocab_size, f"{at}: id {worst}, VOCAB_SIZE={self.vocab_size}")
+            pieces.append(piece)
+            start += len(piece)
+        return np.concatenate(pieces)
+
+
+def to_rows(span: np.ndarray, rows: int, seq_len: int) -> Tensor:
+    """Cut N + 1 tokens into inputs and their targets, padded to int64 (2, rows, seq_len)."""
+    batch = torch.tensor([[0], [IGNORE]]).repeat(1, rows * seq_len)
+    batch[:, : len(span) - 1] = torch.from_numpy(np.stack((span[:-1], span[1:])).astype(np.int64))
+    return batch.view(2, rows, seq_len)
+
+
+def batches(stream: TokenStream, run: Run) -> Iterator[list[Tensor]]:
+    """Each step's micro-batches, int64 (2, rows, T) on the device, made while the last is computed.
+    Step s is the tokens from s·TRAIN_BATCH_TOKENS on, of which each rank has a contiguous share."""
+    hp, T = run.hp, run.hp.train_seq_len
+    total = hp.train_batch_tokens // T
+    share = range(total * run.rank // run.world_size, total * (run.rank + 1) // run.world_size)
+    most = math.ceil(total / run.world_size)
+    rows = math.ceil(most / math.ceil(most / run.forward_rows))
+
+    def load(step: int) -> list[Tensor]:
+        micro, start = [], step * hp.train_batch_tokens
+        for row in share[::rows]:
+            span = stream.read(start + row * T, min(rows, share.stop - row) * T + 1)
+            batch = to_rows(span, rows, T)
+            batch = batch.pin_memory() if run.device.type == "cuda" else batch
+            micro.append(batch.to(run.device, non_blocking=True))
+        return micro
+
+    with ThreadPoolExecutor(1) as worker:
+        ahead = worker.submit(load, 0)
+        for step in itertools.count(1):
+            ready, ahead = ahead.result(), worker.submit(load, step)
+            yield ready
+
+
+# ===================================== MODEL =====================================
+# Weights are fp32 masters, cast where they are used. One forward pass serves training and scoring.
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x²)) over the last dimension (arXiv 1910.07467); fp32's eps in any dtype."""
+    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+
+
+class Matrix(nn.Linear):
+    """A linear map whose fp32 weights are cast to the dtype of what they multiply."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate each pair (i, i + Dh/2) of x, (B, H, T, Dh), by cos and sin, (2, T, Dh/2)."""
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rotary
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with QK-norm and a learned gain for each query head."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        super().__init__()
+        dim, self.heads, self.kv_heads = hp.model_dim, hp.num_heads, hp.num_kv_heads
+        kv_dim = dim // self.heads * self.kv_heads
+        self.c_q, self.proj = (Matrix(dim, dim, bias=False) for _ in range(2))
+        self.c_k, self.c_v = (Matrix(dim, kv_dim, bias=False) for _ in range(2))
+        self.q_gain = nn.Parameter(torch.full((self.heads, 1, 1), hp.qk_gain_init))
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = (c(x).view(B, T, -1, D // self.heads) for c in (self.c_q, self.c_k, self.c_v))
+        q, k, v = (y.transpose(1, 2) for y in (rms_norm(q), rms_norm(k), v))
+        q, k = rotate(q, rotary) * self.q_gain.to(x.dtype), rotate(k, rotary)
+        gqa = self.kv_heads != self.heads
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class Block(nn.Module):
+    """x ← m0·x + m1·x0; x ← x + a·Attention(norm x); x ← x + b·W2·relu(W1·norm x)².
+    m0, m1, a and b are learned per channel. The MLP's relu² is Primer's (arXiv 2109.08668)."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        super().__init__()
+        dim, hidden = hp.model_dim, hp.mlp_mult * hp.model_dim
+        self.attn, self.fc = Attention(hp), Matrix(dim, hidden, bias=False)
+        self.proj = Matrix(hidden, dim, bias=False)
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(dim)) for _ in range(2))
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, dim))
+
+    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), rotary)
+        return x + self.mlp_scale.to(x.dtype) * self.proj(F.relu(self.fc(rms_norm(x))).square())
+
+
+class GPT(nn.Module):
+    """The baseline model of the challenge; `dtype` is that of its activations."""
+
+    def __init__(self, hp: Hyperparameters, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype, self.softcap, self.skips = dtype, hp.logit_softcap, hp.num_layers // 2
+        self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
+        self.blocks = nn.ModuleList(Block(hp) for _ in range(hp.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(self.skips, hp.model_dim))
+        if hp.tie_embeddings:
+            nn.init.normal_(self.tok_emb.weight, std=hp.tied_embed_init_std)
+        else:
+            self.lm_head = Matrix(hp.model_dim, hp.vocab_size, bias=False)
+        for name, weight in self.named_parameters():
+            if name.endswith(("proj.weight", "lm_head.weight")):  # what writes starts silent
+                nn.init.zeros_(weight)
+        # Rotary embeddings (arXiv 2104.09864): position t turns pair i by t·base^(-2i/Dh).
+        pairs = torch.arange(hp.model_dim // hp.num_heads // 2).double()
+        frequencies = hp.rope_base ** (-pairs / len(pairs))
+        angles = torch.outer(torch.arange(hp.train_seq_len).double(), frequencies)
+        rotary = torch.stack((angles.cos(), angles.sin())).to(dtype)
+        self.register_buffer("rotary", rotary, persistent=False)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """NLL in nats of each target given its prefix, 0 if IGNORE: int64 (B, T) to fp32 (B, T)."""
+        rotary = self.rotary[:, : inputs.size(1)]
+        x = x0 = rms_norm(self.tok_emb(inputs)).to(self.dtype)
+        stack: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if i >= self.skips and stack:
+                x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
+            x = block(x, x0, rotary)
+            if i < self.skips:
+                stack.append(x)
+        head = getattr(self, "lm_head", self.tok_emb)
+        logits = F.linear(rms_norm(x), head.weight.to(x.dtype)).float()
+        logits = self.softcap * torch.tanh(logits / self.softcap)
+        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return nll.view_as(targets)
+
+
+# ===================================== OPTIMIZERS =====================================
+CONTROL_TENSORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
+
+
+def orthogonalize(g: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix of g, (N, rows, cols), towards 1, in g's dtype.
+    Newton-Schulz: X ← aX + (bA + cA²)X with A = XXᵀ (Muon, kellerjordan.github.io/posts/muon)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.mT if g.size(-2) > g.size(-1) else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.size(-2) > g.size(-1) else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum with an orthogonalized update; the matrices of a group are of one shape.
+    M ← μM + G; W ← W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM)."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update all matrices from their gradients."""
+        for group in self.param_groups:
+            params, momentum = group["params"], group["momentum"]
+            grads = torch.stack([p.grad for p in params])
+            buffer = self.state[params[0]].setdefault("momentum_buffer", torch.zeros_like(grads))
+            buffer.mul_(momentum).add_(grads)
+            nesterov = grads.add_(buffer, alpha=momentum).to(group["dtype"])
+            scale = max(1.0, grads.size(-2) / grads.size(-1)) ** 0.5
+            for p, update in zip(params, orthogonalize(nesterov, group["steps"]), strict=True):
+                p.add_(update, alpha=-group["lr"] * scale)
+
+
+def build_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimizer]:
+    """Divide the parameters among Adam and Muon; each belongs to exactly one group."""
+    embed_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
+    adam_rates = {"tok_emb.weight": embed_lr, "lm_head.weight": hp.head_lr}
+    adam, muon = {}, {}
+    for name, p in model.named_parameters():
+        control = name.endswith(CONTROL_TENSORS)
+        lr = adam_rates.get(name, hp.scalar_lr if control else hp.matrix_lr)
+        groups, key = (adam, lr) if control or name in adam_rates else (muon, p.shape)
+        groups.setdefault(key, {"params": [], "lr": lr, "base_lr": lr})["params"].append(p)
+    owned = [p for group in (*adam.values(), *muon.values()) for p in group["params"]]
+    assert len(owned) == len(set(owned)) and set(owned) == set(model.parameters())  # noqa: PT018
+    return [
+        torch.optim.Adam([*adam.values()], betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True),
+        Muon([*muon.values()], {"steps": hp.muon_backend_steps, "dtype": model.dtype}),
+    ]
+
+
+def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
+    """The multiplier of all learning rates at `step`, `elapsed` seconds into training: 1, then
+    linearly down to 0 at the end of the run, be that ITERATIONS or the wallclock cap."""
+    left, cap = hp.iterations - step, hp.max_wallclock_seconds
+    if cap and step and elapsed:
+        left = min(left, (cap - elapsed) * step / elapsed)  # at the mean pace so far
+    warmdown = hp.warmdown_frac * (step + left) if hp.warmdown_frac != "" else hp.warmdown_iters
+    return min(1.0, max(0.0, left / warmdown)) if warmdown > 0 else 1.0
+
+
+# ===================================== EVALUATION =====================================
+# BPB = (sum of NLL / ln 2) / (bytes of the text that the scored tokens decode to). A wrong byte
+# count wins leaderboards unnoticed, so the counts are audited against decoded text first.
+SPACE = "\u2581"  # SentencePiece's marker of a space
+ADVICE = "TOKENIZER_PATH must be the tokenizer of the shards, and have a piece for a single space"
+
+
+class Tokenizer:
+    """A SentencePiece model of VOCAB_SIZE pieces, and the UTF-8 bytes that its tokens stand for."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        try:
+            self.sp = sp = SentencePieceProcessor(model_file=hp.tokenizer_path)
+        except Exception as error:
+            raise UserError(f"{hp.tokenizer_path}: not a SentencePiece model: {error}") from None
+        ids, self.pieces = range(len(sp)), [sp.id_to_piece(i) for i in range(len(sp))]
+        require(len(sp) == hp.vocab_size, f"{hp.tokenizer_path}: {len(sp)} pieces, not VOCAB_SIZE")
+        # Control, unknown and unused tokens hold no text, and a space after them does not count.
+        edges = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
+        sizes = [len(p.removeprefix(SPACE).replace(SPACE, " ").encode()) for p in self.pieces]
+        self.edge, self.byte = np.array(edges), np.array([sp.is_byte(i) for i in ids])
+        self.base = np.where(edges, 0, np.where(self.byte, 1, sizes))
+        self.lead = np.array([piece.startswith(SPACE) for piece in self.pieces]) & ~self.edge
+
+    def lengths(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of tokens[1:], each given the one before: (N,) to int64 (N - 1,)."""
+        return self.base[tokens[1:]] + (self.lead[tokens[1:]] & ~self.edge[tokens[:-1]])
+
+    def decoded_bytes(self, ids: np.ndarray) -> int:
+        """UTF-8 bytes of the text that tokens decode to, less spaces that follow a control token.
+        A plain piece goes first, since decoding strips spaces there; U+FFFD counts as one byte."""
+        plain = next((i for i, p in enumerate(self.pieces) if p.isalpha() and self.base[i]), -1)
+        require(plain >= 0, f"byte audit: no piece is a plain word; {ADVICE}")
+        parts = [part[~self.edge[part]] for part in np.split(ids, np.flatnonzero(self.edge[ids]))]
+        texts = self.sp.decode([[plain, *part.tolist()] for part in parts])
+        texts = [text.removeprefix(self.pieces[plain]).replace(SPACE, " ") for text in texts]
+        size = sum(len(text.encode()) for text in texts)
+        size -= sum(self.lead[part[:1]].sum() for part in parts)
+        if "\ufffd" in "".join(texts):
+            raw = bytes(int(self.pieces[i][3:5], 16) if self.byte[i] else 0 for i in ids)
+            escaped = raw.decode("utf-8", "surrogateescape")
+            size -= 2 * sum("\udc80" <= char <= "\udcff" for char in escaped)
+        return size
+
+    def audit(self, tokens: np.ndarray) -> None:
+        """Compare `lengths` with the decoded text of each document of tokens, uint16 (N,). Raises
+        UserError, also if most do not encode to their tokens again: another tokenizer's would."""
+        documents = np.split(tokens, np.flatnonzero(tokens == self.sp.bos_id()))
+        documents = [ids for ids in documents if len(ids)]
+        for number, ids in enumerate(documents):
+            count, size = self.base[ids[0]] + self.lengths(ids).sum(), self.decoded_bytes(ids)
+            what = f"document {number} counts {count} bytes, but decodes to {size}"
+            require(count == size, f"byte audit: validation {what}; {ADVICE}")
+        heads = [ids[1:129] for ids in documents]
+        heads = [ids[: np.argmax(np.append(self.edge[ids], True))] for ids in heads]
+        ends = [np.append(0, np.flatnonzero(self.lead[ids]))[-1] for ids in heads]  # whole words
+        words = [ids[:end].tolist() for ids, end in zip(heads, ends, strict=True)]
+        again = self.sp.encode(self.sp.decode(words))
+        differ = [number for number, ids in enumerate(words) if again[number] != ids]
+        what = f"validation documents {differ[:3]} decode to text that encodes to other tokens"
+        ours = 2 * len(differ) <= len(documents) and SPACE in self.pieces
+        require(ours, f"byte audit: {what}; {ADVICE}")
+        require(self.lengths(tokens).any(), "byte audit: the validation tokens hold no text")
+
+
+class Validation:
+    """The audited validation tokens, uint16 (N,); the bytes of the text of all but the first."""
+
+    def __init__(self, run: Run) -> None:
+        tokenizer, stream = Tokenizer(run.hp), TokenStream("val", run)
+        self.tokens = stream.read(0, min(run.hp.val_tokens or stream.total, stream.total))
+        self.text_bytes = int(tokenizer.lengths(self.tokens).sum())
+        if run.rank == 0:
+            tokenizer.audit(self.tokens)
+
+
+@torch.no_grad()
+def score(model: nn.Module, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
+    """NLL in nats of each token but the first, float32 (N - 1,); its mean, and bits per byte. Each
+    token is scored once, in sequences that do not overlap, alike on any number of ranks."""
+    count, T = len(val.tokens) - 1, run.hp.train_seq_len
+    rows = min(run.hp.val_batch_size // run.world_size // T, run.forward_rows)
+    nll, span = torch.zeros(count, device=run.device), rows * T
+    for start in range(run.rank * span, count, run.world_size * span):
+        batch, part = to_rows(val.tokens[start:][: span + 1], rows, T), nll[start:][:span]
+        part.copy_(model(*batch.to(run.device)).flatten()[: len(part)])
+    if run.world_size > 1:
+        dist.all_reduce(nll)  # each element is set on one rank and zero on the others
+    nats = float(nll.cpu().double().sum())
+    losses = {"val_loss": nats / count, "val_bpb": nats / math.log(2) / val.text_bytes}
+    return nll.cpu().numpy(), losses
+
+
+# ===================================== ARTIFACT =====================================
+# A preamble (magic, version, sizes), SHA-256, and zstd(JSON header, payload). No pickle: loading
+# checks digest and sizes before it allocates, and runs nothing.
+SCHEME, ZSTD_LEVEL = "int8_zstd", 22
+PREAMBLE, MAGIC, VERSION = struct.Struct("<6sHIQ"), b"BIRDIE", 1
+KEEP_FLOAT_NUMEL = 65536  # smaller matrices stay fp16: they cost little and are worth precision
+
+
+def stored_arrays(name: str, w: np.ndarray) -> list[np.ndarray]:
+    """The arrays whose product stands for fp32 w: fp32 for control tensors, an fp16 scale for each
+    row and int8 for matrices, fp16 for others. A row's extreme value becomes ±127, but no step is
+    finer than σ/40, whose noise is 0.7% of σ: finer ones only cost bytes."""
+    if name.endswith(CONTROL_TENSORS) or w.ndim != 2 or w.size <= KEEP_FLOAT_NUMEL:
+        return [w.astype("<f4" if name.endswith(CONTROL_TENSORS) else "<f2")]
+    scale = np.maximum(np.abs(w).max(1, keepdims=True) / 127, w.std(1, keepdims=True) / 40)
+    scale = scale.astype("<f2")  # before it is used, so that its rounding costs nothing
+    q = np.rint(w / np.where(scale > 0, scale, 1).astype(np.float32))
+    return [scale, np.clip(q, -127, 127).astype("|i1")]
+
+
+def pack_artifact(model: GPT, hp: Hyperparameters) -> bytes:
+    """Quantize and compress the weights. Raises UserError if they cannot be stored."""
+    state = {name: w.float().cpu() for name, w in model.state_dict().items()}
+    bad = [name for name, w in state.items() if not w.half().isfinite().all()]
+    require(not bad, f"no artifact: values not finite or over 65504 in {', '.join(bad)}")
+    tensors = {name: stored_arrays(name, w.numpy()) for name, w in state.items()}
+    settings = {name: str(getattr(hp, name.lower())) for name in MODEL_SETTINGS}
+    digest = hashlib.sha256(Path(hp.tokenizer_path).read_bytes()).hexdigest()
+    layout = {name: [(a.dtype.str, a.shape) for a in tensors[name]] for name in tensors}
+    header = {"scheme": SCHEME, "settings": settings, "tokenizer": digest, "tensors": layout}
+    text = json.dumps(header).encode()
+    payload = b"".join(array.tobytes() for arrays in tensors.values() for array in arrays)
+    preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(payload))
+    body = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(text + payload)
+    return preamble + hashlib.sha256(preamble + body).digest() + body
+
+
+def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
+    """The settings, with the artifact's for the model, and its fp32 weights. Raises UserError."""
+    data = path.read_bytes()
+    preamble, digest, body = data[:20], data[20:52], data[52:]
+    require(data.startswith(MAGIC) and body, f"{path}: not an artifact, or cut off at its start")
+    _, version, at, payload_size = PREAMBLE.unpack(preamble)
+    require(version == VERSION, f"{path}: format version {version}; this script reads {VERSION}")
+    require(hashlib.sha256(preamble + body).digest() == digest, f"{path}: truncated or damaged")
+    try:
+        size = zstandard.frame_content_size(body)
+        require(at + payload_size == size < 100 * len(body), "its sizes cannot be right")
+        raw, weights = zstandard.ZstdDecompressor().decompress(body), {}
+        header = json.loads(raw[:at])
+        require([*header["settings"]] == MODEL_SETTINGS, "its settings are not those of a model")
+        texts = header["settings"].items()
+        hp = dataclasses.replace(hp, **{n.lower(): parse_setting(n, text) for n, text in texts})
+        scoring = {"train_batch_tokens": hp.train_seq_len, "micro_batch_tokens": 0}
+        problems = broken_rules(dataclasses.replace(hp, **scoring), check_places=False)
+        require(not problems, "; ".join(problems))
+        with torch.device("meta"):
+            shapes = {name: [*t.shape] for name, t in GPT(hp).state_dict().items()}
+        for name, layout in header["tensors"].items():
+            whole, w = shapes.pop(name), np.float32(1)
+            int8 = [["<f2", [whole[0], 1]], ["|i1", whole]]
+            require(layout in ([["<f4", whole]], [["<f2", whole]], int8), f"{name} is not {whole}")
+            for kind, shape in layout:
+                w = w * np.frombuffer(raw, kind, math.prod(shape), at).reshape(shape)
+                at += np.dtype(kind).itemsize * math.prod(shape)
+            weights[name] = torch.from_numpy(w)
+        require(not shapes and at == size, "tensors are missing, or there is more than tensors")
+        digest = header["tokenizer"]
+    except Exception as error:  # crafted content can raise anything
+        raise UserError(f"{path}: malformed, or not for these settings: {error}") from None
+    same = hashlib.sha256(Path(hp.tokenizer_path).read_bytes()).hexdigest() == digest
+    require(same, f"{hp.tokenizer_path}: not the tokenizer that {path} was trained with")
+    return hp, weights
+
+
+# ===================================== TRAINING =====================================
+
+
+class Trainer:
+    """The model, its optimizers, and its gradients on one rank."""
+
+    def __init__(self, model: GPT, forward: nn.Module, stream: TokenStream, run: Run) -> None:
+        self.model, self.forward, self.stream, self.run = model, forward, stream, run
+        self.optimizers, self.feed = build_optimizers(model, run.hp), batches(stream, run)
+        params = list(model.parameters())  # gradients and loss share one buffer, and its operations
+        self.sums = torch.zeros(sum(p.numel() for p in params) + 1, device=run.device)
+        for p, grad in zip(params, self.sums[:-1].split([p.numel() for p in params]), strict=True):
+            p.grad = grad.view_as(p)
+
+    def step(self, step: int, elapsed: float) -> Tensor:
+        """Update the weights from the next global batch; its mean loss in nats, fp32 ()."""
+        hp = self.run.hp
+        ramp = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
+        for group in (group for opt in self.optimizers for group in opt.param_groups):
+            group["lr"] = group["base_lr"] * lr_scale(hp, step, elapsed)
+            group["momentum"] = (1 - ramp) * hp.muon_momentum_warmup_start + ramp * hp.muon_momentum
+        self.sums.zero_()
+        for inputs, targets in next(self.feed):
+            loss = self.forward(inputs, targets).sum() / hp.train_batch_tokens
+            loss.backward()
+            self.sums[-1] += loss.detach()
+        if self.run.world_size > 1:
+            dist.all_reduce(self.sums)
+        if hp.grad_clip_norm:
+            scale = hp.grad_clip_norm / (self.sums[:-1].norm() + 1e-6)
+            self.sums[:-1] *= scale.clamp(max=1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return self.sums[-1].clone()
+
+    def prime(self) -> None:
+        """Take WARMUP_STEPS steps, which compile every kernel, and undo all that they did."""
+        parts = (self.model, *self.optimizers)
+        saved = copy.deepcopy([part.state_dict() for part in parts])
+        with torch.random.fork_rng([self.run.device] * (self.run.device.type == "cuda")):
+            for step in range(self.run.hp.warmup_steps):
+                self.step(step, 0.0)
+        for part, state in zip(parts, saved, strict=True):
+            part.load_state_dict(state)
+        self.feed = batches(self.stream, self.run)
+
+
+def train(trainer: Trainer, val: Validation, run: Run) -> None:
+    """Train until ITERATIONS or the wallclock cap by rank 0's clock, which stands in validation."""
+    hp, step, elapsed, start = run.hp, 0, 0.0, run.clock(synchronize=True)
+
+    def report(event: str, losses: dict[str, float]) -> None:
+        values = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
+        ms, rate = 1e3 * elapsed, step * hp.train_batch_tokens / max(elapsed, 1e-9)
+        times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms tok_s:{rate:.0f}"
+        times_event = {"step": step, "train_time_ms": ms, "tokens_per_second": rate}
+        run.log(f"step:{step}/{hp.iterations} {values} {times}", event, **times_event, **losses)
+
+    while True:
+        capped = 0 < hp.max_wallclock_seconds <= elapsed
+        last = capped or step >= hp.iterations
+        if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
+            elapsed = run.clock(synchronize=True) - start
+            report("val", score(trainer.forward, val, run)[1])
+            start = run.clock(synchronize=True) - elapsed
+        if last:
+            break
+        loss = trainer.step(step, elapsed)
+        step, elapsed = step + 1, run.clock() - start
+        if hp.train_log_every and (step <= 10 or step % hp.train_log_every == 0):
+            report("train", {"train_loss": loss.item()})
+    if capped:
+        run.log(f"stopping_early: wallclock_cap train_time:{1e3 * elapsed:.0f}ms step:{step}")
+
+
+def main(arguments: list[str]) -> None:
+    """Train, export and score a model, or only score one, as the environment says."""
+    require(arguments in ([], ["--help"], ["--settings"]), f"{arguments}: see --help")
+    if arguments == ["--help"]:
+        return print(__doc__, settings_table(), sep="\n")
+    hp = load_settings(os.environ, check_places=not arguments)
+    if arguments == ["--settings"]:
+        return print(settings_dotenv(hp))
+    artifact = Path(hp.artifact)
+    run = Run(load_artifact(artifact, hp)[0] if hp.eval_only else hp)
+    stream = None if hp.eval_only else TokenStream("train", run)
+    val = Validation(run)
+    run.start()
+    model = GPT(run.hp, run.dtype).to(run.device)
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
+    run.log(f"val_tokens:{len(val.tokens)} val_bytes:{val.text_bytes} byte_audit:ok")
+    run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    if stream:
+        run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
+        trainer = Trainer(model, forward, stream, run)
+        trainer.prime()
+        train(trainer, val, run)
+        artifact = run.dir / "final_model.artifact"
+        if run.rank == 0:
+            atomic_write(run.dir / "final_model.pt", lambda f: torch.save(model.state_dict(), f))
+            atomic_write(artifact, lambda f: f.write(pack_artifact(model, hp)))
+    if run.rank == 0:
+        model.load_state_dict(load_artifact(artifact, hp)[1])
+    run.broadcast(model.parameters())
+    nll, final = score(forward, val, run)
+    if run.rank == 0:
+        text = " ".join(f"{name}:{value:.8f}" for name, value in final.items())
+        run.log(f"final_{SCHEME}_roundtrip_exact {text}")
+        if hp.save_nll:
+            atomic_write(Path(hp.save_nll), lambda f: np.save(f, nll))
+        code, size = (path.stat().st_size for path in (Path(__file__), artifact))
+        sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": hp.artifact_max_bytes}
+        line = f"Total submission size {SCHEME}: {code + size} bytes ({code} code, {size} artifact)"
+        run.log(line, "final", **final, **sizes)
+        over = f"{line}, over ARTIFACT_MAX_BYTES={hp.artifact_max_bytes}; all is saved"
+        require(code + size <= hp.artifact_max_bytes, over)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+        if dist.is_initialized():
+            dist.barrier()
+            os._exit(0)  # gloo's threads now and then abort a regular exit
+    except (UserError, OSError) as problem:
+        # Before they meet, the ranks of a node find the same problems: one of them speaks.
+        speaks = dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+        time.sleep(0 if speaks else 2)
+        sys.exit(f"{Path(__file__).name}: error: {problem}" if speaks else 1)
