@@ -107,6 +107,18 @@ def shard_bytes(tokens, magic: int = 20240520, version: int = 1, count: int | No
     return header.tobytes() + np.asarray(tokens).astype("<u2").tobytes()
 
 
+def random_model(hp):
+    """A model none of whose parameters is as it was initialized: every one gets a gradient."""
+    torch.manual_seed(0)
+    model = train_gpt.GPT(hp)
+    for name, p in model.named_parameters():
+        if name.endswith("weight"):
+            torch.nn.init.normal_(p, 0.0, 1.0 if name == "tok_emb.weight" else p.size(-1) ** -0.5)
+        else:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    return model
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Documents, the tokenizer trained on them, and their shards; val holds the first documents."""

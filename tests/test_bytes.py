@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import compose_documents, shard_bytes
+from conftest import compose_documents, random_model, shard_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -444,18 +444,6 @@ def make_run(folder, tokenizer, tokens, **values):
     }
     texts = {name: str(value) for name, value in {**tiny, **values}.items()}
     return tg.Run(tg.load_settings(texts, check_places=False))
-
-
-def random_model(hp):
-    """A model none of whose parameters is as it was initialized."""
-    torch.manual_seed(0)
-    model = tg.GPT(hp)
-    for name, p in model.named_parameters():
-        if name.endswith("weight"):
-            torch.nn.init.normal_(p, 0.0, 1.0 if name == "tok_emb.weight" else p.size(-1) ** -0.5)
-        else:
-            torch.nn.init.uniform_(p, 0.5, 1.5)
-    return model
 
 
 def sample_tokens(models, count):

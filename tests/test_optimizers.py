@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import shard_bytes
+from conftest import random_model, shard_bytes
 from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
@@ -37,18 +37,6 @@ def settings(**values):
     """Tiny settings, changed by `values`."""
     texts = {name: str(value) for name, value in {**TINY, **values}.items()}
     return tg.load_settings(texts, check_places=False)
-
-
-def random_model(hp):
-    """A model none of whose parameters is as it was initialized: every one gets a gradient."""
-    torch.manual_seed(0)
-    model = tg.GPT(hp)
-    for name, p in model.named_parameters():
-        if name.endswith("weight"):
-            torch.nn.init.normal_(p, 0.0, 1.0 if name == "tok_emb.weight" else p.size(-1) ** -0.5)
-        else:
-            torch.nn.init.uniform_(p, 0.5, 1.5)
-    return model
 
 
 # ---- orthogonalize
