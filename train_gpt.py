@@ -206,15 +206,29 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
         writable = [p.is_dir() and os.access(p, os.W_OK) for p in (out, Path(hp.save_nll).parent)]
         nll = not hp.save_nll or (writable[1] and not Path(hp.save_nll).is_dir())
         rules += [
-            (not Path(hp.tokenizer_path).is_file(), "{TOKENIZER_PATH}: no file (data/README.md)"),
-            (not train, "{DATA_PATH}: no fineweb_train_*.bin (data/README.md)"),
-            (not val, "{DATA_PATH}: no fineweb_val_*.bin (data/README.md)"),
+            (not Path(hp.tokenizer_path).is_file(), "{TOKENIZER_PATH}: no such file; {GET}"),
+            (not train, "{DATA_PATH}: no fineweb_train_*.bin; {GET}"),
+            (not val, "{DATA_PATH}: no fineweb_val_*.bin; {GET}"),
             (hp.eval_only and not Path(hp.artifact).is_file(), "{ARTIFACT}: no such file"),
             (not writable[0], "{OUT_DIR}: cannot be written to"),
             (not nll, "{SAVE_NLL}: no file can be made there"),
         ]
     shown = {name: f"{name}={getattr(hp, name.lower())}" for name in FIELDS}
+    shown["GET"] = how_to_get(Path(hp.data_path))
     return [text.format_map(shown) for broken, text in rules if broken]
+
+
+def how_to_get(folder: Path) -> str:
+    """How to come by a dataset and its tokenizer, as far as the name of its folder tells."""
+    home, variant = folder.parent.parent, folder.name.removeprefix("fineweb10B_")
+    if folder.name.startswith("sample_"):
+        command = "python data/prepare.py --sample"
+    elif variant != folder.name:
+        command = f"python data/download.py --variant {shlex.quote(variant)}"
+    else:
+        return "make it from your text: data/README.md"
+    elsewhere = folder.parent.name == "datasets" and home.resolve() != Path("data").resolve()
+    return f"get it: {command}" + (f" --out {shlex.quote(str(home))}" if elsewhere else "")
 
 
 def settings_table() -> str:
@@ -333,8 +347,8 @@ def map_shard(path: Path) -> np.ndarray:
 class TokenStream:
     """The shards of a split as one endless sequence that starts over after its last token."""
 
-    def __init__(self, split: str, run: Run) -> None:
-        self.paths, self.vocab_size = shard_paths(run.hp, split), run.hp.vocab_size
+    def __init__(self, split: str, run: Run, ids: int = 0) -> None:
+        self.paths, self.ids = shard_paths(run.hp, split), ids or run.hp.vocab_size
         self.shards = [map_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.total = int(self.ends[-1])
@@ -348,7 +362,7 @@ class TokenStream:
             offset = start % self.total - int(self.ends[index]) + len(self.shards[index])
             piece = self.shards[index][offset:][: end - start]
             worst, at = int(piece.max()), f"{self.paths[index]}, token {offset + piece.argmax()}"
-            require(worst < self.vocab_size, f"{at}: id {worst}, VOCAB_SIZE={self.vocab_size}")
+            require(worst < self.ids, f"{at}: id {worst}, VOCAB_SIZE={self.ids}")
             pieces.append(piece)
             start += len(piece)
         return np.concatenate(pieces)
@@ -558,20 +572,41 @@ SPACE = "\u2581"  # SentencePiece's marker of a space
 ADVICE = "TOKENIZER_PATH must be the tokenizer of the shards, and have a piece for a single space"
 
 
+def byte_level_model(path: str) -> bytes:
+    """The published byte-level vocabulary, described in a JSON file, as a SentencePiece model (a
+    protobuf): ids 0 to 3 are pad, BOS, EOS and unknown, id 4 + b is the byte b."""
+    config = json.loads(Path(path).read_bytes())["config"]
+    layout = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_offset": 4}
+    require(config == {**layout, "byte_count": 256}, f"{config}: an unknown layout")
+
+    def message(tag: int, content: bytes) -> bytes:
+        return bytes([tag << 3 | 2, len(content)]) + content
+
+    pieces = [("<pad>", 3), ("<s>", 3), ("</s>", 3), ("<unk>", 2)]  # type 3 control, 6 byte
+    pieces += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    parts = [(1, message(1, text.encode()) + bytes([3 << 3, kind])) for text, kind in pieces]
+    trainer = bytes.fromhex("1804 980201 c00203 c80201 d00202 d80200")  # characters, bytes; the ids
+    normalizer = message(1, b"identity") + bytes.fromhex("1800 2000 2800")  # which changes nothing
+    return b"".join(message(*part) for part in (*parts, (2, trainer), (3, normalizer)))
+
+
 class Tokenizer:
     """A SentencePiece model of VOCAB_SIZE pieces, and the UTF-8 bytes that its tokens stand for."""
 
     def __init__(self, hp: Hyperparameters) -> None:
+        path = hp.tokenizer_path
         try:
-            self.sp = sp = SentencePieceProcessor(model_file=hp.tokenizer_path)
+            model = byte_level_model(path) if path.endswith(".json") else Path(path).read_bytes()
+            self.sp = sp = SentencePieceProcessor(model_proto=model)
         except Exception as error:
-            raise UserError(f"{hp.tokenizer_path}: not a SentencePiece model: {error}") from None
+            raise UserError(f"{path}: not a SentencePiece model: {error}") from None
         ids, self.pieces = range(len(sp)), [sp.id_to_piece(i) for i in range(len(sp))]
         require(len(sp) == hp.vocab_size, f"{hp.tokenizer_path}: {len(sp)} pieces, not VOCAB_SIZE")
         # Control, unknown and unused tokens hold no text, and a space after them does not count.
         edges = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
         sizes = [len(p.removeprefix(SPACE).replace(SPACE, " ").encode()) for p in self.pieces]
         self.edge, self.byte = np.array(edges), np.array([sp.is_byte(i) for i in ids])
+        self.byte_level = bool((self.byte | self.edge).all())  # no piece is more than a byte
         self.base = np.where(edges, 0, np.where(self.byte, 1, sizes))
         self.lead = np.array([piece.startswith(SPACE) for piece in self.pieces]) & ~self.edge
 
@@ -582,11 +617,12 @@ class Tokenizer:
     def decoded_bytes(self, ids: np.ndarray) -> int:
         """UTF-8 bytes of the text that tokens decode to, less spaces that follow a control token.
         A plain piece goes first, since decoding strips spaces there; U+FFFD counts as one byte."""
-        plain = next((i for i, p in enumerate(self.pieces) if p.isalpha() and self.base[i]), -1)
-        require(plain >= 0, f"byte audit: no piece is a plain word; {ADVICE}")
+        plain = [i for i, p in enumerate(self.pieces) if p.isalpha() and self.base[i]][:1]
+        require(plain or self.byte_level, f"byte audit: no piece is a plain word; {ADVICE}")
         parts = [part[~self.edge[part]] for part in np.split(ids, np.flatnonzero(self.edge[ids]))]
-        texts = self.sp.decode([[plain, *part.tolist()] for part in parts])
-        texts = [text.removeprefix(self.pieces[plain]).replace(SPACE, " ") for text in texts]
+        texts = self.sp.decode([[*plain, *part.tolist()] for part in parts])
+        prefix, space = "".join(self.pieces[i] for i in plain), SPACE if self.byte_level else " "
+        texts = [text.removeprefix(prefix).replace(SPACE, space) for text in texts]
         size = sum(len(text.encode()) for text in texts)
         size -= sum(self.lead[part[:1]].sum() for part in parts)
         if "\ufffd" in "".join(texts):
@@ -606,25 +642,37 @@ class Tokenizer:
             require(count == size, f"byte audit: validation {what}; {ADVICE}")
         heads = [ids[1:129] for ids in documents]
         heads = [ids[: np.argmax(np.append(self.edge[ids], True))] for ids in heads]
-        ends = [np.append(0, np.flatnonzero(self.lead[ids]))[-1] for ids in heads]  # whole words
+        first = self.lead | np.array([piece == "<0x20>" for piece in self.pieces])  # of a word
+        ends = [np.append(0, np.flatnonzero(first[ids]))[-1] for ids in heads]
         words = [ids[:end].tolist() for ids, end in zip(heads, ends, strict=True)]
         again = self.sp.encode(self.sp.decode(words))
         differ = [number for number, ids in enumerate(words) if again[number] != ids]
         what = f"validation documents {differ[:3]} decode to text that encodes to other tokens"
-        ours = 2 * len(differ) <= len(documents) and SPACE in self.pieces
+        ours = 2 * len(differ) <= len(documents) and (self.byte_level or SPACE in self.pieces)
         require(ours, f"byte audit: {what}; {ADVICE}")
         require(self.lengths(tokens).any(), "byte audit: the validation tokens hold no text")
 
 
 class Validation:
-    """The audited validation tokens, uint16 (N,); the bytes of the text of all but the first."""
+    """The audited validation tokens, uint16 (N,); the bytes of the text of all but the first, as
+    the tokens decode, or as the sidecar says, which a tokenizer that changes the text needs."""
 
     def __init__(self, run: Run) -> None:
         tokenizer, stream = Tokenizer(run.hp), TokenStream("val", run)
         self.tokens = stream.read(0, min(run.hp.val_tokens or stream.total, stream.total))
-        self.text_bytes = int(tokenizer.lengths(self.tokens).sum())
+        self.text_bytes = decoded = int(tokenizer.lengths(self.tokens).sum())
         if run.rank == 0:
             tokenizer.audit(self.tokens)
+        self.note = f"val_tokens:{len(self.tokens)} val_bytes:{decoded} byte_audit:ok"
+        if shard_paths(run.hp, "val_bytes"):
+            sidecar = TokenStream("val_bytes", run, 2**16)
+            same = [*map(len, sidecar.shards)] == [*map(len, stream.shards)]
+            require(same, f"{sidecar.paths[0]}: the sidecars are not as long as their shards")
+            sizes = sidecar.read(0, len(self.tokens))
+            wrong = sizes[self.tokens == tokenizer.sp.bos_id()].any() or not sizes[1:].any()
+            require(not wrong, f"{sidecar.paths[0]}: counts bytes for BOS, or none at all")
+            self.text_bytes = int(sizes[1:].sum(dtype=np.int64))
+            self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
 
 
 @torch.no_grad()
@@ -809,7 +857,7 @@ def main(arguments: list[str]) -> None:
     run.start()
     model = GPT(run.hp, run.dtype).to(run.device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
-    run.log(f"val_tokens:{len(val.tokens)} val_bytes:{val.text_bytes} byte_audit:ok")
+    run.log(val.note)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     if stream:
         run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
