@@ -1,0 +1,433 @@
+"""From documents to a dataset: tokens in parallel, the frozen order, the splits, the shards.
+
+    source -> chunks of text -> tokens and an index of the documents, on disk -> order -> shards
+
+Memory is bounded whatever the input: text is held a few chunks at a time, and the index lies in a
+file. A chunk's files name what they were made from, so an interrupted run goes on from them.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import platform
+import re
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import sentencepiece as spm
+from checks import check_files, file_records, read_manifest
+from shards import DataError, ProgressBar, ShardWriter, WorkerPool, replacing
+from vocabulary import (
+    BYTE_LEVEL_SIZE,
+    TRAINER_OPTIONS,
+    byte_level_model,
+    concatenate,
+    file_digest,
+    fit_sidecar,
+    load_vocabulary,
+    train_tokenizer,
+)
+
+CHUNK_CHARS = 2**21  # of text in one task of a process: bounds the memory, changes no result
+OWN_FILES = r"manifest\.json|fineweb_(train|val|val_bytes)_\d{6}\.bin"
+VAL_DOCS = 50_000  # in the challenge's split; of fewer documents, the job's val_fraction
+# One document: where its tokens lie, its UTF-8 bytes, what its tokens decode to, and a digest of
+# the tokens, by which training documents that also stand in validation are found.
+ENTRY = np.dtype(
+    {
+        "names": ["chunk", "start", "tokens", "bytes", "decoded_bytes", "digest"],
+        "formats": ["<u4", "<u8", "<u4", "<u4", "<u4", "V16"],
+    }
+)
+
+
+class Source(Protocol):
+    """Where documents come from."""
+
+    total_bytes: int  # of the inputs as they are stored; 0 if not known
+    read_bytes: int
+    skipped: Counter[str]
+
+    def texts(self) -> Iterator[str]:
+        """The documents, in order."""
+
+    def inputs(self) -> list[dict[str, Any]]:
+        """Names, sizes and digests of what was read, for the manifest."""
+
+    def options(self) -> dict[str, Any]:
+        """How the documents are made from it, for the manifest."""
+
+    def unchanged(self, inputs: list[dict[str, Any]]) -> bool:
+        """Whether a manifest's inputs are these, before they are read."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make from the documents."""
+
+    name: str
+    out: Path  # the data folder
+    tokenizer: Path | None  # one to reuse
+    vocab_size: int  # of one to train, or 0
+    byte_level: bool
+    tokenizer_bytes: int  # of text at most that a tokenizer is trained on
+    val_docs: int | None
+    val_fraction: float
+    shuffle_seed: int | None
+    shard_tokens: int
+    byte_sidecar: bool
+    processes: int
+
+    def options(self) -> dict[str, Any]:
+        """What shapes the result, for the manifest."""
+        names = ("val_docs", "val_fraction", "shuffle_seed", "shard_tokens", "byte_sidecar")
+        options = {name: getattr(self, name) for name in names}
+        if self.vocab_size:
+            trainer = {"vocab_size": self.vocab_size, **TRAINER_OPTIONS}
+            options |= {"tokenizer": trainer, "tokenizer_bytes": self.tokenizer_bytes}
+        elif self.byte_level:
+            options["tokenizer"] = "byte-level"
+        else:
+            options["tokenizer"] = {"sha256": file_digest(self.tokenizer)}
+        return options
+
+
+# ---- tokens: chunks of documents, encoded in parallel, and an index of the documents
+
+
+def chunked(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of about CHUNK_CHARS characters."""
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= CHUNK_CHARS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def chunk_file(work: Path, number: int, kind: str) -> Path:
+    """Where the "tokens", "bytes" (of the sidecar) or "index" of a chunk lie."""
+    return work / f"chunk_{number:06d}.{kind}"
+
+
+def encode_chunk(
+    work: Path, number: int, texts: list[str], tokenizer: Path, sidecar: bool
+) -> np.ndarray:
+    """Write the tokens of the texts to a chunk's files and return its ENTRY of each text. The index
+    is written last and begins with a digest of what it was made from, so that an interrupted run
+    can be gone on with."""
+    encoded_texts = [text.encode() for text in texts]
+    lengths = np.array([len(text) for text in encoded_texts])
+    key = hashlib.sha256(f"{file_digest(tokenizer)} {sidecar} {ENTRY}".encode())
+    for part in (lengths.tobytes(), *encoded_texts):
+        key.update(part)
+    index = chunk_file(work, number, "index")
+    if index.exists() and (made := index.read_bytes()).startswith(key.digest()):
+        return np.frombuffer(made, ENTRY, offset=len(key.digest()))
+    vocabulary = load_vocabulary(tokenizer)
+    documents = vocabulary.encode(texts)
+    entries = np.zeros(len(texts), ENTRY)
+    entries["chunk"], entries["bytes"] = number, lengths
+    entries["tokens"] = [len(ids) for ids in documents]
+    entries["start"] = np.cumsum(entries["tokens"]) - entries["tokens"]
+    entries["decoded_bytes"] = [vocabulary.lengths(ids).sum() for ids in documents]
+    digests = [hashlib.blake2b(ids, digest_size=16).digest() for ids in documents]
+    entries["digest"] = np.frombuffer(b"".join(digests), "V16")
+    with replacing(chunk_file(work, number, "tokens")) as file:
+        file.writelines(documents)
+    if sidecar:
+        with replacing(chunk_file(work, number, "bytes")) as file:
+            for text, ids in zip(texts, documents, strict=True):
+                if len(ids):
+                    file.write(fit_sidecar(vocabulary.original_bytes(text, len(ids))))
+    with replacing(index) as file:
+        file.write(key.digest() + entries.tobytes())
+    return entries
+
+
+def encode_chunks(
+    chunks: Iterable[list[str]], job: Job, work: Path, tokenizer: Path, source: Source
+) -> Iterator[np.ndarray]:
+    """`encode_chunk` of each chunk, in order, in job.processes processes beside this one, with a
+    progress bar of the inputs' bytes."""
+    bar = ProgressBar(
+        total=source.total_bytes or None, unit="B", unit_scale=True, desc="tokenizing"
+    )
+    pending: deque[tuple[Future[np.ndarray], int]] = deque()
+
+    def first() -> np.ndarray:
+        future, read = pending.popleft()
+        entries = future.result()
+        bar.update(read - bar.n)
+        return entries
+
+    pool = WorkerPool(job.processes)
+    try:
+        for number, texts in enumerate(chunks):
+            task = pool.submit(encode_chunk, work, number, texts, tokenizer, job.byte_sidecar)
+            pending.append((task, source.read_bytes))
+            if len(pending) > 2 * job.processes:
+                yield first()
+        while pending:
+            yield first()
+    except BrokenProcessPool:
+        raise DataError("a tokenizing process died: out of memory? (fewer --processes)") from None
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- splits: the frozen order, and which documents of it go where
+
+
+def frozen_order(count: int, seed: int | None, work: Path) -> np.ndarray:
+    """The order of `count` documents, int64 (N,): as they came, or shuffled. It lies in a file, so
+    that it takes no memory that the system cannot have back."""
+    with open(work / "order", "wb") as file:  # a full disk is an error here, in a map it kills
+        for start in range(0, count, 2**20):
+            file.write(np.arange(start, min(start + 2**20, count), dtype="<i8").data)
+    order = np.memmap(work / "order", "<i8", "r+", shape=(count,))
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(order.view(np.ndarray))
+    return order
+
+
+def validation_size(job: Job, count: int) -> int:
+    """How many of `count` documents are for validation. Raises DataError unless both splits get
+    some."""
+    share = max(1, round(count * job.val_fraction))
+    size = min(VAL_DOCS, share) if job.val_docs is None else job.val_docs
+    if not 0 < size < count:
+        raise DataError(
+            f"{count:,} document(s) and {size:,} of them for validation: each of the two splits "
+            "needs one (--val-docs; --max-document-bytes cuts a long text into several)"
+        )
+    return size
+
+
+def tokenizer_texts(
+    chunks: Iterable[list[str]], val: np.ndarray, text_bytes: int, limit: int
+) -> Iterator[str]:
+    """Training documents, spread evenly, of about `limit` bytes; `val` numbers those not to use."""
+    every, left_out = -(-text_bytes // limit), set(val.tolist())
+    texts = enumerate(chain.from_iterable(chunks))
+    return islice((text for number, text in texts if number not in left_out), 0, None, every)
+
+
+def write_split(
+    split: str, numbers: np.ndarray, index: np.ndarray, left_out: set[bytes], job: Job, work: Path
+) -> tuple[Counter[str], Counter[str], set[bytes]]:
+    """Write the shards of a split, and the sidecars of validation, into work/dataset, without the
+    documents whose digest is in `left_out`. Returns counts of what was written, documents skipped
+    by reason, and the digests of validation documents."""
+    vocabulary = load_vocabulary(staged_tokenizer(job, work))
+    mapped = lru_cache(256)(
+        lambda chunk, kind: np.memmap(chunk_file(work, chunk, kind), "<u2", "r")
+    )
+    counts: Counter[str] = Counter(documents=0, tokens=0, bytes=0, decoded_bytes=0)
+    skipped: Counter[str] = Counter()
+    digests: set[bytes] = set()
+    with (
+        ShardWriter(work / "dataset", split, job.shard_tokens) as shards,
+        ShardWriter(work / "dataset", f"{split}_bytes", job.shard_tokens) as sidecars,
+    ):
+        for entry in ordered_entries(index, numbers):
+            chunk, start, tokens, size, decoded, digest = entry
+            if not tokens or digest in left_out:
+                skipped["duplicate of validation" if tokens else "no tokens"] += 1
+                continue
+            ids = mapped(chunk, "tokens")[start : start + tokens]
+            shards.write(concatenate([ids], vocabulary.bos))
+            counts.update(documents=1, tokens=tokens + 1, bytes=size, decoded_bytes=decoded)
+            if split == "val":
+                check_bytes(vocabulary.decoded_bytes([ids]), decoded)
+                digests.add(digest)
+                if job.byte_sidecar:
+                    sizes = mapped(chunk, "bytes")[start : start + tokens]
+                    sidecars.write(np.append(np.uint16(0), sizes))
+    return counts, skipped, digests
+
+
+def ordered_entries(index: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    """The ENTRY of each of these documents, as a tuple."""
+    for start in range(0, len(numbers), 2**16):
+        yield from index[numbers[start : start + 2**16]].tolist()
+
+
+def check_bytes(decoded: int, counted: int) -> None:
+    """Raise DataError unless a document's tokens decode to as many bytes as its pieces have."""
+    if decoded != counted:
+        raise DataError(f"byte audit: a document counts {counted} bytes but decodes to {decoded}")
+
+
+# ---- from documents to a dataset
+
+
+class Spool:
+    """A file that holds chunks of text, for when they are read twice: the tokenizer is trained on
+    them before they are tokenized, and standard input cannot be read again."""
+
+    def __init__(self, path: Path, chunks: Iterable[list[str]], source: Source) -> None:
+        self.path, self.documents, self.text_bytes, self.read_bytes = path, 0, 0, 0
+        bar = ProgressBar(
+            total=source.total_bytes or None, unit="B", unit_scale=True, desc="reading"
+        )
+        with open(path, "wb") as file, bar:
+            for texts in chunks:
+                pickle.dump(texts, file)
+                self.documents += len(texts)
+                self.text_bytes += sum(len(text.encode()) for text in texts)
+                bar.update(source.read_bytes - bar.n)
+        self.total_bytes = path.stat().st_size
+
+    def chunks(self) -> Iterator[list[str]]:
+        """The chunks, from the start."""
+        with open(self.path, "rb") as file:
+            while file.tell() < self.total_bytes:
+                texts = pickle.load(file)
+                self.read_bytes = file.tell()
+                yield texts
+
+
+def tokenizer_name(job: Job) -> str:
+    """The file name of the tokenizer that the dataset is made with."""
+    if job.vocab_size:
+        return f"{job.name}_{job.vocab_size}_bpe.model"
+    return "byte_260.model" if job.byte_level else job.tokenizer.name
+
+
+def staged_tokenizer(job: Job, work: Path) -> Path:
+    """Where the tokenizer lies until the dataset is whole."""
+    return work / tokenizer_name(job)
+
+
+def stage_tokenizer(job: Job, work: Path, spool: Spool | None) -> Path:
+    """Write the tokenizer, copied, described, or trained on the spool's training documents. Raises
+    DataError if it would take the place of one that this dataset does not own."""
+    if job.tokenizer:
+        model = job.tokenizer.read_bytes()
+    elif job.byte_level:
+        model = byte_level_model()
+    else:
+        size = validation_size(job, spool.documents)
+        val = frozen_order(spool.documents, job.shuffle_seed, work)[:size]
+        print(f"training a tokenizer of {job.vocab_size} pieces ...", flush=True)
+        texts = tokenizer_texts(spool.chunks(), val, spool.text_bytes, job.tokenizer_bytes)
+        model = train_tokenizer(texts, job.vocab_size)
+    kept = job.out / "tokenizers" / tokenizer_name(job)
+    own = not job.tokenizer and (dataset_folder(job) / "manifest.json").exists()
+    if kept.exists() and not own and kept.read_bytes() != model:
+        raise DataError(f"{kept}: there is another tokenizer of this name; rename one of them")
+    with replacing(staged_tokenizer(job, work)) as file:
+        file.write(model)
+    return staged_tokenizer(job, work)
+
+
+def write_index(entries: Iterable[np.ndarray], work: Path) -> np.ndarray:
+    """The ENTRY of every document, in a file, since there may be many."""
+    with open(work / "index", "wb") as file:
+        for part in entries:
+            file.write(part.tobytes())
+    if not (work / "index").stat().st_size:
+        raise DataError("the inputs hold no document; see what was skipped, above")
+    return np.memmap(work / "index", ENTRY, "r")
+
+
+def build(job: Job, source: Source, work: Path) -> dict[str, Any]:
+    """Make tokenizer and shards in the folder `work`, and return the manifest."""
+    chunks, progress, spool = chunked(source.texts()), source, None
+    if job.vocab_size:
+        spool = progress = Spool(work / "texts", chunks, source)
+    tokenizer = stage_tokenizer(job, work, spool)
+    chunks = spool.chunks() if spool else chunks
+    index = write_index(encode_chunks(chunks, job, work, tokenizer, progress), work)
+    order = frozen_order(len(index), job.shuffle_seed, work)
+    size = validation_size(job, len(index))
+    shutil.rmtree(work / "dataset", ignore_errors=True)
+    (work / "dataset").mkdir()
+    val, empty, digests = write_split("val", order[:size], index, set(), job, work)
+    train, skipped, _ = write_split("train", order[size:], index, digests, job, work)
+    for split, counts in (("validation", val), ("training", train)):
+        if not counts["documents"]:
+            raise DataError(f"no {split} document is left: all are empty or duplicates")
+    return {
+        **recipe(job, source),
+        "skipped": dict(sorted((source.skipped + empty + skipped).items())),
+        "splits": {"val": dict(val), "train": dict(train)},
+        "tokenizer": {
+            "path": f"../../tokenizers/{tokenizer.name}",
+            "sha256": file_digest(tokenizer),
+            "vocab_size": load_vocabulary(tokenizer).size,
+        },
+        "files": file_records(work / "dataset"),
+    }
+
+
+def recipe(job: Job, source: Source) -> dict[str, Any]:
+    """What determines a dataset, for its manifest: inputs, options, and versions of the tools."""
+    return {
+        "inputs": source.inputs(),
+        "options": job.options() | source.options(),
+        "versions": {"python": platform.python_version(), "sentencepiece": spm.__version__},
+    }
+
+
+def dataset_folder(job: Job) -> Path:
+    """Where the dataset will be."""
+    size = load_vocabulary(job.tokenizer).size if job.tokenizer else job.vocab_size
+    kind = f"sp{size}" if size and size != BYTE_LEVEL_SIZE else "byte260"
+    return job.out / "datasets" / f"{job.name}_{kind}"
+
+
+def publish(job: Job, work: Path, manifest: dict[str, Any]) -> None:
+    """Move tokenizer and dataset to their places; the dataset, in one step, to where nothing or an
+    older one was."""
+    folder, model = dataset_folder(job), staged_tokenizer(job, work)
+    with replacing(work / "dataset" / "manifest.json") as file:
+        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+    (job.out / "tokenizers").mkdir(exist_ok=True)
+    os.replace(model, job.out / "tokenizers" / model.name)
+    shutil.rmtree(work / "replaced", ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, work / "replaced")
+    os.rename(work / "dataset", folder)
+    shutil.rmtree(work)
+
+
+def check_place(job: Job) -> None:
+    """Raise DataError if something else lies in the dataset's folder, which will be replaced."""
+    folder = dataset_folder(job)
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    foreign = sorted(name for name in names if not re.fullmatch(OWN_FILES, name))
+    if "manifest.json" not in names:  # then the shards are not ours either
+        foreign = sorted(names)
+    if foreign:
+        what = f"{foreign[0]}, which prepare.py has not made"
+        raise DataError(f"{folder}: holds {what}; move it, or choose another --name")
+
+
+def is_current(job: Job, source: Source) -> bool:
+    """Whether the dataset is there, whole, and made from the same."""
+    folder = dataset_folder(job)
+    try:
+        manifest = read_manifest(folder)
+        model = folder / manifest["tokenizer"]["path"]
+        same = manifest["options"] == job.options() | source.options()
+        same = same and source.unchanged(manifest["inputs"])
+        same = same and manifest["versions"] == recipe(job, source)["versions"]
+        return same and bool(check_files(folder, manifest, model))
+    except (OSError, KeyError, DataError):
+        return False

@@ -1,0 +1,198 @@
+"""Vocabularies: text to token ids and back, and how many bytes of text each token stands for.
+
+The count follows the challenge's rule for bits per byte: control, unknown and unused tokens are 0
+bytes, byte tokens 1, others the UTF-8 of their piece, where the leading "▁" is a space that counts
+unless the previous token is a control token.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece as spm
+from shards import DataError
+
+SPACE = "\u2581"  # SentencePiece's marker of a space
+LINE_BYTES = 4000  # the trainer ignores longer lines (its max_sentence_length is 4192)
+TRAINER_OPTIONS: dict[str, Any] = {
+    "model_type": "bpe",
+    "character_coverage": 0.999,
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "nmt_nfkc",
+    "add_dummy_prefix": False,
+    "pad_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "unk_id": 3,
+    "hard_vocab_limit": False,
+    "num_threads": 1,  # the model file records it, so it must not follow the machine
+}
+BYTE_LEVEL_SIZE = 260
+# The published byte-level vocabulary's description, in fineweb_pure_byte_260.json.
+BYTE_LEVEL_CONFIG = {
+    **{"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3},
+    **{"byte_offset": 4, "byte_count": 256},
+}
+
+
+def byte_level_model() -> bytes:
+    """The byte-level vocabulary as a SentencePiece model (a protobuf), which any of its users can
+    load: ids 0 to 3 are pad, BOS, EOS and unknown, and id 4 + b is the byte b."""
+
+    def message(tag: int, content: bytes) -> bytes:
+        return bytes([tag << 3 | 2, len(content)]) + content
+
+    control, unknown, byte = 3, 2, 6  # types of pieces
+    pieces = [("<pad>", control), ("<s>", control), ("</s>", control), ("<unk>", unknown)]
+    pieces += [(f"<0x{value:02X}>", byte) for value in range(256)]
+    texts = [message(1, text.encode()) + bytes([3 << 3, kind]) for text, kind in pieces]
+    # model_type = CHAR, byte_fallback, unk_id, bos_id, eos_id, pad_id
+    trainer = bytes.fromhex("1804 980201 c00203 c80201 d00202 d80200")
+    # No dummy prefix, no removal of whitespace, no escaping of it.
+    normalizer = message(1, b"identity") + bytes.fromhex("1800 2000 2800")
+    return (
+        b"".join(message(1, text) for text in texts) + message(2, trainer) + message(3, normalizer)
+    )
+
+
+class Vocabulary:
+    """A SentencePiece model. Documents are token arrays, uint16 (N,), without BOS."""
+
+    def __init__(self, model: bytes) -> None:
+        self.sp = sp = spm.SentencePieceProcessor(model_proto=model)
+        self.size, self.bos = len(sp), sp.bos_id()
+        ids, pieces = range(self.size), [sp.id_to_piece(i) for i in range(self.size)]
+        silent = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
+        sizes = [len(piece.removeprefix(SPACE).replace(SPACE, " ").encode()) for piece in pieces]
+        self.silent = np.array(silent)
+        self.base = np.where([sp.is_byte(i) for i in ids], 1, sizes) * ~self.silent
+        self.lead = np.array([piece.startswith(SPACE) for piece in pieces]) & ~self.silent
+        self.plain = [i for i in ids if pieces[i].isalpha() and not silent[i]][:1]
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The tokens of each text."""
+        encoded = self.sp.encode(texts, return_type="numpy", num_threads=1)
+        return [ids.astype(np.uint16) for ids in encoded]
+
+    def lengths(self, tokens: np.ndarray) -> np.ndarray:
+        """The bytes of text that each token of a stream stands for, int64 (N,); what precedes the
+        first token counts as a control token."""
+        after_silent = np.append(True, self.silent[tokens[:-1]])[: len(tokens)]
+        return self.base[tokens] + (self.lead[tokens] & ~after_silent)
+
+    def decoded_bytes(self, documents: list[np.ndarray]) -> int:
+        """UTF-8 bytes of the text that the documents decode to, by decoding it."""
+        # Decoding strips leading spaces, so a plain piece goes first, and one space is not counted.
+        parts = [part for ids in documents for part in self._voiced(ids)]
+        texts = self.sp.decode([[*self.plain, *part.tolist()] for part in parts])
+        spaces = sum(int(self.lead[part[0]]) for part in parts)
+        plain = sum(int(self.base[i]) for i in self.plain) * len(parts)
+        return sum(len(text.encode()) for text in texts) - spaces - plain
+
+    def _voiced(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """The runs of tokens between those that hold no text."""
+        for part in np.split(ids, np.flatnonzero(self.silent[ids])):
+            voiced = part[~self.silent[part]]
+            if len(voiced):
+                yield voiced
+
+    def original_bytes(self, text: str, count: int) -> np.ndarray:
+        """The bytes of the original text that each of its `count` tokens stands for, int64 (N,);
+        their sum is that of the text's UTF-8, whatever the tokenizer's normalization did."""
+        spans = self.sp.encode(text, return_type="offset_mapping", return_bytes=True)["offsets"]
+        ends = np.array([end for _, end in spans])
+        ends[-1] = len(text.encode())  # the last token stands for what was stripped behind it
+        assert len(ends) == count
+        return np.diff(ends, prepend=0)
+
+
+@cache
+def load_vocabulary(path: Path) -> Vocabulary:
+    """The tokenizer in a file: a SentencePiece model, or the JSON of the byte-level one (.json).
+    Raises DataError if it is neither, or does not fit the shard format; OSError."""
+    model = path.read_bytes()
+    try:
+        if path.suffix == ".json":
+            config = json.loads(model)["config"]
+            if config != BYTE_LEVEL_CONFIG:
+                raise ValueError(f"{config}: an unknown byte-level layout")
+            model = byte_level_model()
+        vocabulary = Vocabulary(model)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: not a tokenizer: {error}") from None
+    if vocabulary.size > 2**16 or vocabulary.bos < 0:
+        raise DataError(f"{path}: shards need a BOS and at most 65,536 ids")
+    return vocabulary
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of the texts; long ones broken at spaces, since the trainer ignores them whole."""
+    for line in (line for text in texts for line in text.splitlines() if line.strip()):
+        start = 0
+        while len(line[start : start + LINE_BYTES + 1].encode()) > LINE_BYTES:
+            end = start + LINE_BYTES // 4  # a character is at most 4 bytes
+            space = line.rfind(" ", start + 1, end)
+            end = space if space > 0 else end
+            yield line[start:end]
+            start = end
+        yield line[start:]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A SentencePiece model trained on the lines of the texts with the challenge's options, as the
+    bytes of its file. Raises DataError if they do not suffice for `vocab_size` pieces and a "▁"
+    piece of its own, without which every lone space would become three byte tokens."""
+    model = io.BytesIO()
+    options = {"vocab_size": vocab_size, "minloglevel": 2, **TRAINER_OPTIONS}
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=training_lines(texts), model_writer=model, **options
+        )
+    except RuntimeError as error:
+        raise DataError(f"SentencePiece cannot train a tokenizer on this text: {error}") from None
+    tokenizer = spm.SentencePieceProcessor(model_proto=model.getvalue())
+    if tokenizer.vocab_size() != vocab_size:
+        raise DataError(
+            f"the text gives a tokenizer of {tokenizer.vocab_size()} pieces, "
+            f"{vocab_size} were asked for: use more text"
+        )
+    if tokenizer.piece_to_id(SPACE) == tokenizer.unk_id():
+        raise DataError("the tokenizer has no piece for a lone space (▁): use more text")
+    return model.getvalue()
+
+
+def fit_sidecar(sizes: np.ndarray, limit: int = 2**16 - 1) -> np.ndarray:
+    """Bytes per token as a sidecar holds them, uint16 (N,): what a token has over `limit` (a run of
+    65,536 blanks) goes to those behind it, and at the end to those before. The sum is kept.
+    Raises DataError if it cannot be."""
+    sizes = sizes.copy()
+    for order in (range(len(sizes)), range(len(sizes) - 1, -1, -1)):
+        carry = 0
+        for i in order if sizes.max(initial=0) > limit else ():
+            carry += sizes[i]
+            sizes[i] = min(carry, limit)
+            carry -= sizes[i]
+        if carry:
+            sizes[order[-1]] += carry
+    if sizes.max(initial=0) > limit:
+        raise DataError(f"{sizes.sum():,} bytes in {len(sizes)} tokens do not fit a byte sidecar")
+    return sizes.astype(np.uint16)
+
+
+def concatenate(documents: Sequence[np.ndarray], bos: int) -> np.ndarray:
+    """The documents as one stream, each after its BOS, uint16 (N,)."""
+    start = np.array([bos], np.uint16)
+    parts = [part for ids in documents for part in (start, ids)]
+    return np.concatenate(parts) if parts else start[:0]
