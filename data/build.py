@@ -131,7 +131,7 @@ def encode_chunk(
     can be gone on with."""
     encoded_texts = [text.encode() for text in texts]
     lengths = np.array([len(text) for text in encoded_texts])
-    key = hashlib.sha256(f"{file_digest(tokenizer)} {sidecar} {ENTRY}".encode())
+    key = hashlib.sha256(f"{file_digest(tokenizer)} {spm.__version__} {sidecar} {ENTRY}".encode())
     for part in (lengths.tobytes(), *encoded_texts):
         key.update(part)
     index = chunk_file(work, number, "index")

@@ -227,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("prepare.py: interrupted; the same command goes on from here", file=sys.stderr)
+        hint = "" if args.check else "; the same command goes on from here"
+        print(f"prepare.py: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 

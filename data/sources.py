@@ -31,7 +31,7 @@ KNOWN = ".txt, .md and .jsonl (also .gz, .zst or .xz), and .parquet"
 READ_BYTES = 1 << 18
 # Zstandard packs up to 128 KiB into 4 bytes: this bounds what one step can unpack to 8 MiB.
 UNPACK_BYTES = 256
-MEMORY_BYTES = 1 << 28  # what an .xz file may ask for; Zstandard's own limit is a window of 2^27
+MEMORY_BYTES = 1 << 30  # what an .xz file may ask for; Zstandard's own limit is a window of 2^27
 LINE_BYTES = 1 << 28
 PEEK_BYTES = 1 << 20
 PARQUET_ROWS = 64
@@ -456,6 +456,8 @@ class Source:
     def _stdin_records(self) -> Iterator[Iterator[Document]]:
         if self._stdin_read:
             raise DataError("standard input can be read only once: give a file instead of -")
+        if sys.stdin is None:
+            raise DataError("standard input is closed: there is nothing to read as -")
         self._stdin_read = True
         stored = self._stored(STDIN_LABEL, lambda: nullcontext(sys.stdin.buffer))
         kind, chunks = self.stdin_kind, without_bom(stored)

@@ -1057,3 +1057,17 @@ def test_without_the_library_hf_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
         read("hf:some/thing")
+
+
+def test_an_xz_file_with_a_large_dictionary_is_read(tmp_path):
+    """Of 256 MiB, as large archives of text have."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 256 * MIB}]
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(lzma.compress(b'{"text": "a"}\n', filters=filters))
+    assert texts(path) == ["a"]
+
+
+def test_closed_standard_input_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DataError, match="closed"):
+        read("-")
