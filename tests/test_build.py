@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import lzma
 import random
 import struct
 import sys
@@ -601,3 +602,28 @@ def test_validation_documents_are_decoded_while_the_set_is_made(
     source = jsonl(tmp_path / "in.jsonl", TEXTS)
     assert prepare_main(source, "--tokenizer", dataset.tokenizer, "--out", tmp_path) == 1
     assert "byte audit" in capsys.readouterr().err
+
+
+# ---- real text
+
+
+@pytest.mark.parametrize("size", [1024, 8192])
+def test_the_shared_corpus_is_as_an_independent_encoding_of_it(tmp_path, size):
+    """With the published tokenizers: tokens as SentencePiece gives them, bytes as it decodes them."""
+    shared = Path(__file__).resolve().parent.parent.parent / "shared"
+    source, model = shared / "corpus/val.jsonl.xz", shared / f"tokenizers/fineweb_{size}_bpe.model"
+    if not (source.exists() and model.exists()):
+        pytest.skip("no shared corpus here")
+    assert prepare_main(source, "--tokenizer", model, "--out", tmp_path, "--val-docs", 100) == 0
+    folder = tmp_path / f"datasets/mine_sp{size}"
+    sp = spm.SentencePieceProcessor(model_file=str(model))
+    texts = [json.loads(line)["text"] for line in lzma.open(source)]
+    expected = [[sp.bos_id(), *ids] for ids in sp.encode(texts)]
+    counts = json.loads((folder / "manifest.json").read_text())["splits"]
+    for split, part in (("val", slice(100)), ("train", slice(100, None))):
+        tokens = np.fromfile(folder / f"fineweb_{split}_000000.bin", "<u2", offset=1024)
+        assert tokens.tolist() == [i for ids in expected[part] for i in ids]
+        assert counts[split]["bytes"] == sum(len(text.encode()) for text in texts[part])
+        decoded = sp.decode(expected[part])
+        if size == 8192:  # the other one has no byte fallback: unknown characters decode to " ⁇ "
+            assert counts[split]["decoded_bytes"] == sum(len(text.encode()) for text in decoded)
