@@ -609,7 +609,7 @@ def test_validation_documents_are_decoded_while_the_set_is_made(
 
 @pytest.mark.parametrize("size", [1024, 8192])
 def test_the_shared_corpus_is_as_an_independent_encoding_of_it(tmp_path, size):
-    """With the published tokenizers: tokens as SentencePiece gives them, bytes as it decodes them."""
+    """With the published tokenizers: tokens are SentencePiece's, bytes those of its decoding."""
     shared = Path(__file__).resolve().parent.parent.parent / "shared"
     source, model = shared / "corpus/val.jsonl.xz", shared / f"tokenizers/fineweb_{size}_bpe.model"
     if not (source.exists() and model.exists()):
@@ -617,7 +617,8 @@ def test_the_shared_corpus_is_as_an_independent_encoding_of_it(tmp_path, size):
     assert prepare_main(source, "--tokenizer", model, "--out", tmp_path, "--val-docs", 100) == 0
     folder = tmp_path / f"datasets/mine_sp{size}"
     sp = spm.SentencePieceProcessor(model_file=str(model))
-    texts = [json.loads(line)["text"] for line in lzma.open(source)]
+    with lzma.open(source) as file:
+        texts = [json.loads(line)["text"] for line in file]
     expected = [[sp.bos_id(), *ids] for ids in sp.encode(texts)]
     counts = json.loads((folder / "manifest.json").read_text())["splits"]
     for split, part in (("val", slice(100)), ("train", slice(100, None))):
