@@ -17,6 +17,7 @@ H heads, Dh head dim, V vocabulary, N tokens.
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -71,13 +72,10 @@ class Hyperparameters:
     run_id: str = setting("", "", "name of the run; empty: a random UUID")
     out_dir: str = setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>")
     seed: int = setting(1337, "[0, 4294967295]", "seeds Python's, NumPy's and PyTorch's generators")
-    device: str = setting(
-        "auto", "auto, cuda, mps, cpu", "auto: the first of the three that is there"
-    )
-    dtype: str = setting(
-        "auto", "auto, bf16, fp32", "compute type; auto: bf16 on CUDA and AMX CPUs"
-    )
+    device: str = setting("auto", "auto, cuda, mps, cpu", "auto: the first of these that is there")
+    dtype: str = setting("auto", "auto, bf16, fp32", "auto: bf16 on CUDA and on CPUs with AMX")
     compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: on CUDA only")
+    attention: str = setting("auto", "auto, sdpa, cudnn, fa2, fa3, fa4", "auto: the fastest here")
     val_batch_size: int = setting(524288, "[1, inf)", "tokens per validation batch, all ranks")
     val_loss_every: int = setting(1000, "[0, inf)", "validate every N steps; 0: at the end only")
     train_log_every: int = setting(200, "[0, inf)", "log every N steps and steps 1-10; 0: never")
@@ -90,6 +88,8 @@ class Hyperparameters:
     max_wallclock_seconds: float = setting(600.0, "[0, inf)", "training time at most; 0: no cap")
     warmdown_iters: int = setting(1200, "[0, inf)", "last steps, in which the rates fall to 0")
     warmdown_frac: float | str = setting("", "[0, 1]", "or: share of the run; empty: off")
+    final_lr_frac: float = setting(0.0, "[0, 1]", "where the warmdown ends, of the full rates")
+    ema_decay: float = setting(0.0, "[0, 1)", "export the moving average of the weights; 0: off")
     warmup_steps: int = setting(20, "[0, inf)", "steps that prime the kernels and are undone")
     train_batch_tokens: int = setting(524288, "[1, inf)", "tokens per optimizer step, all ranks")
     micro_batch_tokens: int = setting(0, "[0, inf)", "tokens per forward pass; 0: by the device")
@@ -99,9 +99,22 @@ class Hyperparameters:
     model_dim: int = setting(512, "[1, 65536]", "width of the residual stream")
     num_heads: int = setting(8, "[1, 65536]", "query heads; divides MODEL_DIM")
     num_kv_heads: int = setting(4, "[1, 65536]", "key and value heads; divides NUM_HEADS")
-    mlp_mult: int = setting(2, "[1, 64]", "MLP hidden width, in units of MODEL_DIM")
+    mlp_mult: float = setting(2.0, "(0, 64]", "MLP hidden width, in units of MODEL_DIM")
+    mlp_act: str = setting("relu2", "relu2, leaky_relu2", "the MLP's activation")
+    mlp_leaky_slope: float = setting(0.5, "[0, 1]", "leaky_relu2: slope of its negative side")
     tie_embeddings: int = setting(1, "0, 1", "the output head is the token embedding")
     rope_base: float = setting(10000.0, "(0, inf)", "base of the rotary frequencies")
+    rope_dims: int = setting(0, "[0, 65536]", "rotated channels of each head; 0: all")
+    rope_scaling: str = setting("none", "none, linear, ntk, yarn", "beyond the trained length")
+    eval_seq_len: int = setting(0, "[0, inf)", "context in validation; 0: TRAIN_SEQ_LEN")
+    eval_stride: int = setting(0, "[0, inf)", "tokens a sliding window moves on; 0: no overlap")
+    eval_doc_isolated: int = setting(0, "0, 1", "validate without attention across documents")
+    xsa_last_n: int = setting(0, "[0, inf)", "last layers with exclusive self-attention")
+    smear_gate: int = setting(0, "0, 1", "mix each embedding with the one before it")
+    bigram_buckets: int = setting(0, "[0, inf)", "rows for hashed pairs of tokens; 0: off")
+    bigram_dim: int = setting(128, "[1, 65536]", "width of those rows")
+    ln_scale: int = setting(0, "0, 1", "divide layer i's normed inputs by the root of i + 1")
+    ortho_init: int = setting(0, "0, 1", "orthogonal matrices; the writing ones scaled")
     logit_softcap: float = setting(30.0, "(0, inf)", "c in c*tanh(logits/c)")
     qk_gain_init: float = setting(1.5, "(-inf, inf)", "initial gain of each query head")
     embed_lr: float = setting(0.6, "[0, inf)", "Adam, token embedding, untied")
@@ -117,6 +130,9 @@ class Hyperparameters:
     beta1: float = setting(0.9, "[0, 1)", "Adam, first moment")
     beta2: float = setting(0.95, "[0, 1)", "Adam, second moment")
     adam_eps: float = setting(1e-8, "[0, inf)", "Adam, added to the denominator")
+    muon_wd: float = setting(0.0, "[0, inf)", "decoupled weight decay, matrices of the blocks")
+    adam_wd: float = setting(0.0, "[0, inf)", "decoupled weight decay, gains, scales and head")
+    embed_wd: float = setting(0.0, "[0, inf)", "decoupled weight decay, embeddings")
     grad_clip_norm: float = setting(0.0, "[0, inf)", "cap on the global gradient norm; 0: off")
 
 
@@ -185,15 +201,22 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
 def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
     """What is wrong between settings that are each valid, and with the places that they name."""
     seq, batch, micro = hp.train_seq_len, hp.train_batch_tokens, hp.micro_batch_tokens
-    least = seq * int(os.environ.get("WORLD_SIZE", "1"))
+    context, head_dim = hp.eval_seq_len or seq, hp.model_dim // hp.num_heads
+    least, rope = context * int(os.environ.get("WORLD_SIZE", "1")), hp.rope_dims or head_dim
     rules = [
         (hp.model_dim % hp.num_heads, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
-        (hp.model_dim // hp.num_heads % 2, "{MODEL_DIM}: over {NUM_HEADS} must be even (rotary)"),
+        (head_dim % 2, "{MODEL_DIM}: over {NUM_HEADS} must be even (rotary)"),
+        (rope % 2 or rope > head_dim, "{ROPE_DIMS}: must be even, and at most the head's width"),
+        (hp.rope_scaling == "ntk" and rope == 2, "{ROPE_SCALING}: ntk needs {ROPE_DIMS} over 2"),
+        (hp.mlp_mult * hp.model_dim < 1, "{MLP_MULT}: under one channel at {MODEL_DIM}"),
+        (hp.bigram_buckets == 1, "{BIGRAM_BUCKETS}: use 0, or 2 and more"),
+        (hp.xsa_last_n > hp.num_layers, "{XSA_LAST_N}: over {NUM_LAYERS}"),
+        (hp.eval_stride > context, "{EVAL_STRIDE}: over {CONTEXT}"),
         (hp.num_heads % hp.num_kv_heads, "{NUM_HEADS}: not divisible by {NUM_KV_HEADS}"),
         (batch % seq, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
         (micro % seq, "{MICRO_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
         (batch % (micro or 1), "{TRAIN_BATCH_TOKENS}: not divisible by {MICRO_BATCH_TOKENS}"),
-        (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {TRAIN_SEQ_LEN} a rank"),
+        (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {CONTEXT} a rank"),
         (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
         (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
         (hp.run_id in (".", "..") or "/" in hp.run_id, "{RUN_ID}: must be a plain file name"),
@@ -214,6 +237,7 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
             (not nll, "{SAVE_NLL}: no file can be made there"),
         ]
     shown = {name: f"{name}={getattr(hp, name.lower())}" for name in FIELDS}
+    shown["CONTEXT"] = shown["EVAL_SEQ_LEN" if hp.eval_seq_len else "TRAIN_SEQ_LEN"]
     shown["GET"] = how_to_get(Path(hp.data_path))
     return [text.format_map(shown) for broken, text in rules if broken]
 
@@ -286,6 +310,7 @@ class Run:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
+        attention = choose_attention(self)
         if self.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         if self.rank == 0:
@@ -296,7 +321,8 @@ class Run:
             print(source, "=" * 100, settings_dotenv(self.hp), sep="\n", file=self.text)
             device = torch.cuda.get_device_name() if cuda else self.device.type
             line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
-            line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size}"
+            line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size} "
+            line += f"attention:{attention}"
             self.log(line, "start", versions=line, settings=dataclasses.asdict(self.hp))
 
     def log(self, line: str, event: str = "", **fields: Any) -> None:
@@ -321,6 +347,28 @@ class Run:
         return now.item()
 
 
+def choose_attention(run: Run) -> str:
+    """Point scaled_dot_product_attention at the kernel that ATTENTION names, or at the fastest that
+    is here, and return its name. FlashAttention 3 and 4 are packages that register with PyTorch; 2
+    and cuDNN's come with it. Raises UserError if a kernel that was named is not to be had."""
+    fast, problem = run.device.type == "cuda" and run.dtype == torch.bfloat16, ""
+    major = torch.cuda.get_device_capability()[0] if fast else 0
+    best = {9: ("fa3", "fa4", "cudnn"), 10: ("fa4", "cudnn"), 8: ("fa2",)}.get(major, ())
+    head_dim = run.hp.model_dim // run.hp.num_heads
+    best = (*best, "sdpa") if head_dim % 8 == 0 and head_dim <= 128 else ("sdpa",)
+    for kernel in best if run.hp.attention == "auto" else (run.hp.attention,):
+        try:
+            require(fast or kernel == "sdpa", "needs CUDA and DTYPE=bf16")
+            if kernel in ("fa3", "fa4"):
+                torch.nn.attention.activate_flash_attention_impl(kernel.upper())
+            if kernel == "cudnn":
+                torch.backends.cuda.enable_flash_sdp(False)
+            return kernel
+        except Exception as error:  # a missing package, or one that was built for another machine
+            problem = str(error)
+    raise UserError(f"ATTENTION={run.hp.attention}: {problem}")
+
+
 # ===================================== DATA =====================================
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then uint16
 # tokens; a document is its BOS and what follows. This is the format of the published data.
@@ -328,6 +376,7 @@ SHARD_MAGIC, SHARD_HEADER_BYTES = (20240520, 1), 1024
 SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
 FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
 IGNORE = -100  # target of a padding position: the default ignore_index of cross_entropy
+BOS = 1  # begins every document, in all published vocabularies
 
 
 def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
@@ -404,9 +453,10 @@ def batches(stream: TokenStream, run: Run) -> Iterator[list[Tensor]]:
 # Weights are fp32 masters, cast where they are used. One forward pass serves training and scoring.
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x²)) over the last dimension (arXiv 1910.07467); fp32's eps in any dtype."""
-    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale·x / sqrt(mean(x²)) over the last dimension (arXiv 1910.07467); fp32's eps always."""
+    y = F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+    return y if scale == 1.0 else y * scale
 
 
 class Matrix(nn.Linear):
@@ -416,17 +466,35 @@ class Matrix(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
+    """cos and sin of t·f for positions t and frequencies f_i = base^(-2i/r), double (2, T, r/2)
+    (arXiv 2104.09864). Where T is s times the trained length, linear divides f by s, ntk takes
+    base·s^(r/(r-2)), and yarn divides slow frequencies by s and leaves fast ones (2309.00071)."""
+    r, s = hp.rope_dims or hp.model_dim // hp.num_heads, max(1.0, length / hp.train_seq_len)
+    base = hp.rope_base * (s ** (r / (r - 2)) if hp.rope_scaling == "ntk" else 1.0)
+    part = torch.arange(r // 2).double() / (r // 2)
+    yarn = 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
+    f = base**-part / {"linear": s, "yarn": yarn}.get(hp.rope_scaling, 1.0)
+    angles = torch.outer(torch.arange(length).double(), f)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate each pair (i, i + Dh/2) of x, (B, H, T, Dh), by cos and sin, (2, T, Dh/2)."""
-    (a, b), (cos, sin) = x.chunk(2, dim=-1), rotary
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Rotate each pair (i, i + r/2) of x's first r channels, (B, H, T, Dh), by cos and sin,
+    (2, T, r/2)."""
+    (cos, sin), r = rotary, 2 * rotary.size(-1)
+    (a, b), rest = x[..., :r].chunk(2, dim=-1), x[..., r:]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with QK-norm and a learned gain for each query head."""
+    """Causal grouped-query attention with QK-norm and a learned gain for each query head. In the
+    last XSA_LAST_N layers the part of the result along the token's own value is taken out (XSA,
+    arXiv 2603.09078): y ← y - (y·v̂)v̂, with v̂ = v/|v|."""
 
-    def __init__(self, hp: Hyperparameters) -> None:
+    def __init__(self, hp: Hyperparameters, layer: int) -> None:
         super().__init__()
+        self.exclusive = layer >= hp.num_layers - hp.xsa_last_n
         dim, self.heads, self.kv_heads = hp.model_dim, hp.num_heads, hp.num_kv_heads
         kv_dim = dim // self.heads * self.kv_heads
         self.c_q, self.proj = (Matrix(dim, dim, bias=False) for _ in range(2))
@@ -440,6 +508,9 @@ class Attention(nn.Module):
         q, k = rotate(q, rotary) * self.q_gain.to(x.dtype), rotate(k, rotary)
         gqa = self.kv_heads != self.heads
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        if self.exclusive:
+            own, grouped = F.normalize(v, dim=-1).unsqueeze(2), y.unflatten(1, (self.kv_heads, -1))
+            y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -447,10 +518,13 @@ class Block(nn.Module):
     """x ← m0·x + m1·x0; x ← x + a·Attention(norm x); x ← x + b·W2·relu(W1·norm x)².
     m0, m1, a and b are learned per channel. The MLP's relu² is Primer's (arXiv 2109.08668)."""
 
-    def __init__(self, hp: Hyperparameters) -> None:
+    def __init__(self, hp: Hyperparameters, layer: int) -> None:
         super().__init__()
-        dim, hidden = hp.model_dim, hp.mlp_mult * hp.model_dim
-        self.attn, self.fc = Attention(hp), Matrix(dim, hidden, bias=False)
+        dim, hidden = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
+        leaky = functools.partial(F.leaky_relu, negative_slope=hp.mlp_leaky_slope)
+        self.act = leaky if hp.mlp_act == "leaky_relu2" else F.relu
+        self.scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
+        self.attn, self.fc = Attention(hp, layer), Matrix(dim, hidden, bias=False)
         self.proj = Matrix(hidden, dim, bias=False)
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, dim))
@@ -458,38 +532,69 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, rotary: Tensor) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), rotary)
-        return x + self.mlp_scale.to(x.dtype) * self.proj(F.relu(self.fc(rms_norm(x))).square())
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x, self.scale), rotary)
+        return x + self.mlp_scale.to(x.dtype) * self.proj(
+            self.act(self.fc(rms_norm(x, self.scale))).square()
+        )
+
+
+class BigramHash(nn.Module):
+    """A vector for each token and the one before it, from row (36313·t_i XOR 27191·t_{i-1}) mod
+    (B - 1) of a table of B, or row B - 1 at `starts`, where there is no token before it."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        super().__init__()
+        self.table = nn.Embedding(hp.bigram_buckets, hp.bigram_dim)
+        self.expand = Matrix(hp.bigram_dim, hp.model_dim, bias=False)
+        self.bigram_scale = nn.Parameter(torch.tensor(0.05))
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, inputs: Tensor, starts: Tensor) -> Tensor:
+        last = self.table.num_embeddings - 1
+        rows = (36313 * inputs ^ 27191 * inputs.roll(1, 1)) % last
+        return self.bigram_scale * self.expand(self.table(torch.where(starts, last, rows)))
 
 
 class GPT(nn.Module):
-    """The baseline model of the challenge; `dtype` is that of its activations."""
+    """The baseline model of the challenge and, by settings, that of its pull request 369; `dtype`
+    is that of its activations."""
 
     def __init__(self, hp: Hyperparameters, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.dtype, self.softcap, self.skips = dtype, hp.logit_softcap, hp.num_layers // 2
         self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
-        self.blocks = nn.ModuleList(Block(hp) for _ in range(hp.num_layers))
+        self.bigram = BigramHash(hp) if hp.bigram_buckets else None
+        self.smear = nn.Parameter(torch.zeros(hp.model_dim)) if hp.smear_gate else None
+        self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(hp.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.skips, hp.model_dim))
         if hp.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=hp.tied_embed_init_std)
         else:
             self.lm_head = Matrix(hp.model_dim, hp.vocab_size, bias=False)
         for name, weight in self.named_parameters():
-            if name.endswith(("proj.weight", "lm_head.weight")):  # what writes starts silent
+            writes = name.endswith("proj.weight")
+            if hp.ortho_init and name.startswith("blocks.") and name.endswith(".weight"):
+                nn.init.orthogonal_(weight, (2 * hp.num_layers) ** -0.5 if writes else 1.0)
+            elif writes or name == "lm_head.weight":  # what writes starts silent
                 nn.init.zeros_(weight)
-        # Rotary embeddings (arXiv 2104.09864): position t turns pair i by t·base^(-2i/Dh).
-        pairs = torch.arange(hp.model_dim // hp.num_heads // 2).double()
-        frequencies = hp.rope_base ** (-pairs / len(pairs))
-        angles = torch.outer(torch.arange(hp.train_seq_len).double(), frequencies)
-        rotary = torch.stack((angles.cos(), angles.sin())).to(dtype)
-        self.register_buffer("rotary", rotary, persistent=False)
+        # One table for trained lengths, one for the longer context of validation.
+        for name, length in (("short", hp.train_seq_len), ("long", hp.eval_seq_len)):
+            self.register_buffer(name, rotary_table(hp, length).to(dtype), persistent=False)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """NLL in nats of each target given its prefix, 0 if IGNORE: int64 (B, T) to fp32 (B, T)."""
-        rotary = self.rotary[:, : inputs.size(1)]
-        x = x0 = rms_norm(self.tok_emb(inputs)).to(self.dtype)
-        stack: list[Tensor] = []
+        T = inputs.size(1)
+        rotary = (self.short if self.short.size(1) >= T else self.long)[:, :T]
+        x = self.tok_emb(inputs)
+        if self.bigram is not None or self.smear is not None:
+            starts = (inputs == BOS).index_fill(1, inputs.new_zeros(1), True)
+        if self.bigram is not None:
+            x = x + self.bigram(inputs, starts)
+        x = rms_norm(x).to(self.dtype)
+        if self.smear is not None:  # nothing of a document reaches the next one
+            gate = torch.sigmoid(self.smear).to(x.dtype) * ~starts[..., None]
+            x = x + gate * (x.roll(1, 1) - x)
+        x0, stack = x, []
         for i, block in enumerate(self.blocks):
             if i >= self.skips and stack:
                 x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
@@ -504,7 +609,10 @@ class GPT(nn.Module):
 
 
 # ===================================== OPTIMIZERS =====================================
-CONTROL_TENSORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")
+CONTROL_TENSORS = (
+    *("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights"),
+    *("smear", "bigram_scale"),
+)
 
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
@@ -533,36 +641,43 @@ class Muon(torch.optim.Optimizer):
             buffer.mul_(momentum).add_(grads)
             nesterov = grads.add_(buffer, alpha=momentum).to(group["dtype"])
             scale = max(1.0, grads.size(-2) / grads.size(-1)) ** 0.5
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for p, update in zip(params, orthogonalize(nesterov, group["steps"]), strict=True):
                 p.add_(update, alpha=-group["lr"] * scale)
 
 
 def build_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimizer]:
-    """Divide the parameters among Adam and Muon; each belongs to exactly one group."""
-    embed_lr = hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr
-    adam_rates = {"tok_emb.weight": embed_lr, "lm_head.weight": hp.head_lr}
+    """Divide the parameters among AdamW and Muon; each belongs to exactly one group."""
+    embed = (hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.embed_wd)
+    rates = {"tok_emb.weight": embed, "bigram.table.weight": embed}
+    rates["lm_head.weight"] = (hp.head_lr, hp.adam_wd)
     adam, muon = {}, {}
     for name, p in model.named_parameters():
         control = name.endswith(CONTROL_TENSORS)
-        lr = adam_rates.get(name, hp.scalar_lr if control else hp.matrix_lr)
-        groups, key = (adam, lr) if control or name in adam_rates else (muon, p.shape)
-        groups.setdefault(key, {"params": [], "lr": lr, "base_lr": lr})["params"].append(p)
+        other = (hp.scalar_lr, hp.adam_wd) if control else (hp.matrix_lr, hp.muon_wd)
+        lr, decay = rates.get(name, other)
+        groups, key = (adam, (lr, decay)) if control or name in rates else (muon, p.shape)
+        group = {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay}
+        groups.setdefault(key, group)["params"].append(p)
     owned = [p for group in (*adam.values(), *muon.values()) for p in group["params"]]
     assert len(owned) == len(set(owned)) and set(owned) == set(model.parameters())  # noqa: PT018
+    betas = (hp.beta1, hp.beta2)
     return [
-        torch.optim.Adam([*adam.values()], betas=(hp.beta1, hp.beta2), eps=hp.adam_eps, fused=True),
+        torch.optim.AdamW([*adam.values()], betas=betas, eps=hp.adam_eps, fused=True),
         Muon([*muon.values()], {"steps": hp.muon_backend_steps, "dtype": model.dtype}),
     ]
 
 
 def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
     """The multiplier of all learning rates at `step`, `elapsed` seconds into training: 1, then
-    linearly down to 0 at the end of the run, be that ITERATIONS or the wallclock cap."""
+    linearly down to FINAL_LR_FRAC at the end, be that ITERATIONS or the wallclock cap."""
     left, cap = hp.iterations - step, hp.max_wallclock_seconds
     if cap and step and elapsed:
         left = min(left, (cap - elapsed) * step / elapsed)  # at the mean pace so far
     warmdown = hp.warmdown_frac * (step + left) if hp.warmdown_frac != "" else hp.warmdown_iters
-    return min(1.0, max(0.0, left / warmdown)) if warmdown > 0 else 1.0
+    full = min(1.0, max(0.0, left / warmdown)) if warmdown > 0 else 1.0
+    return full + (1 - full) * hp.final_lr_frac
 
 
 # ===================================== EVALUATION =====================================
@@ -675,21 +790,54 @@ class Validation:
             self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
 
 
+def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
+    """What scoring reads: int64 (W, 3) of first input, end of the inputs, and first input whose
+    target is scored there; together, each target once. A window moves on by EVAL_STRIDE, its end by
+    less at the end of the stream or, with EVAL_DOC_ISOLATED, of the document, which its first
+    window begins; so a target's context is as long as the window allows."""
+    length, end, spans = hp.eval_seq_len or hp.train_seq_len, len(tokens) - 1, []
+    stride = hp.eval_stride or length
+    starts = np.flatnonzero(tokens[:-1] == BOS) if hp.eval_doc_isolated else []
+    for begin, stop in itertools.pairwise(np.unique([0, *starts, end]).tolist()):
+        spans.append((begin, min(begin + length, stop), begin))
+        for done in range(begin + length, stop, stride):
+            upto = min(done + stride, stop)
+            spans.append((done if stride == length else upto - length, upto, done))
+    return np.array(spans)
+
+
 @torch.no_grad()
 def score(model: nn.Module, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
     """NLL in nats of each token but the first, float32 (N - 1,); its mean, and bits per byte. Each
-    token is scored once, in sequences that do not overlap, alike on any number of ranks."""
-    count, T = len(val.tokens) - 1, run.hp.train_seq_len
-    rows = min(run.hp.val_batch_size // run.world_size // T, run.forward_rows)
-    nll, span = torch.zeros(count, device=run.device), rows * T
-    for start in range(run.rank * span, count, run.world_size * span):
-        batch, part = to_rows(val.tokens[start:][: span + 1], rows, T), nll[start:][:span]
-        part.copy_(model(*batch.to(run.device)).flatten()[: len(part)])
+    token is scored once, and alike on any number of ranks."""
+    hp, count, spans = run.hp, len(val.tokens) - 1, windows(val.tokens, run.hp)
+    # Documents are read in rows of a few lengths, each of which is compiled. One is the trained
+    # length, so that no shorter document has the rotary table of longer ones.
+    longest = hp.eval_seq_len or hp.train_seq_len
+    short = [longest // 8, longest // 4, longest // 2, min(hp.train_seq_len, longest)]
+    sizes = np.unique([longest, *(short if hp.eval_doc_isolated else [])]).clip(1)
+    lengths = sizes[np.searchsorted(sizes, spans[:, 1] - spans[:, 0])]
+    tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
+    # All NLL stays on the device until the end; the last one is for what is not scored.
+    nll = torch.zeros(count + 1, device=run.device)
+    for T in np.unique(lengths).tolist():
+        most = min(hp.val_batch_size // run.world_size, run.forward_rows * hp.train_seq_len)
+        rows = max(1, most // T)
+        group = torch.from_numpy(spans[lengths == T])
+        group = F.pad(group, (0, 0, 0, -len(group) % rows)).to(run.device)
+        for part in group.split(rows)[run.rank :: run.world_size]:
+            first, stop, scored = part.T[..., None]
+            at = first + torch.arange(T, device=run.device)
+            ours = (at >= scored) & (at < stop)
+            inputs, targets = (tokens[(at + i).clamp(max=count)].long() for i in (0, 1))
+            nll[torch.where(ours, at, count)] = model(inputs, torch.where(ours, targets, IGNORE))
+    nll = nll[:-1]
     if run.world_size > 1:
         dist.all_reduce(nll)  # each element is set on one rank and zero on the others
-    nats = float(nll.cpu().double().sum())
+    nll = nll.cpu().numpy()
+    nats = float(nll.sum(dtype=np.float64))
     losses = {"val_loss": nats / count, "val_bpb": nats / math.log(2) / val.text_bytes}
-    return nll.cpu().numpy(), losses
+    return nll, losses
 
 
 # ===================================== ARTIFACT =====================================
@@ -743,8 +891,9 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         raw, weights = zstandard.ZstdDecompressor().decompress(body), {}
         header = json.loads(raw[:at])
         require([*header["settings"]] == MODEL_SETTINGS, "its settings are not those of a model")
-        texts = header["settings"].items()
-        hp = dataclasses.replace(hp, **{n.lower(): parse_setting(n, text) for n, text in texts})
+        values = {n: parse_setting(n, text) for n, text in header["settings"].items()}
+        asked = [n for n in values if n[:5] == "EVAL_" and getattr(hp, n.lower())]  # for this score
+        hp = dataclasses.replace(hp, **{n.lower(): v for n, v in values.items() if n not in asked})
         scoring = {"train_batch_tokens": hp.train_seq_len, "micro_batch_tokens": 0}
         problems = broken_rules(dataclasses.replace(hp, **scoring), check_places=False)
         require(not problems, "; ".join(problems))
@@ -752,12 +901,12 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
             shapes = {name: [*t.shape] for name, t in GPT(hp).state_dict().items()}
         for name, layout in header["tensors"].items():
             whole, w = shapes.pop(name), np.float32(1)
-            int8 = [["<f2", [whole[0], 1]], ["|i1", whole]]
+            int8 = [["<f2", [*whole[:1], 1]], ["|i1", whole]]
             require(layout in ([["<f4", whole]], [["<f2", whole]], int8), f"{name} is not {whole}")
             for kind, shape in layout:
                 w = w * np.frombuffer(raw, kind, math.prod(shape), at).reshape(shape)
                 at += np.dtype(kind).itemsize * math.prod(shape)
-            weights[name] = torch.from_numpy(w)
+            weights[name] = torch.from_numpy(np.asarray(w))
         require(not shapes and at == size, "tensors are missing, or there is more than tensors")
         digest = header["tokenizer"]
     except Exception as error:  # crafted content can raise anything
@@ -780,6 +929,8 @@ class Trainer:
         self.sums = torch.zeros(sum(p.numel() for p in params) + 1, device=run.device)
         for p, grad in zip(params, self.sums[:-1].split([p.numel() for p in params]), strict=True):
             p.grad = grad.view_as(p)
+        self.weights = [p.detach() for p in params]
+        self.average = [w.clone() for w in self.weights if run.hp.ema_decay]
 
     def step(self, step: int, elapsed: float) -> Tensor:
         """Update the weights from the next global batch; its mean loss in nats, fp32 ()."""
@@ -800,6 +951,8 @@ class Trainer:
             self.sums[:-1] *= scale.clamp(max=1.0)
         for optimizer in self.optimizers:
             optimizer.step()
+        if self.average:  # e ← d·e + (1 - d)·w
+            torch._foreach_lerp_(self.average, self.weights, 1 - hp.ema_decay)
         return self.sums[-1].clone()
 
     def prime(self) -> None:
@@ -811,6 +964,8 @@ class Trainer:
                 self.step(step, 0.0)
         for part, state in zip(parts, saved, strict=True):
             part.load_state_dict(state)
+        if self.average:
+            torch._foreach_copy_(self.average, self.weights)
         self.feed = batches(self.stream, self.run)
 
 
@@ -828,6 +983,8 @@ def train(trainer: Trainer, val: Validation, run: Run) -> None:
     while True:
         capped = 0 < hp.max_wallclock_seconds <= elapsed
         last = capped or step >= hp.iterations
+        if last and trainer.average:  # what is exported is what is validated
+            torch._foreach_copy_(trainer.weights, trainer.average)
         if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
             elapsed = run.clock(synchronize=True) - start
             report("val", score(trainer.forward, val, run)[1])

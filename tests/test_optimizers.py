@@ -139,7 +139,7 @@ def test_muon_equals_a_plain_reference_for_three_steps():
     start = [rng.normal(size=shape) for shape in shapes]
     params = [torch.nn.Parameter(torch.from_numpy(w.copy())) for w in start]
     groups = [{"params": params[:2], "lr": 0.0}, {"params": params[2:], "lr": 0.0}]
-    muon = tg.Muon(groups, {"steps": 5, "dtype": torch.float64})
+    muon = tg.Muon(groups, {"steps": 5, "dtype": torch.float64, "weight_decay": 0.0})
     buffers = [np.zeros(shape) for shape in shapes]
     for lr, momentum in [(0.1, 0.85), (0.2, 0.9), (0.05, 0.95)]:
         for group in muon.param_groups:
@@ -158,7 +158,10 @@ def test_muon_equals_a_plain_reference_for_three_steps():
 
 def test_muon_does_not_change_the_gradients():
     p = torch.nn.Parameter(torch.zeros(3, 4))
-    muon = tg.Muon([{"params": [p], "lr": 0.1, "momentum": 0.9}], {"steps": 5, "dtype": p.dtype})
+    muon = tg.Muon(
+        [{"params": [p], "lr": 0.1, "momentum": 0.9}],
+        {"steps": 5, "dtype": p.dtype, "weight_decay": 0.0},
+    )
     p.grad = torch.ones(3, 4)
     muon.step()
     assert (p.grad == 1).all()
@@ -195,10 +198,10 @@ MATRICES = ("c_q.weight", "c_k.weight", "c_v.weight", "proj.weight", "fc.weight"
 def expected_rate(name, tied):
     """What the settings document says of a parameter."""
     if name == "tok_emb.weight":
-        return "Adam", 0.3 if tied else 0.1
+        return "AdamW", 0.3 if tied else 0.1
     if name == "lm_head.weight":
-        return "Adam", 0.2
-    return ("Muon", 0.4) if name.endswith(MATRICES) else ("Adam", 0.5)
+        return "AdamW", 0.2
+    return ("Muon", 0.4) if name.endswith(MATRICES) else ("AdamW", 0.5)
 
 
 @pytest.mark.parametrize("tied", [0, 1])

@@ -37,7 +37,7 @@ PUBLISHED = {
     "NUM_KV_HEADS": 4,
     "MODEL_DIM": 512,
     "NUM_HEADS": 8,
-    "MLP_MULT": 2,
+    "MLP_MULT": 2.0,
     "TIE_EMBEDDINGS": 1,
     "ROPE_BASE": 10000.0,
     "LOGIT_SOFTCAP": 30.0,
@@ -71,10 +71,33 @@ FURTHER = {
     "ARTIFACT_MAX_BYTES": 16_000_000,
     "OUT_DIR": "logs",
 }
-DEFAULTS = PUBLISHED | FURTHER
+# Those of pull request 369's techniques, off by default.
+STACK = {
+    "ATTENTION": "auto",
+    "MLP_ACT": "relu2",
+    "MLP_LEAKY_SLOPE": 0.5,
+    "ROPE_DIMS": 0,
+    "ROPE_SCALING": "none",
+    "EVAL_SEQ_LEN": 0,
+    "EVAL_STRIDE": 0,
+    "EVAL_DOC_ISOLATED": 0,
+    "XSA_LAST_N": 0,
+    "SMEAR_GATE": 0,
+    "BIGRAM_BUCKETS": 0,
+    "BIGRAM_DIM": 128,
+    "LN_SCALE": 0,
+    "ORTHO_INIT": 0,
+    "MUON_WD": 0.0,
+    "ADAM_WD": 0.0,
+    "EMBED_WD": 0.0,
+    "EMA_DECAY": 0.0,
+    "FINAL_LR_FRAC": 0.0,
+}
+DEFAULTS = PUBLISHED | FURTHER | STACK
 WHOLE = [name for name, value in DEFAULTS.items() if type(value) is int]
 REAL = [*(name for name, value in DEFAULTS.items() if type(value) is float), "WARMDOWN_FRAC"]
-BOOLEAN = ["TIE_EMBEDDINGS", "EVAL_ONLY"]
+BOOLEAN = ["TIE_EMBEDDINGS", "EVAL_ONLY", "EVAL_DOC_ISOLATED", "SMEAR_GATE"]
+BOOLEAN += ["LN_SCALE", "ORTHO_INIT"]
 TEXT = ["DATA_PATH", "TOKENIZER_PATH", "OUT_DIR", "ARTIFACT", "SAVE_NLL"]
 
 
@@ -418,6 +441,17 @@ RELATIONS = {
         {"VAL_BATCH_SIZE": "1023"},
         ["VAL_BATCH_SIZE=1023", "TRAIN_SEQ_LEN=1024"],
     ),
+    "validation batch of a longer context": (
+        {"VAL_BATCH_SIZE": "1024", "EVAL_SEQ_LEN": "2048"},
+        ["VAL_BATCH_SIZE=1024", "EVAL_SEQ_LEN=2048"],
+    ),
+    "odd rotary channels": ({"ROPE_DIMS": "15"}, ["ROPE_DIMS=15"]),
+    "more rotary channels than there are": ({"ROPE_DIMS": "66"}, ["ROPE_DIMS=66"]),
+    "ntk of one pair": ({"ROPE_DIMS": "2", "ROPE_SCALING": "ntk"}, ["ROPE_SCALING=ntk"]),
+    "an MLP without channels": ({"MLP_MULT": "0.001"}, ["MLP_MULT=0.001", "MODEL_DIM=512"]),
+    "bigrams with one row": ({"BIGRAM_BUCKETS": "1"}, ["BIGRAM_BUCKETS=1"]),
+    "more exclusive layers than layers": ({"XSA_LAST_N": "10"}, ["XSA_LAST_N=10", "NUM_LAYERS=9"]),
+    "a stride over the context": ({"EVAL_STRIDE": "1025"}, ["EVAL_STRIDE=1025"]),
     "one validation token has no context": ({"VAL_TOKENS": "1"}, ["VAL_TOKENS=1"]),
     "EVAL_ONLY needs an artifact": ({"EVAL_ONLY": "1"}, ["EVAL_ONLY=1", "ARTIFACT"]),
     "RUN_ID is no path": ({"RUN_ID": "a/b"}, ["RUN_ID=a/b"]),
@@ -580,7 +614,7 @@ def test_settings_output_is_complete(capsys):
 def test_settings_output_shows_the_resolved_values(tmp_path, capsys):
     environ = {**config(tmp_path, "MLP_MULT=3\nSEED=5"), "SEED": "6"}
     lines = printed(capsys, environ, "--settings").splitlines()
-    assert {"MLP_MULT=3", "SEED=6", "NUM_LAYERS=9"} <= set(lines)
+    assert {"MLP_MULT=3.0", "SEED=6", "NUM_LAYERS=9"} <= set(lines)
 
 
 def test_settings_output_can_be_read_by_a_shell(tmp_path, capsys):
