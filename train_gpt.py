@@ -629,7 +629,7 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalized update; the matrices of a group are of one shape.
-    M ← μM + G; W ← W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM)."""
+    M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM)."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -223,12 +223,11 @@ def test_nll_equals_reference_with(name):
     check_against_reference(**SINGLE[name])
 
 
-@pytest.mark.parametrize("name", sorted({*SINGLE} - {"none", "wide", "narrow"}))
-def test_technique_changes_the_nll(name):
-    """The same weights where a technique adds none; so the comparison above is of something."""
-    if name in ("xsa", "xsa_everywhere", "ln_scale", "leaky", "partial_rope"):
-        plain = check_against_reference()
-        assert np.abs(check_against_reference(**SINGLE[name]) - plain).max() > 1e-3
+@pytest.mark.parametrize("name", ["xsa", "xsa_everywhere", "ln_scale", "leaky", "partial_rope"])
+def test_technique_without_weights_changes_the_nll(name):
+    """So that the comparison above is of something."""
+    plain, changed = check_against_reference(), check_against_reference(**SINGLE[name])
+    assert np.abs(changed - plain).max() > 1e-3
 
 
 def test_leaky_slope_of_zero_is_relu():
@@ -378,12 +377,12 @@ def test_xsa_bears_a_value_of_zero():
 # ---- rotary tables
 
 
-@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn"])
-@pytest.mark.parametrize("dims", [0, 2, 4, 6])
+TABLES = [*itertools.product(["none", "linear", "yarn"], [0, 2, 4, 6]), ("ntk", 0), ("ntk", 4)]
+
+
+@pytest.mark.parametrize(("scaling", "dims"), TABLES)
 @pytest.mark.parametrize("length", [9, 16, 40])
 def test_rotary_table_equals_its_closed_form(scaling, dims, length):
-    if scaling == "ntk" and dims == 2:
-        return  # refused by the settings
     hp = settings(ROPE_SCALING=scaling, ROPE_DIMS=dims, ROPE_BASE=10000.0)
     angles = frequencies(hp, length)
     assert len(angles) == (dims or 8) // 2
@@ -569,6 +568,7 @@ def test_tables_serve_scoring_and_training_in_turn_when_compiled():
     """The graphs of both, and of all lengths, in whatever order they are asked for."""
     hp = settings(**STACK)
     model = random_model(hp)
+    torch._dynamo.reset()  # graphs of other tests count towards its limit
     compiled = torch.compile(model, backend="eager", dynamic=False, fullgraph=True)
     for length in (16, 8, 16):
         batch = tokens_with_bos(hp, length=length)
@@ -682,7 +682,7 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay(values, tied):
 
 
 def test_decay_is_off_by_default():
-    hp = tg.load_settings({**TINY, **{k: str(v) for k, v in TINY.items()}}, check_places=False)
+    hp = settings(**STACK)
     for optimizer in tg.build_optimizers(tg.GPT(hp), hp):
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
 
