@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import lzma
 import math
 import os
 import random
@@ -30,6 +31,7 @@ import struct
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,6 +119,14 @@ class Hyperparameters:
     ortho_init: int = setting(0, "0, 1", "orthogonal matrices; the writing ones scaled")
     logit_softcap: float = setting(30.0, "(0, inf)", "c in c*tanh(logits/c)")
     qk_gain_init: float = setting(1.5, "(-inf, inf)", "initial gain of each query head")
+    quant_bits_mlp: int = setting(8, "[2, 8]", "bits of a stored weight, MLP")
+    quant_bits_attn: int = setting(8, "[2, 8]", "the same, attention")
+    quant_bits_embed: int = setting(8, "[2, 8]", "the same, token embedding and head")
+    quant_bits_bigram: int = setting(8, "[2, 8]", "the same, BIGRAM_BUCKETS")
+    quant_clip: str = setting("rowmax", "rowmax, percentile, sigma", "where a row's levels end")
+    quant_sigma: float = setting(12.85, "(0, inf)", "sigma: they end at this many deviations")
+    compressor: str = setting("zstd", "zstd, zlib, lzma, rans", "codes the levels")
+    fit_budget: str = setting("none", "none, prune, sigma", "search what fills the cap")
     embed_lr: float = setting(0.6, "[0, inf)", "Adam, token embedding, untied")
     head_lr: float = setting(0.008, "[0, inf)", "Adam, output head, untied")
     tied_embed_lr: float = setting(0.05, "[0, inf)", "Adam, token embedding, tied")
@@ -138,7 +148,7 @@ class Hyperparameters:
 
 FIELDS = {field.name.upper(): field for field in dataclasses.fields(Hyperparameters)}
 # What an artifact carries so that the model can be rebuilt and scored as it was trained.
-MODEL_SETTINGS = [*FIELDS][[*FIELDS].index("TRAIN_SEQ_LEN") : [*FIELDS].index("QK_GAIN_INIT")]
+MODEL_SETTINGS = [*FIELDS][[*FIELDS].index("TRAIN_SEQ_LEN") : [*FIELDS].index("FIT_BUDGET")]
 
 
 def parse_setting(name: str, text: str) -> Any:
@@ -220,6 +230,10 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
         (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
         (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
         (hp.run_id in (".", "..") or "/" in hp.run_id, "{RUN_ID}: must be a plain file name"),
+        (
+            hp.fit_budget == "sigma" and hp.quant_clip != "sigma",
+            "{FIT_BUDGET}: needs QUANT_CLIP=sigma",
+        ),
         (not getattr(torch, hp.device, torch.cpu).is_available(), "{DEVICE}: PyTorch has none"),
     ]
     if check_places:
@@ -687,32 +701,13 @@ SPACE = "\u2581"  # SentencePiece's marker of a space
 ADVICE = "TOKENIZER_PATH must be the tokenizer of the shards, and have a piece for a single space"
 
 
-def byte_level_model(path: str) -> bytes:
-    """The published byte-level vocabulary, described in a JSON file, as a SentencePiece model (a
-    protobuf): ids 0 to 3 are pad, BOS, EOS and unknown, id 4 + b is the byte b."""
-    config = json.loads(Path(path).read_bytes())["config"]
-    layout = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_offset": 4}
-    require(config == {**layout, "byte_count": 256}, f"{config}: an unknown layout")
-
-    def message(tag: int, content: bytes) -> bytes:
-        return bytes([tag << 3 | 2, len(content)]) + content
-
-    pieces = [("<pad>", 3), ("<s>", 3), ("</s>", 3), ("<unk>", 2)]  # type 3 control, 6 byte
-    pieces += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
-    parts = [(1, message(1, text.encode()) + bytes([3 << 3, kind])) for text, kind in pieces]
-    trainer = bytes.fromhex("1804 980201 c00203 c80201 d00202 d80200")  # characters, bytes; the ids
-    normalizer = message(1, b"identity") + bytes.fromhex("1800 2000 2800")  # which changes nothing
-    return b"".join(message(*part) for part in (*parts, (2, trainer), (3, normalizer)))
-
-
 class Tokenizer:
     """A SentencePiece model of VOCAB_SIZE pieces, and the UTF-8 bytes that its tokens stand for."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         path = hp.tokenizer_path
         try:
-            model = byte_level_model(path) if path.endswith(".json") else Path(path).read_bytes()
-            self.sp = sp = SentencePieceProcessor(model_proto=model)
+            self.sp = sp = SentencePieceProcessor(model_proto=Path(path).read_bytes())
         except Exception as error:
             raise UserError(f"{path}: not a SentencePiece model: {error}") from None
         ids, self.pieces = range(len(sp)), [sp.id_to_piece(i) for i in range(len(sp))]
@@ -841,55 +836,179 @@ def score(model: nn.Module, val: Validation, run: Run) -> tuple[np.ndarray, dict
 
 
 # ===================================== ARTIFACT =====================================
-# A preamble (magic, version, sizes), SHA-256, and zstd(JSON header, payload). No pickle: loading
-# checks digest and sizes before it allocates, and runs nothing.
-SCHEME, ZSTD_LEVEL = "int8_zstd", 22
-PREAMBLE, MAGIC, VERSION = struct.Struct("<6sHIQ"), b"BIRDIE", 1
+# A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), and the coded levels of
+# the quantized matrices. No pickle: loading checks digest and sizes before it allocates, and runs
+# nothing. No part is decompressed beyond the size that the model's settings give it.
+PREAMBLE, MAGIC, VERSION = struct.Struct("<6sHII"), b"BIRDIE", 2
 KEEP_FLOAT_NUMEL = 65536  # smaller matrices stay fp16: they cost little and are worth precision
+CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+RANS_BITS = 14  # precision of probabilities
 
 
-def stored_arrays(name: str, w: np.ndarray) -> list[np.ndarray]:
-    """The arrays whose product stands for fp32 w: fp32 for control tensors, an fp16 scale for each
-    row and int8 for matrices, fp16 for others. A row's extreme value becomes ±127, but no step is
-    finer than σ/40, whose noise is 0.7% of σ: finer ones only cost bytes."""
-    if name.endswith(CONTROL_TENSORS) or w.ndim != 2 or w.size <= KEEP_FLOAT_NUMEL:
-        return [w.astype("<f4" if name.endswith(CONTROL_TENSORS) else "<f2")]
-    scale = np.maximum(np.abs(w).max(1, keepdims=True) / 127, w.std(1, keepdims=True) / 40)
-    scale = scale.astype("<f2")  # before it is used, so that its rounding costs nothing
-    q = np.rint(w / np.where(scale > 0, scale, 1).astype(np.float32))
-    return [scale, np.clip(q, -127, 127).astype("|i1")]
+def rans_lanes(size: int) -> int:
+    """How many states code this many symbols: enough for speed, too few to cost 0.1% in size."""
+    return min(max(1, size // 8192), 2048)
 
 
-def pack_artifact(model: GPT, hp: Hyperparameters) -> bytes:
+def rans_encode(arrays: list[np.ndarray]) -> bytes:
+    """Code int8 arrays, each within 0.5% of its order-0 entropy: range asymmetric numeral systems
+    (arXiv 1311.2540) with a table of frequencies f (sum 2^14, cumulated c) for each array. A lane
+    is a state x in [2^16, 2^32): x ← (x // f)·2^14 + x mod f + c, after a word of 16 bits has left
+    if x ≥ f·2^18. Decoding runs backwards, so encoding starts at the end."""
+    width, words = rans_lanes(sum(array.size for array in arrays)), []
+    lanes = np.full(width, 1 << 16, np.uint32)
+    for array in reversed(arrays):
+        symbols = array.ravel().astype(np.int16) + 128
+        low = symbols.min()
+        counts = np.bincount(symbols - low)
+        f = np.rint(counts * (2**RANS_BITS / symbols.size)).astype(np.int64)
+        f = np.maximum(f, counts > 0)
+        while (rest := (1 << RANS_BITS) - f.sum()) != 0:
+            f[f.argmax()] += np.sign(rest)
+        per_symbol = np.stack((f, f.cumsum() - f)).astype(np.uint32)[:, symbols - low]
+        for at in reversed(range(0, symbols.size, width)):
+            freq, start = per_symbol[:, at : at + width]
+            x = lanes[: len(freq)]
+            full = (x >> (32 - RANS_BITS)) >= freq
+            words.append(x[full].astype("<u2"))
+            x[full] >>= 16
+            quotient, remainder = np.divmod(x, freq)
+            x[:] = (quotient << RANS_BITS) + remainder + start
+        words.append(np.array([low, len(f), *f], "<u2"))
+    words.append(lanes.astype("<u4").view("<u2"))
+    return np.concatenate(words[::-1]).tobytes()
+
+
+def rans_decode(data: bytes, sizes: list[int]) -> np.ndarray:
+    """The int8 arrays of these sizes that rans_encode coded, as one. Raises ValueError."""
+    words, width, pieces = np.frombuffer(data, "<u2"), rans_lanes(sum(sizes)), []
+    lanes, at = words[: 2 * width].view("<u4").astype(np.uint32), 2 * width
+    for size in sizes:
+        low, count = words[at : at + 2].tolist()
+        f, at = words[at + 2 : at + 2 + count].astype(np.uint32), at + 2 + count
+        require(f.sum() == 1 << RANS_BITS, "its frequencies do not add up")
+        symbol = np.repeat(np.arange(len(f)), f)
+        freq, offset = f[symbol], np.arange(1 << RANS_BITS, dtype=np.uint32)
+        offset -= (f.cumsum(dtype=np.uint32) - f)[symbol]
+        level, piece = (symbol + low - 128).astype(np.int8), np.empty(size, np.int8)
+        for i in range(0, size, width):
+            x = lanes[: size - i]
+            slot = x & ((1 << RANS_BITS) - 1)
+            piece[i : i + width] = level[slot]
+            x[:] = freq[slot] * (x >> RANS_BITS) + offset[slot]
+            hungry = x < 1 << 16
+            fed = np.count_nonzero(hungry)
+            x[hungry] = x[hungry] << 16 | words[at : at + fed]
+            at += fed
+        pieces.append(piece)
+    require(at == len(words) and (lanes == 1 << 16).all(), "its levels do not decode")
+    return np.concatenate([*pieces, np.empty(0, np.int8)])
+
+
+def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
+    """Code the levels of quantized matrices, int8. Repeated strings are of no use in them: zlib is
+    told to look for none, and zstd's level 1 is within 0.7% of level 22 in 1/500 of its time."""
+    raw = b"".join(array.tobytes() for array in arrays)
+    if compressor == "zlib":
+        deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+        return deflate.compress(raw) + deflate.flush()
+    if compressor == "rans":
+        return rans_encode(arrays)
+    return lzma.compress(raw, preset=9) if compressor == "lzma" else zstandard.compress(raw, 1)
+
+
+def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
+    """The levels, int8 (sum of sizes,); of other data, never more. Raises an Exception."""
+    size = sum(sizes)
+    if compressor == "rans":
+        return rans_decode(data, sizes)
+    if compressor == "zstd":
+        raw = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
+    else:
+        coder = lzma.LZMADecompressor() if compressor == "lzma" else zlib.decompressobj(-15)
+        raw = coder.decompress(data, size + 1)
+    require(len(raw) == size, f"{len(raw)} levels of {size}")
+    return np.frombuffer(bytearray(raw), np.int8)
+
+
+def bits_of(name: str, w: Tensor, hp: Hyperparameters) -> int:
+    """With how many bits a parameter is stored; 0: as floats."""
+    if name.endswith(CONTROL_TENSORS) or w.ndim != 2 or w.numel() <= KEEP_FLOAT_NUMEL:
+        return 0
+    parts = {"tok_emb.": "embed", "lm_head.": "embed", "bigram.": "bigram"}
+    part = next((part for start, part in parts.items() if name.startswith(start)), "mlp")
+    return getattr(hp, f"quant_bits_{'attn' if '.attn.' in name else part}")
+
+
+def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
+    """Rows of fp32 w, (rows, cols), as an fp16 scale (rows, 1) times int8 levels from -Q to Q, with
+    Q = 2^(bits-1) - 1. The scale is what QUANT_CLIP takes for the row's end, over Q:
+
+    rowmax      its largest value, but no step is finer than σ/40, whose noise is 0.7% of σ
+    percentile  of five quantiles of |w| the one with the least squared error ("GPTQ-lite")
+    sigma       QUANT_SIGMA·σ: if that is over 5σ or so, nothing is cut off, and the number of bits
+                of a level is near log2(Q/k) + 2.05 (SDClip, record of 2026-04-05)"""
+    top, sigma, size = 2 ** (bits - 1) - 1, w.std(1, keepdims=True), np.abs(w)
+    if hp.quant_clip == "rowmax":
+        ends = np.maximum(size.max(1, keepdims=True), sigma * top / 40)[None]
+    elif hp.quant_clip == "sigma":
+        ends = hp.quant_sigma * sigma[None]
+    else:
+        ends = np.quantile(size, CLIP_QUANTILES, 1, keepdims=True)
+    scales = (ends / top).astype(
+        "<f2"
+    )  # before they are used, so that their rounding costs nothing
+    q = np.rint(w / np.where(scales > 0, scales, 1).astype(np.float32)).clip(-top, top)
+    best = np.square(scales * q - w).sum(2, keepdims=True).argmin(0, keepdims=True)
+    scale, levels = (np.take_along_axis(array, best, 0)[0] for array in (scales, q))
+    return [scale, levels.astype("|i1")]
+
+
+def stored_arrays(name: str, w: Tensor, hp: Hyperparameters, pruned: float) -> list[np.ndarray]:
+    """The arrays whose product stands for a parameter: fp32 for control tensors, fp16 scales and
+    int8 levels for matrices, fp16 for others. The share `pruned` of a matrix's levels, those of its
+    smallest weights, become 0."""
+    bits, array = bits_of(name, w, hp), w.float().cpu().numpy()
+    if not bits:
+        return [array.astype("<f4" if name.endswith(CONTROL_TENSORS) else "<f2")]
+    scale, levels = quantize(array, bits, hp)
+    if pruned and levels.any():
+        size = np.abs(array)
+        levels[size <= np.quantile(size[levels != 0], pruned)] = 0
+    return [scale, levels]
+
+
+def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters, pruned: float = 0.0) -> bytes:
     """Quantize and compress the weights. Raises UserError if they cannot be stored."""
-    state = {name: w.float().cpu() for name, w in model.state_dict().items()}
-    bad = [name for name, w in state.items() if not w.half().isfinite().all()]
+    with np.errstate(over="ignore", invalid="ignore"):
+        tensors = {name: stored_arrays(name, w, hp, pruned) for name, w in state.items()}
+    bad = [name for name, arrays in tensors.items() if not np.isfinite(arrays[0]).all()]
     require(not bad, f"no artifact: values not finite or over 65504 in {', '.join(bad)}")
-    tensors = {name: stored_arrays(name, w.numpy()) for name, w in state.items()}
     settings = {name: str(getattr(hp, name.lower())) for name in MODEL_SETTINGS}
     digest = hashlib.sha256(Path(hp.tokenizer_path).read_bytes()).hexdigest()
     layout = {name: [(a.dtype.str, a.shape) for a in tensors[name]] for name in tensors}
-    header = {"scheme": SCHEME, "settings": settings, "tokenizer": digest, "tensors": layout}
-    text = json.dumps(header).encode()
-    payload = b"".join(array.tobytes() for arrays in tensors.values() for array in arrays)
-    preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(payload))
-    body = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(text + payload)
-    return preamble + hashlib.sha256(preamble + body).digest() + body
+    header = {"scheme": scheme(hp), "settings": settings, "tokenizer": digest, "tensors": layout}
+    text, arrays = json.dumps(header).encode(), list(itertools.chain(*tensors.values()))
+    # The first bytes of all numbers, then the second ones: sign and exponent are often alike.
+    floats = [a.reshape(-1, 1).view("u1").T.tobytes() for a in arrays if a.itemsize > 1]
+    head = zstandard.compress(text + b"".join(floats), 22)
+    levels = compress(hp.compressor, [a for a in arrays if a.itemsize == 1])
+    preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(head))
+    return preamble + hashlib.sha256(preamble + head + levels).digest() + head + levels
 
 
 def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
     """The settings, with the artifact's for the model, and its fp32 weights. Raises UserError."""
     data = path.read_bytes()
-    preamble, digest, body = data[:20], data[20:52], data[52:]
+    preamble, digest, body = data[:16], data[16:48], data[48:]
     require(data.startswith(MAGIC) and body, f"{path}: not an artifact, or cut off at its start")
-    _, version, at, payload_size = PREAMBLE.unpack(preamble)
+    _, version, text_size, at = PREAMBLE.unpack(preamble)
     require(version == VERSION, f"{path}: format version {version}; this script reads {VERSION}")
     require(hashlib.sha256(preamble + body).digest() == digest, f"{path}: truncated or damaged")
     try:
-        size = zstandard.frame_content_size(body)
-        require(at + payload_size == size < 100 * len(body), "its sizes cannot be right")
-        raw, weights = zstandard.ZstdDecompressor().decompress(body), {}
-        header = json.loads(raw[:at])
+        require(text_size < 2**24, "its header cannot be that long")
+        head = zstandard.ZstdDecompressor().stream_reader(body[:at])
+        header, weights, levels = json.loads(head.read(text_size)), {}, {}
         require([*header["settings"]] == MODEL_SETTINGS, "its settings are not those of a model")
         values = {n: parse_setting(n, text) for n, text in header["settings"].items()}
         asked = [n for n in values if n[:5] == "EVAL_" and getattr(hp, n.lower())]  # for this score
@@ -899,21 +1018,100 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         require(not problems, "; ".join(problems))
         with torch.device("meta"):
             shapes = {name: [*t.shape] for name, t in GPT(hp).state_dict().items()}
+        require(sum(map(math.prod, shapes.values())) < 1000 * len(data), "too small for its model")
         for name, layout in header["tensors"].items():
-            whole, w = shapes.pop(name), np.float32(1)
-            int8 = [["<f2", [*whole[:1], 1]], ["|i1", whole]]
-            require(layout in ([["<f4", whole]], [["<f2", whole]], int8), f"{name} is not {whole}")
-            for kind, shape in layout:
-                w = w * np.frombuffer(raw, kind, math.prod(shape), at).reshape(shape)
-                at += np.dtype(kind).itemsize * math.prod(shape)
-            weights[name] = torch.from_numpy(np.asarray(w))
-        require(not shapes and at == size, "tensors are missing, or there is more than tensors")
+            shape = shapes.pop(name)
+            quantized = layout == [["<f2", [*shape[:1], 1]], ["|i1", shape]]
+            require(
+                quantized or layout in ([["<f4", shape]], [["<f2", shape]]), f"{name}: {layout}"
+            )
+            kind, shape_of_floats = layout[0]
+            size = np.dtype(kind).itemsize * math.prod(shape_of_floats)
+            planes = np.frombuffer(head.read(size), "u1").reshape(int(kind[2]), -1)
+            floats = np.ascontiguousarray(planes.T).view(kind).reshape(shape_of_floats)
+            weights[name] = torch.from_numpy(floats.astype(np.float32))
+            levels.update({name: shape} if quantized else {})
+        require(not shapes and not head.read(1), "tensors are missing, or there is more")
+        sizes = [math.prod(shape) for shape in levels.values()]
+        coded = torch.from_numpy(decompress(hp.compressor, body[at:], sizes)).split(sizes)
+        for (name, shape), part in zip(levels.items(), coded, strict=True):
+            weights[name] = weights[name] * part.view(shape)
         digest = header["tokenizer"]
     except Exception as error:  # crafted content can raise anything
         raise UserError(f"{path}: malformed, or not for these settings: {error}") from None
     same = hashlib.sha256(Path(hp.tokenizer_path).read_bytes()).hexdigest() == digest
     require(same, f"{hp.tokenizer_path}: not the tokenizer that {path} was trained with")
     return hp, weights
+
+
+def scheme(hp: Hyperparameters) -> str:
+    """The name of a quantization for log lines: its bits and its coder, such as int568_zstd."""
+    bits = {hp.quant_bits_mlp, hp.quant_bits_attn, hp.quant_bits_embed}
+    bits |= {hp.quant_bits_bigram} if hp.bigram_buckets else set()
+    return f"int{''.join(map(str, sorted(bits)))}_{hp.compressor}"
+
+
+def forecast(model: GPT, run: Run) -> None:
+    """Log the artifact's size if the weights stayed distributed as they are before training; those
+    that start at zero are taken for Gaussian ones."""
+    noise, code = torch.Generator().manual_seed(0), Path(__file__).stat().st_size
+    state = model.state_dict()
+    for name in (name for name, w in state.items() if not w.any()):
+        state[name] = torch.randn(state[name].shape, generator=noise)
+    size, most = len(pack_artifact(state, run.hp)), run.hp.artifact_max_bytes
+    line = f"forecast: {code + size} bytes ({code} code, {size} artifact) of {most}"
+    over = "; warning: that is over the cap: use fewer bits or weights, or see FIT_BUDGET"
+    fit = f"; FIT_BUDGET={run.hp.fit_budget} will bring it there"
+    run.log(line + (over if run.hp.fit_budget == "none" else fit) * (code + size > most))
+
+
+def search_size(
+    pack: Callable[[float], bytes], x: float, ends: tuple[float, float], slope: float, most: int
+) -> tuple[float, bytes, int]:
+    """Search between the ends for the largest pack(x) of at most `most` bytes, until at most 0.3%
+    stay empty: that x (or that of the smallest, if none fits), its bytes, and the number of tries.
+    pack(x) shrinks by about `slope` bytes a unit of x; the secants of what was tried correct it."""
+    tried, (low, high) = {}, ends
+    while low <= x <= high and x not in tried and len(tried) < 16:
+        tried[x] = best = pack(x)
+        if 0.997 * most <= len(best) <= most:
+            break
+        low, high = (x, high) if len(best) > most else (low, x)
+        if len(tried) > 1:
+            (x0, one), (x1, two) = [*tried.items()][-2:]
+            slope = (len(one) - len(two)) / (x1 - x0) or slope
+        x = min(max(x + (len(best) - 0.9985 * most) / slope, low), high)
+        x = (low + high) / 2 if x in tried else x
+    fitting = [x for x in tried if len(tried[x]) <= most]
+    x = min(fitting or [max(tried)])
+    return x, tried[x], len(tried)
+
+
+def fit_artifact(model: GPT, run: Run) -> bytes:
+    """The artifact. With FIT_BUDGET it is made to fill the cap, less the code, and what was done is
+    logged: "sigma" searches log2 k, of which each unit is a bit a weight by the size law; "prune"
+    searches the share of weights to set to 0, if there is too much."""
+    hp, state, cap = run.hp, model.state_dict(), run.hp.artifact_max_bytes
+    most = cap - Path(__file__).stat().st_size
+    if hp.fit_budget == "sigma":
+        weights = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp))
+
+        def pack(x: float) -> bytes:
+            return pack_artifact(state, dataclasses.replace(hp, quant_sigma=2**x))
+
+        x, best, tries = search_size(pack, math.log2(hp.quant_sigma), (2, 12), weights / 8, most)
+        done = f"quant_sigma:{2**x:.4f}"
+    else:
+        best = pack_artifact(state, hp)
+        if hp.fit_budget == "none" or len(best) <= most:
+            return best
+        pack = functools.partial(pack_artifact, state, hp)
+        x, best, tries = search_size(pack, 0.0, (0, 1), len(best), most)
+        done = f"pruned:{x:.4f}"
+    fill = (cap - most + len(best)) / cap
+    further = "" if 0.997 <= fill <= 1 else " (it cannot do more)"
+    run.log(f"fit_budget:{hp.fit_budget} {done} tries:{tries} fill:{fill:.4f}{further}")
+    return best
 
 
 # ===================================== TRAINING =====================================
@@ -1018,25 +1216,27 @@ def main(arguments: list[str]) -> None:
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     if stream:
         run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
+        if run.rank == 0:
+            forecast(model, run)
         trainer = Trainer(model, forward, stream, run)
         trainer.prime()
         train(trainer, val, run)
         artifact = run.dir / "final_model.artifact"
         if run.rank == 0:
             atomic_write(run.dir / "final_model.pt", lambda f: torch.save(model.state_dict(), f))
-            atomic_write(artifact, lambda f: f.write(pack_artifact(model, hp)))
+            atomic_write(artifact, lambda f: f.write(fit_artifact(model, run)))
     if run.rank == 0:
         model.load_state_dict(load_artifact(artifact, hp)[1])
     run.broadcast(model.parameters())
     nll, final = score(forward, val, run)
     if run.rank == 0:
-        text = " ".join(f"{name}:{value:.8f}" for name, value in final.items())
-        run.log(f"final_{SCHEME}_roundtrip_exact {text}")
+        text, name = " ".join(f"{k}:{v:.8f}" for k, v in final.items()), scheme(run.hp)
+        run.log(f"final_{name}_roundtrip_exact {text}")
         if hp.save_nll:
             atomic_write(Path(hp.save_nll), lambda f: np.save(f, nll))
         code, size = (path.stat().st_size for path in (Path(__file__), artifact))
         sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": hp.artifact_max_bytes}
-        line = f"Total submission size {SCHEME}: {code + size} bytes ({code} code, {size} artifact)"
+        line = f"Total submission size {name}: {code + size} bytes ({code} code, {size} artifact)"
         run.log(line, "final", **final, **sizes)
         over = f"{line}, over ARTIFACT_MAX_BYTES={hp.artifact_max_bytes}; all is saved"
         require(code + size <= hp.artifact_max_bytes, over)

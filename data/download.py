@@ -53,6 +53,7 @@ from hub import (
 )
 from shards import DataError, replacing, shard_name, shard_paths, token_count
 from tqdm import tqdm
+from vocabulary import byte_level_model, load_vocabulary
 
 DATA = Path(__file__).resolve().parent
 DEFAULT_REPO, DEFAULT_PREFIX = "willdepueoai/parameter-golf", "datasets"
@@ -476,18 +477,28 @@ def print_outcome(request: Request, variant: Variant, fetched: int) -> None:
     print(f"{len(train)} train shard(s) of {tokens:,} tokens and {len(val)} val shard(s)")
     if len(train) == 1:
         print("warning: a model memorizes a single train shard: expect about +0.1 bpb")
-    tokenizer = request.out / variant.tokenizer_paths[0]
+    tokenizer = loadable(request.out / variant.tokenizer_paths[0])
     size = vocab_size(tokenizer)
     settings = [f"DATA_PATH={shown(request.folder)}", f"TOKENIZER_PATH={shown(tokenizer)}"]
     settings += [f"VOCAB_SIZE={size}"] if size else []
     print(*settings, "python train_gpt.py")
 
 
+def loadable(tokenizer: Path) -> Path:
+    """The tokenizer as train_gpt.py can load it: of the published byte-level description, a
+    SentencePiece model beside it. Raises DataError if it describes another vocabulary."""
+    if tokenizer.suffix != ".json":
+        return tokenizer
+    load_vocabulary(tokenizer)
+    model = tokenizer.with_suffix(".model")
+    with replacing(model) as file:
+        file.write(byte_level_model())
+    return model
+
+
 def vocab_size(tokenizer: Path) -> int | None:
-    """The number of ids of a SentencePiece model or of a byte-level description, if known."""
-    with suppress(OSError, RuntimeError, ValueError, TypeError, KeyError):
-        if tokenizer.suffix == ".json":
-            return int(json.loads(tokenizer.read_bytes())["vocab_size"])
+    """The number of ids of a SentencePiece model, if known."""
+    with suppress(OSError, RuntimeError):
         return len(spm.SentencePieceProcessor(model_file=str(tokenizer)))
     return None
 

@@ -26,6 +26,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "data" / "download.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import download  # noqa: E402
+import vocabulary  # noqa: E402
 
 REPO = "willdepueoai/parameter-golf"
 NAME = "fineweb10B_sp1024"
@@ -64,7 +65,9 @@ def published(model: bytes, train: int = TRAIN, seed: int = 0) -> dict[str, byte
         "tokenizers/fineweb_1024_bpe.vocab": b"a\t0\n",
         "datasets/fineweb10B_byte260/fineweb_train_000000.bin": tokens(seed + 300, 500),
         "datasets/fineweb10B_byte260/fineweb_val_000000.bin": tokens(seed + 400, 500),
-        "tokenizers/fineweb_pure_byte_260.json": b'{"vocab_size": 260}',
+        "tokenizers/fineweb_pure_byte_260.json": json.dumps(
+            {"config": vocabulary.BYTE_LEVEL_CONFIG}
+        ).encode(),
     }
 
 
@@ -180,7 +183,9 @@ def test_files_that_came_from_elsewhere_are_checked_and_not_fetched(case):
 def test_another_variant_with_its_byte_level_tokenizer(case):
     stdout = case.succeeds("--variant", "byte260", "--out", str(case.out / "a b"))
     here = {name.removeprefix("a b/"): body for name, body in case.here().items()}
+    assert here.pop("tokenizers/fineweb_pure_byte_260.model") == vocabulary.byte_level_model()
     assert here == case.expected(variant="byte260")
+    assert "TOKENIZER_PATH='out/a b/tokenizers/fineweb_pure_byte_260.model'" in stdout
     assert "DATA_PATH='out/a b/datasets/fineweb10B_byte260'" in stdout
     assert "VOCAB_SIZE=260" in stdout
     assert "warning: a model memorizes a single train shard" in stdout
