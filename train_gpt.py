@@ -95,7 +95,9 @@ class Hyperparameters:
     warmup_steps: int = setting(20, "[0, inf)", "steps that prime the kernels and are undone")
     train_batch_tokens: int = setting(524288, "[1, inf)", "tokens per optimizer step, all ranks")
     micro_batch_tokens: int = setting(0, "[0, inf)", "tokens per forward pass; 0: by the device")
-    train_seq_len: int = setting(1024, "[1, inf)", "sequence length, training and validation")
+    train_seq_len: int = setting(
+        1024, "[1, 1048576]", "sequence length in training, and in validation"
+    )
     vocab_size: int = setting(1024, "[1, 65536]", "must equal the tokenizer's")
     num_layers: int = setting(9, "[1, 1024]", "blocks; the first half feeds skips to the second")
     model_dim: int = setting(512, "[1, 65536]", "width of the residual stream")
@@ -108,7 +110,7 @@ class Hyperparameters:
     rope_base: float = setting(10000.0, "(0, inf)", "base of the rotary frequencies")
     rope_dims: int = setting(0, "[0, 65536]", "rotated channels of each head; 0: all")
     rope_scaling: str = setting("none", "none, linear, ntk, yarn", "beyond the trained length")
-    eval_seq_len: int = setting(0, "[0, inf)", "context in validation; 0: TRAIN_SEQ_LEN")
+    eval_seq_len: int = setting(0, "[0, 1048576]", "context in validation; 0: TRAIN_SEQ_LEN")
     eval_stride: int = setting(0, "[0, inf)", "tokens a sliding window moves on; 0: no overlap")
     eval_doc_isolated: int = setting(0, "0, 1", "validate without attention across documents")
     xsa_last_n: int = setting(0, "[0, inf)", "last layers with exclusive self-attention")
@@ -914,7 +916,7 @@ def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
         return deflate.compress(raw) + deflate.flush()
     if compressor == "rans":
         return rans_encode(arrays)
-    return lzma.compress(raw, preset=9) if compressor == "lzma" else zstandard.compress(raw, 1)
+    return lzma.compress(raw) if compressor == "lzma" else zstandard.compress(raw, 1)
 
 
 def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
@@ -923,10 +925,13 @@ def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
     if compressor == "rans":
         return rans_decode(data, sizes)
     if compressor == "zstd":
-        raw = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
+        require(zstandard.frame_content_size(data) == size, "its levels have another size")
+        raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
     else:
-        coder = lzma.LZMADecompressor() if compressor == "lzma" else zlib.decompressobj(-15)
+        xz = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**26)
+        coder = xz if compressor == "lzma" else zlib.decompressobj(-15)
         raw = coder.decompress(data, size + 1)
+        require(coder.eof and not coder.unused_data, "its levels are cut off, or there is more")
     require(len(raw) == size, f"{len(raw)} levels of {size}")
     return np.frombuffer(bytearray(raw), np.int8)
 
@@ -968,7 +973,7 @@ def stored_arrays(name: str, w: Tensor, hp: Hyperparameters, pruned: float) -> l
     """The arrays whose product stands for a parameter: fp32 for control tensors, fp16 scales and
     int8 levels for matrices, fp16 for others. The share `pruned` of a matrix's levels, those of its
     smallest weights, become 0."""
-    bits, array = bits_of(name, w, hp), w.float().cpu().numpy()
+    bits, array = bits_of(name, w, hp), w.float().cpu().contiguous().numpy()
     if not bits:
         return [array.astype("<f4" if name.endswith(CONTROL_TENSORS) else "<f2")]
     scale, levels = quantize(array, bits, hp)
@@ -1006,7 +1011,7 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
     require(version == VERSION, f"{path}: format version {version}; this script reads {VERSION}")
     require(hashlib.sha256(preamble + body).digest() == digest, f"{path}: truncated or damaged")
     try:
-        require(text_size < 2**24, "its header cannot be that long")
+        require(text_size < 2**21 and at <= len(body), "its header cannot be that long")
         head = zstandard.ZstdDecompressor().stream_reader(body[:at])
         header, weights, levels = json.loads(head.read(text_size)), {}, {}
         require([*header["settings"]] == MODEL_SETTINGS, "its settings are not those of a model")
@@ -1021,7 +1026,7 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         require(sum(map(math.prod, shapes.values())) < 1000 * len(data), "too small for its model")
         for name, layout in header["tensors"].items():
             shape = shapes.pop(name)
-            quantized = layout == [["<f2", [*shape[:1], 1]], ["|i1", shape]]
+            quantized = layout == [["<f2", [*shape[:1], 1]], ["|i1", shape]] and len(shape) == 2
             require(
                 quantized or layout in ([["<f4", shape]], [["<f2", shape]]), f"{name}: {layout}"
             )
@@ -1072,7 +1077,8 @@ def search_size(
     stay empty: that x (or that of the smallest, if none fits), its bytes, and the number of tries.
     pack(x) shrinks by about `slope` bytes a unit of x; the secants of what was tried correct it."""
     tried, (low, high) = {}, ends
-    while low <= x <= high and x not in tried and len(tried) < 16:
+    x = min(max(x, low), high)
+    while x not in tried and len(tried) < 16:
         tried[x] = best = pack(x)
         if 0.997 * most <= len(best) <= most:
             break
@@ -1099,14 +1105,16 @@ def fit_artifact(model: GPT, run: Run) -> bytes:
         def pack(x: float) -> bytes:
             return pack_artifact(state, dataclasses.replace(hp, quant_sigma=2**x))
 
-        x, best, tries = search_size(pack, math.log2(hp.quant_sigma), (2, 12), weights / 8, most)
+        x, best, tries = search_size(
+            pack, math.log2(hp.quant_sigma), (2.0, 12.0), weights / 8, most
+        )
         done = f"quant_sigma:{2**x:.4f}"
     else:
         best = pack_artifact(state, hp)
         if hp.fit_budget == "none" or len(best) <= most:
             return best
         pack = functools.partial(pack_artifact, state, hp)
-        x, best, tries = search_size(pack, 0.0, (0, 1), len(best), most)
+        x, best, tries = search_size(pack, 0.0, (0.0, 1.0), len(best), most)
         done = f"pruned:{x:.4f}"
     fill = (cap - most + len(best)) / cap
     further = "" if 0.997 <= fill <= 1 else " (it cannot do more)"

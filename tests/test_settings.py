@@ -92,6 +92,14 @@ STACK = {
     "EMBED_WD": 0.0,
     "EMA_DECAY": 0.0,
     "FINAL_LR_FRAC": 0.0,
+    "QUANT_BITS_MLP": 8,
+    "QUANT_BITS_ATTN": 8,
+    "QUANT_BITS_EMBED": 8,
+    "QUANT_BITS_BIGRAM": 8,
+    "QUANT_CLIP": "rowmax",
+    "QUANT_SIGMA": 12.85,
+    "COMPRESSOR": "zstd",
+    "FIT_BUDGET": "none",
 }
 DEFAULTS = PUBLISHED | FURTHER | STACK
 WHOLE = [name for name, value in DEFAULTS.items() if type(value) is int]

@@ -1,0 +1,394 @@
+"""The size of the artifact: its forecast, and FIT_BUDGET, which brings it to the cap."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_cli, tiny_settings
+
+import train_gpt as tg
+
+CODE = Path(tg.__file__).stat().st_size
+DIMS = (288, 320, 384)  # at least 257, so that every matrix of a block is quantized
+
+
+@dataclasses.dataclass
+class Log:
+    """What the functions that log need of a run."""
+
+    hp: tg.Hyperparameters
+    lines: list[str] = dataclasses.field(default_factory=list)
+
+    def log(self, line, *event, **fields):
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A file that stands for a tokenizer."""
+    path = tmp_path_factory.mktemp("tokenizer") / "some.model"
+    path.write_bytes(b"some tokenizer")
+    return path
+
+
+def settings(tokenizer, **values):
+    shape = {
+        "NUM_LAYERS": 1,
+        "NUM_KV_HEADS": 4,
+        "VOCAB_SIZE": 512,
+        "TRAIN_SEQ_LEN": 16,
+        "TRAIN_BATCH_TOKENS": 64,
+    }
+    texts = {**shape, "NUM_HEADS": 4, "DEVICE": "cpu", "TOKENIZER_PATH": tokenizer, **values}
+    return tg.load_settings({n: str(v) for n, v in texts.items()}, check_places=False)
+
+
+@functools.cache
+def gaussian_model(dim):
+    """A model of Gaussian weights of different deviations, as after training."""
+    hp = dataclasses.replace(tg.Hyperparameters(), vocab_size=512, num_layers=1, num_heads=4)
+    torch.manual_seed(0)
+    model = tg.GPT(dataclasses.replace(hp, model_dim=dim, train_seq_len=16))
+    for i, p in enumerate(model.parameters()):
+        torch.nn.init.normal_(p, 0.0, 0.02 * (1 + i % 5))
+    return model
+
+
+def cap_for(model, hp, share):
+    """The cap that leaves this share of what the levels take with the settings as they are."""
+    state = model.state_dict()
+    floor, plain = (len(tg.pack_artifact(state, hp, pruned)) for pruned in (1.0, 0.0))
+    return CODE + floor + int(share * (plain - floor))
+
+
+def fit(model, hp, cap):
+    """The artifact of a cap, and the lines that were logged."""
+    run = Log(dataclasses.replace(hp, artifact_max_bytes=cap))
+    return tg.fit_artifact(model, run), run.lines
+
+
+def fit_settings(tokenizer, mode, dim, **values):
+    clip = {"QUANT_CLIP": "sigma"} if mode == "sigma" else {}
+    bits = {f"QUANT_BITS_{part}": 6 for part in ("MLP", "ATTN")}
+    return settings(tokenizer, FIT_BUDGET=mode, MODEL_DIM=dim, **clip, **bits, **values)
+
+
+def load(data, tmp_path, tokenizer):
+    path = tmp_path / "a.artifact"
+    path.write_bytes(data)
+    hp = tg.load_settings({"TOKENIZER_PATH": str(tokenizer), "DEVICE": "cpu"}, check_places=False)
+    return tg.load_artifact(path, hp)
+
+
+# ---- filling the cap
+
+
+@pytest.mark.parametrize("share", [0.4, 0.7, 0.97])
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("mode", ["prune", "sigma"])
+def test_fit_fills_the_cap_to_within_0_3_percent(tokenizer, mode, dim, share):
+    hp = fit_settings(tokenizer, mode, dim)
+    model = gaussian_model(dim)
+    cap = cap_for(model, hp, share)
+    total = CODE + len(fit(model, hp, cap)[0])
+    assert 0.997 * cap <= total <= cap
+
+
+@pytest.mark.parametrize("compressor", ["zlib", "lzma", "rans"])
+@pytest.mark.parametrize("mode", ["prune", "sigma"])
+def test_fit_fills_the_cap_with_the_other_compressors(tokenizer, mode, compressor):
+    hp = fit_settings(tokenizer, mode, 288, COMPRESSOR=compressor)
+    model = gaussian_model(288)
+    cap = cap_for(model, hp, 0.8)
+    total = CODE + len(fit(model, hp, cap)[0])
+    assert 0.997 * cap <= total <= cap
+
+
+@pytest.mark.parametrize("share", [1.1, 1.4])
+def test_sigma_grows_an_artifact_that_leaves_the_cap_empty(tokenizer, share):
+    hp = fit_settings(tokenizer, "sigma", 320)
+    model = gaussian_model(320)
+    cap = cap_for(model, hp, share)
+    total = CODE + len(fit(model, hp, cap)[0])
+    assert 0.997 * cap <= total <= cap
+
+
+@pytest.mark.parametrize("mode", ["prune", "sigma"])
+def test_fit_gives_the_same_bytes_twice(tokenizer, mode):
+    hp = fit_settings(tokenizer, mode, 288)
+    model = gaussian_model(288)
+    cap = cap_for(model, hp, 0.8)
+    assert fit(model, hp, cap) == fit(model, hp, cap)
+
+
+@pytest.mark.parametrize("mode", ["prune", "sigma"])
+def test_fit_does_not_change_the_weights(tokenizer, mode):
+    hp = fit_settings(tokenizer, mode, 288)
+    model = gaussian_model(288)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    fit(model, hp, CODE + 300_000)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+@pytest.mark.parametrize("share", [0.6, 0.85, 1.2])
+@pytest.mark.parametrize("dim", DIMS)
+def test_sigma_needs_few_tries(tokenizer, dim, share):
+    """The size law gives the slope, so that a step or two come close."""
+    hp = fit_settings(tokenizer, "sigma", dim, COMPRESSOR="rans")
+    model = gaussian_model(dim)
+    cap = cap_for(model, hp, share)
+    (line,) = fit(model, hp, cap)[1]
+    assert int(re.search(r"tries:(\d+)", line)[1]) <= 5
+
+
+def test_the_line_of_a_fit_tells_what_was_done(tokenizer, tmp_path):
+    hp = fit_settings(tokenizer, "sigma", 288)
+    model = gaussian_model(288)
+    cap = cap_for(model, hp, 0.8)
+    data, (line,) = fit(model, hp, cap)
+    k, fill = re.fullmatch(
+        r"fit_budget:sigma quant_sigma:([\d.]+) tries:\d+ fill:([\d.]+)", line
+    ).groups()
+    assert float(fill) == pytest.approx((CODE + len(data)) / cap, abs=1e-4)
+    assert float(k) == pytest.approx(load(data, tmp_path, tokenizer)[0].quant_sigma, abs=1e-4)
+
+
+def test_the_artifact_of_a_fit_has_the_levels_of_its_sigma(tokenizer, tmp_path):
+    hp = fit_settings(tokenizer, "sigma", 288)
+    model = gaussian_model(288)
+    data, _ = fit(model, hp, cap_for(model, hp, 0.8))
+    solved, weights = load(data, tmp_path, tokenizer)
+    assert solved.quant_sigma > 1.02 * hp.quant_sigma
+    assert tg.pack_artifact(model.state_dict(), solved) == data
+    name = "blocks.0.fc.weight"
+    w = model.state_dict()[name].numpy().astype(np.float64)
+    step = solved.quant_sigma * w.std(1, keepdims=True) / 31
+    assert np.abs(weights[name].numpy() - w).max() <= (0.51 * step).max()
+
+
+# ---- where nothing is to be done, or not enough can be
+
+
+@pytest.mark.parametrize("room", [0, 1, 10**6])
+def test_prune_leaves_an_artifact_that_fits_untouched(tokenizer, room):
+    hp = fit_settings(tokenizer, "prune", 288)
+    plain = tg.pack_artifact(gaussian_model(288).state_dict(), hp)
+    assert fit(gaussian_model(288), hp, CODE + len(plain) + room) == (plain, [])
+
+
+def test_without_a_fit_an_artifact_over_the_cap_is_left_to_be_refused(tokenizer):
+    hp = settings(tokenizer, MODEL_DIM=288)
+    plain = tg.pack_artifact(gaussian_model(288).state_dict(), hp)
+    assert fit(gaussian_model(288), hp, CODE + 1000) == (plain, [])
+
+
+@pytest.mark.parametrize("most", [-CODE + 1, 1])
+@pytest.mark.parametrize("mode", ["prune", "sigma"])
+def test_a_cap_that_cannot_be_met_gives_the_smallest_and_says_so(tokenizer, mode, most):
+    hp = fit_settings(tokenizer, mode, 288)
+    model = gaussian_model(288)
+    state = model.state_dict()
+    if mode == "prune":
+        smallest = tg.pack_artifact(state, hp, 1.0)
+    else:
+        smallest = tg.pack_artifact(state, dataclasses.replace(hp, quant_sigma=2.0**12))
+    data, (line,) = fit(model, hp, CODE + most)
+    assert len(data) <= len(smallest)
+    assert line.endswith("(it cannot do more)")
+
+
+def test_a_cap_that_sigma_cannot_fill_gives_the_largest_and_says_so(tokenizer):
+    hp = fit_settings(tokenizer, "sigma", 288)
+    model = gaussian_model(288)
+    data, (line,) = fit(model, hp, 50_000_000)
+    finest = dataclasses.replace(hp, quant_sigma=4.0)
+    assert data == tg.pack_artifact(model.state_dict(), finest)
+    assert line.endswith("(it cannot do more)")
+
+
+@pytest.mark.parametrize("start", [0.001, 1.0, 3.99, 4.0, 4096.0, 5000.0])
+def test_sigma_may_start_outside_of_its_search(tokenizer, start):
+    hp = fit_settings(tokenizer, "sigma", 288, QUANT_SIGMA=start)
+    model = gaussian_model(288)
+    cap = cap_for(model, fit_settings(tokenizer, "sigma", 288), 0.9)
+    total = CODE + len(fit(model, hp, cap)[0])
+    assert 0.997 * cap <= total <= cap
+
+
+@pytest.mark.parametrize("clip", ["rowmax", "percentile"])
+def test_sigma_without_its_clip_is_refused(tokenizer, clip):
+    with pytest.raises(tg.UserError, match=r"sigma.*QUANT_CLIP=sigma"):
+        settings(tokenizer, FIT_BUDGET="sigma", QUANT_CLIP=clip)
+
+
+# ---- the search
+
+
+@pytest.mark.parametrize("most", [777, 5000, 9400])
+@pytest.mark.parametrize("start", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("slope", [300, 3000, 30_000])
+def test_search_meets_its_target_on_any_falling_curve(most, start, slope):
+    for curve in (lambda x: 10_000 / (1 + x), lambda x: 10_000 * 2**-x, lambda x: 9500 - 80 * x):
+        pack = functools.partial(lambda c, x: bytes(max(0, int(c(x)))), curve)
+        x, data, tries = tg.search_size(pack, start, (0, 118), slope, most)
+        assert 0.996 * most - 1 <= len(data) <= most
+        assert data == pack(x)
+        assert tries <= 16
+
+
+def test_search_on_steps_that_miss_the_window_gives_what_fits_best():
+    """Sizes that are whole thousands cannot come within 0.3% of 4,500."""
+    x, data, _ = tg.search_size(lambda x: bytes(1000 * int(9 - x)), 0.0, (0, 9), 1000, 4500)
+    assert len(data) == 4000
+    assert 4 < x <= 5
+
+
+# ---- pruning
+
+
+@pytest.mark.parametrize("clip", ["rowmax", "percentile"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_pruning_zeroes_the_smallest_weights_and_nothing_else(tokenizer, share, clip):
+    hp = settings(tokenizer, MODEL_DIM=288, QUANT_CLIP=clip, QUANT_BITS_MLP=6)
+    for name, w in gaussian_model(288).state_dict().items():
+        plain, pruned = (tg.stored_arrays(name, w, hp, p) for p in (0.0, share))
+        assert len(plain) == len(pruned)
+        assert np.array_equal(plain[0], pruned[0])
+        if len(plain) == 1:
+            continue
+        gone = (plain[1] != 0) & (pruned[1] == 0)
+        kept = pruned[1] != 0
+        assert np.array_equal(pruned[1][kept], plain[1][kept])
+        assert gone.sum() == pytest.approx(share * (plain[1] != 0).sum(), rel=1e-3)
+        size = np.abs(w.numpy())
+        assert size[gone].max() <= size[kept].min()
+
+
+def test_pruning_everything_leaves_no_level(tokenizer):
+    hp = settings(tokenizer, MODEL_DIM=288)
+    w = gaussian_model(288).state_dict()["blocks.0.fc.weight"]
+    assert not tg.stored_arrays("blocks.0.fc.weight", w, hp, 1.0)[1].any()
+
+
+def test_pruning_bears_a_matrix_of_zeros(tokenizer):
+    hp = settings(tokenizer, MODEL_DIM=288)
+    assert not tg.stored_arrays("blocks.0.fc.weight", torch.zeros(300, 300), hp, 0.5)[1].any()
+
+
+# ---- the forecast
+
+
+@pytest.mark.parametrize("values", [{}, {"QUANT_CLIP": "sigma", "COMPRESSOR": "rans"}], ids=str)
+@pytest.mark.parametrize("dim", DIMS)
+def test_forecast_is_the_size_of_the_initial_model_with_gaussian_for_zero_weights(
+    tokenizer, dim, values
+):
+    hp = settings(tokenizer, MODEL_DIM=dim, BIGRAM_BUCKETS=2048, **values)
+    torch.manual_seed(0)
+    model = tg.GPT(hp)
+    run = Log(hp)
+    tg.forecast(model, run)
+    total, code, size, cap = map(int, re.findall(r"\d+", run.lines[0]))
+    state = model.state_dict()
+    zero = [name for name, w in state.items() if not w.any()]
+    assert "blocks.0.proj.weight" in zero
+    filled = {n: 0.3 * torch.randn(w.shape) if n in zero else w for n, w in state.items()}
+    assert size == pytest.approx(len(tg.pack_artifact(filled, hp)), rel=0.02)
+    assert (total, code, cap) == (code + size, CODE, hp.artifact_max_bytes)
+
+
+def test_forecast_leaves_the_model_and_the_random_state_alone(tokenizer):
+    hp = settings(tokenizer, MODEL_DIM=288)
+    model = tg.GPT(hp)
+    before, state = {n: w.clone() for n, w in model.state_dict().items()}, torch.get_rng_state()
+    tg.forecast(model, Log(hp))
+    assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_forecast_warns_exactly_if_the_total_is_over_the_cap(tokenizer):
+    hp = settings(tokenizer, MODEL_DIM=288)
+    model, run = gaussian_model(288), Log(hp)
+    tg.forecast(model, run)
+    total = int(re.search(r"\d+", run.lines[0])[0])
+    for cap in (total, total - 1):
+        run.hp = dataclasses.replace(hp, artifact_max_bytes=cap)
+        tg.forecast(model, run)
+    assert ["warning" in line for line in run.lines] == [False, False, True]
+
+
+@pytest.mark.parametrize("mode", ["prune", "sigma"])
+def test_forecast_over_the_cap_names_the_fit_that_will_bring_it_there(tokenizer, mode):
+    hp = fit_settings(tokenizer, mode, 288, ARTIFACT_MAX_BYTES=CODE + 100_000)
+    run = Log(hp)
+    tg.forecast(gaussian_model(288), run)
+    assert f"FIT_BUDGET={mode}" in run.lines[0]
+    assert "warning" not in run.lines[0]
+
+
+# ---- whole runs
+
+FITTED = {"MODEL_DIM": 128, "MLP_MULT": 5, "FIT_BUDGET": "sigma", "QUANT_CLIP": "sigma"}
+
+
+@pytest.fixture(scope="module")
+def fitted(dataset, tmp_path_factory):
+    """A run by the program that fits its artifact: how it ended, its folder, its settings."""
+    root = tmp_path_factory.mktemp("fit")
+    texts = tiny_settings(dataset, root / "logs", **FITTED, ARTIFACT_MAX_BYTES=CODE + 300_000)
+    outcome = run_cli(texts, cwd=root)
+    assert outcome.rc == 0, outcome.stderr
+    return outcome, root, texts
+
+
+def final(outcome):
+    """The final score as it was logged."""
+    return re.search(r"^final_\w+_roundtrip_exact (.*)$", outcome.stdout, re.MULTILINE)[1]
+
+
+def test_forecast_is_logged_once_and_before_training(fitted):
+    lines = fitted[0].stdout.splitlines()
+    assert [line.startswith("forecast: ") for line in lines].count(True) == 1
+    first_step = next(i for i, line in enumerate(lines) if line.startswith("step:"))
+    assert next(i for i, line in enumerate(lines) if line.startswith("forecast: ")) < first_step
+
+
+def test_a_run_fills_its_cap(fitted):
+    size = (fitted[1] / "logs/tiny/final_model.artifact").stat().st_size
+    cap = CODE + 300_000
+    assert 0.997 * cap <= CODE + size <= cap
+
+
+def test_the_artifact_of_a_run_carries_the_sigma_that_was_solved(fitted, dataset):
+    solved = float(re.search(r"quant_sigma:([\d.]+)", fitted[0].stdout)[1])
+    path = fitted[1] / "logs/tiny/final_model.artifact"
+    hp, _ = tg.load_artifact(path, settings(dataset.tokenizer))
+    assert hp.quant_sigma == pytest.approx(solved, abs=1e-4)
+    assert abs(solved - tg.Hyperparameters().quant_sigma) > 0.1
+
+
+def test_the_artifact_of_a_fit_scores_as_the_run_did(fitted, tmp_path):
+    outcome, root, texts = fitted
+    environ = {
+        **{n: texts[n] for n in ("DATA_PATH", "TOKENIZER_PATH", "VAL_BATCH_SIZE", "DTYPE")},
+        "EVAL_ONLY": "1",
+        "ARTIFACT": str(root / "logs/tiny/final_model.artifact"),
+        "OUT_DIR": str(tmp_path / "logs"),
+        "DEVICE": "cpu",
+    }
+    again = run_cli(environ, cwd=tmp_path)
+    assert again.rc == 0, again.stderr
+    assert final(again) == final(outcome)
+
+
+def test_a_run_that_cannot_be_fitted_ends_with_the_error_of_the_cap(dataset, tmp_path):
+    changed = {**FITTED, "ITERATIONS": 1, "ARTIFACT_MAX_BYTES": CODE + 1000}
+    outcome = run_cli(tiny_settings(dataset, tmp_path / "logs", **changed), cwd=tmp_path)
+    assert outcome.rc == 1
+    assert re.fullmatch(r"train_gpt\.py: error: .*ARTIFACT_MAX_BYTES=\d+.*\n", outcome.stderr)
+    assert "(it cannot do more)" in outcome.stdout
+    assert (tmp_path / "logs/tiny/final_model.artifact").is_file()
