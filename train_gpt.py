@@ -85,6 +85,7 @@ class Hyperparameters:
     eval_only: int = setting(0, "0, 1", "score ARTIFACT and exit")
     artifact: str = setting("", "", "the artifact that EVAL_ONLY scores")
     save_nll: str = setting("", "", ".npy file for the final NLL of each scored token, in nats")
+    score_streams: int = setting(0, "0, 1", "each shard by itself; SAVE_NLL: folder of <shard>.npy")
     artifact_max_bytes: int = setting(16_000_000, "[1, inf)", "cap on code plus artifact, bytes")
     iterations: int = setting(20000, "[0, inf)", "optimizer steps at most")
     max_wallclock_seconds: float = setting(600.0, "[0, inf)", "training time at most; 0: no cap")
@@ -243,7 +244,8 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
         out = Path(hp.out_dir).absolute()
         out = next(place for place in (out, *out.parents) if place.exists())
         writable = [p.is_dir() and os.access(p, os.W_OK) for p in (out, Path(hp.save_nll).parent)]
-        nll = not hp.save_nll or (writable[1] and not Path(hp.save_nll).is_dir())
+        nll, kind = Path(hp.save_nll), Path.is_dir if hp.score_streams else Path.is_file
+        nll = not hp.save_nll or (writable[1] and (kind(nll) or not nll.exists()))
         rules += [
             (not Path(hp.tokenizer_path).is_file(), "{TOKENIZER_PATH}: no such file; {GET}"),
             (not train, "{DATA_PATH}: no fineweb_train_*.bin; {GET}"),
@@ -406,6 +408,8 @@ def map_shard(path: Path) -> np.ndarray:
     require((magic, version) == SHARD_MAGIC, f"{path}: not a token shard: no {SHARD_MAGIC} in it")
     whole = count > 0 and path.stat().st_size == SHARD_HEADER_BYTES + 2 * count
     require(whole, f"{path}: truncated or damaged: not as long as {count} tokens; get it again")
+    if count < 2**20:  # a map would keep the file open, of which there can be thousands
+        return np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES)
     return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
 
 
@@ -743,15 +747,18 @@ class Tokenizer:
             size -= 2 * sum("\udc80" <= char <= "\udcff" for char in escaped)
         return size
 
-    def audit(self, tokens: np.ndarray) -> None:
+    def audit(self, tokens: np.ndarray, prose: bool = True) -> None:
         """Compare `lengths` with the decoded text of each document of tokens, uint16 (N,). Raises
-        UserError, also if most do not encode to their tokens again: another tokenizer's would."""
+        UserError, also if they should be prose and most do not encode to their tokens again:
+        another tokenizer's would."""
         documents = np.split(tokens, np.flatnonzero(tokens == self.sp.bos_id()))
         documents = [ids for ids in documents if len(ids)]
         for number, ids in enumerate(documents):
             count, size = self.base[ids[0]] + self.lengths(ids).sum(), self.decoded_bytes(ids)
             what = f"document {number} counts {count} bytes, but decodes to {size}"
             require(count == size, f"byte audit: validation {what}; {ADVICE}")
+        if not prose:
+            return
         heads = [ids[1:129] for ids in documents]
         heads = [ids[: np.argmax(np.append(self.edge[ids], True))] for ids in heads]
         first = self.lead | np.array([piece == "<0x20>" for piece in self.pieces])  # of a word
@@ -766,32 +773,39 @@ class Tokenizer:
 
 
 class Validation:
-    """The audited validation tokens, uint16 (N,); the bytes of the text of all but the first, as
-    the tokens decode, or as the sidecar says, which a tokenizer that changes the text needs."""
+    """The audited validation tokens, uint16 (N,), of streams from `starts[i]` to `starts[i + 1]`;
+    the bytes of the text of all but the first of each, as the tokens decode, or as the sidecar
+    says, which a tokenizer that changes the text needs."""
 
     def __init__(self, run: Run) -> None:
         tokenizer, stream = Tokenizer(run.hp), TokenStream("val", run)
-        self.tokens = stream.read(0, min(run.hp.val_tokens or stream.total, stream.total))
-        self.text_bytes = decoded = int(tokenizer.lengths(self.tokens).sum())
+        self.paths, limit = stream.paths, run.hp.val_tokens or stream.total
+        ends = stream.ends.tolist() if run.hp.score_streams else [stream.total]
+        spans = [(a, min(b - a, limit)) for a, b in itertools.pairwise([0, *ends])]
+        self.starts = np.cumsum([0, *(count for _, count in spans)])
+        self.tokens = np.concatenate([stream.read(*span) for span in spans])
+        scored = np.isin(np.arange(len(self.tokens)), self.starts, invert=True)
+        decoded = int(tokenizer.lengths(self.tokens)[scored[1:]].sum())
+        self.text_bytes = decoded
         if run.rank == 0:
-            tokenizer.audit(self.tokens)
+            tokenizer.audit(self.tokens, prose=not run.hp.score_streams)
         self.note = f"val_tokens:{len(self.tokens)} val_bytes:{decoded} byte_audit:ok"
         if shard_paths(run.hp, "val_bytes"):
             sidecar = TokenStream("val_bytes", run, 2**16)
             same = [*map(len, sidecar.shards)] == [*map(len, stream.shards)]
             require(same, f"{sidecar.paths[0]}: the sidecars are not as long as their shards")
-            sizes = sidecar.read(0, len(self.tokens))
-            wrong = sizes[self.tokens == tokenizer.sp.bos_id()].any() or not sizes[1:].any()
+            sizes = np.concatenate([sidecar.read(*span) for span in spans])
+            wrong = sizes[self.tokens == tokenizer.sp.bos_id()].any() or not sizes[scored].any()
             require(not wrong, f"{sidecar.paths[0]}: counts bytes for BOS, or none at all")
-            self.text_bytes = int(sizes[1:].sum(dtype=np.int64))
+            self.text_bytes = int(sizes[scored].sum(dtype=np.int64))
             self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
 
 
 def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
     """What scoring reads: int64 (W, 3) of first input, end of the inputs, and first input whose
-    target is scored there; together, each target once. A window moves on by EVAL_STRIDE, its end by
-    less at the end of the stream or, with EVAL_DOC_ISOLATED, of the document, which its first
-    window begins; so a target's context is as long as the window allows."""
+    target is scored there; together, each target once. The first window of the stream, or with
+    EVAL_DOC_ISOLATED of a document, scores all that it holds, and the next ones begin EVAL_STRIDE
+    later each: where text ends never tells what context the tokens before have."""
     length, end, spans = hp.eval_seq_len or hp.train_seq_len, len(tokens) - 1, []
     stride = hp.eval_stride or length
     starts = np.flatnonzero(tokens[:-1] == BOS) if hp.eval_doc_isolated else []
@@ -799,20 +813,24 @@ def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
         spans.append((begin, min(begin + length, stop), begin))
         for done in range(begin + length, stop, stride):
             upto = min(done + stride, stop)
-            spans.append((done if stride == length else upto - length, upto, done))
-    return np.array(spans)
+            spans.append((done + stride - length, upto, done))
+    return np.array(spans, np.int64).reshape(-1, 3)
 
 
 @torch.no_grad()
 def score(model: nn.Module, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
-    """NLL in nats of each token but the first, float32 (N - 1,); its mean, and bits per byte. Each
-    token is scored once, and alike on any number of ranks."""
-    hp, count, spans = run.hp, len(val.tokens) - 1, windows(val.tokens, run.hp)
-    # Documents are read in rows of a few lengths, each of which is compiled. One is the trained
-    # length, so that no shorter document has the rotary table of longer ones.
+    """NLL in nats of each token but the first, float32 (N - 1,), 0 for the first of later streams;
+    its mean, and bits per byte. Each token is scored once, and alike on any number of ranks."""
+    hp, count, streams = run.hp, len(val.tokens) - 1, [*itertools.pairwise(val.starts)]
+    spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
+    # Documents and streams are read in rows of a few lengths, each of which is compiled; but not if
+    # a scaled rotary table would then tell their first tokens how long they are.
     longest = hp.eval_seq_len or hp.train_seq_len
-    short = [longest // 8, longest // 4, longest // 2, min(hp.train_seq_len, longest)]
-    sizes = np.unique([longest, *(short if hp.eval_doc_isolated else [])]).clip(1)
+    many = (hp.eval_doc_isolated or hp.score_streams) and (
+        hp.rope_scaling == "none" or longest <= hp.train_seq_len
+    )
+    short = [longest // 8, longest // 4, longest // 2] if many else []
+    sizes = np.unique([longest, *short]).clip(1)
     lengths = sizes[np.searchsorted(sizes, spans[:, 1] - spans[:, 0])]
     tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
     # All NLL stays on the device until the end; the last one is for what is not scored.
@@ -833,8 +851,21 @@ def score(model: nn.Module, val: Validation, run: Run) -> tuple[np.ndarray, dict
         dist.all_reduce(nll)  # each element is set on one rank and zero on the others
     nll = nll.cpu().numpy()
     nats = float(nll.sum(dtype=np.float64))
-    losses = {"val_loss": nats / count, "val_bpb": nats / math.log(2) / val.text_bytes}
+    mean = nats / (len(val.tokens) - len(streams))
+    losses = {"val_loss": mean, "val_bpb": nats / math.log(2) / val.text_bytes}
     return nll, losses
+
+
+def save_nll(path: Path, nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
+    """Write the NLL that `score` gave, of SCORE_STREAMS as <shard>.npy in the folder `path`."""
+    files = {path: nll}
+    if hp.score_streams:
+        path.mkdir(exist_ok=True)
+        parts = [nll[a : b - 1] for a, b in itertools.pairwise(val.starts)]
+        names = [path / f"{shard.stem}.npy" for shard in val.paths]
+        files = dict(zip(names, parts, strict=True))
+    for name, part in files.items():
+        atomic_write(name, functools.partial(np.save, arr=part))
 
 
 # ===================================== ARTIFACT =====================================
@@ -1241,7 +1272,7 @@ def main(arguments: list[str]) -> None:
         text, name = " ".join(f"{k}:{v:.8f}" for k, v in final.items()), scheme(run.hp)
         run.log(f"final_{name}_roundtrip_exact {text}")
         if hp.save_nll:
-            atomic_write(Path(hp.save_nll), lambda f: np.save(f, nll))
+            save_nll(Path(hp.save_nll), nll, val, hp)
         code, size = (path.stat().st_size for path in (Path(__file__), artifact))
         sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": hp.artifact_max_bytes}
         line = f"Total submission size {name}: {code + size} bytes ({code} code, {size} artifact)"

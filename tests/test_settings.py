@@ -100,12 +100,13 @@ STACK = {
     "QUANT_SIGMA": 12.85,
     "COMPRESSOR": "zstd",
     "FIT_BUDGET": "none",
+    "SCORE_STREAMS": 0,
 }
 DEFAULTS = PUBLISHED | FURTHER | STACK
 WHOLE = [name for name, value in DEFAULTS.items() if type(value) is int]
 REAL = [*(name for name, value in DEFAULTS.items() if type(value) is float), "WARMDOWN_FRAC"]
 BOOLEAN = ["TIE_EMBEDDINGS", "EVAL_ONLY", "EVAL_DOC_ISOLATED", "SMEAR_GATE"]
-BOOLEAN += ["LN_SCALE", "ORTHO_INIT"]
+BOOLEAN += ["LN_SCALE", "ORTHO_INIT", "SCORE_STREAMS"]
 TEXT = ["DATA_PATH", "TOKENIZER_PATH", "OUT_DIR", "ARTIFACT", "SAVE_NLL"]
 
 

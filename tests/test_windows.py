@@ -79,15 +79,14 @@ def part_of(tokens, i, hp):
 
 def first_input(tokens, i, hp):
     """Where the context of input i's target begins, by the definition of a sliding window."""
-    begin, end = part_of(tokens, i, hp)
+    begin, _ = part_of(tokens, i, hp)
     length = hp.eval_seq_len or hp.train_seq_len
     stride = hp.eval_stride or length
     if i < begin + length:
         return begin
     if stride == length:
         return begin + (i - begin) // length * length
-    moves = (i - begin - length) // stride + 1
-    return min(begin + length + moves * stride, end) - length
+    return begin + ((i - begin - length) // stride + 1) * stride
 
 
 # ---- windows
@@ -122,6 +121,17 @@ def test_windows_are_no_longer_than_the_context(tokens, length, share, isolated)
 
 
 @given(**CASES)
+def test_windows_do_not_depend_on_what_follows(tokens, length, share, isolated):
+    """Neither on the length of the stream nor on where the document ends."""
+    hp, cut = window_settings(length, share, isolated), len(tokens) // 2
+    context = {}
+    for what in (tokens, tokens[:cut], tokens[:cut] + [2] * 50, tokens[:cut] + [BOS, 2] * 9):
+        for first, stop, scored in tg.windows(np.array(what, np.uint16), hp).tolist():
+            for i in range(scored, min(stop, cut - 1)):
+                assert context.setdefault(i, first) == first
+
+
+@given(**CASES)
 def test_isolated_windows_stay_within_their_document(tokens, length, share, isolated):
     hp = window_settings(length, share, True)
     for first, stop, _ in tg.windows(np.array(tokens, np.uint16), hp).tolist():
@@ -138,9 +148,7 @@ def test_contexts_are_as_long_as_promised(tokens, length, share, isolated):
             assert (first, stop) == (begin, min(begin + length, end))
         else:
             assert stop - scored == min(stride, end - scored)
-            assert scored - first >= length - stride
-            if stride < length:
-                assert stop - first == length
+            assert scored - first == length - stride
 
 
 @given(**CASES)
@@ -154,7 +162,7 @@ def test_every_context_is_that_of_the_definition(tokens, length, share, isolated
 
 def test_windows_of_a_known_stream():
     tokens = stream([20], head=True)  # 19 targets
-    overlapping = [[0, 8, 0], [3, 11, 8], [6, 14, 11], [9, 17, 14], [11, 19, 17]]
+    overlapping = [[0, 8, 0], [3, 11, 8], [6, 14, 11], [9, 17, 14], [12, 19, 17]]
     assert tg.windows(tokens, settings(EVAL_STRIDE=3)).tolist() == overlapping
     plain = [[0, 8, 0], [8, 16, 8], [16, 19, 16]]
     assert tg.windows(tokens, settings()).tolist() == plain
@@ -164,7 +172,7 @@ def test_windows_of_a_known_stream():
 def test_windows_of_known_documents():
     tokens = stream([1, 8, 9, 4])
     isolated = settings(EVAL_DOC_ISOLATED=1, EVAL_STRIDE=2)
-    expected = [[0, 1, 0], [1, 9, 1], [9, 17, 9], [10, 18, 17], [18, 21, 18]]
+    expected = [[0, 1, 0], [1, 9, 1], [9, 17, 9], [11, 18, 17], [18, 21, 18]]
     assert tg.windows(tokens, isolated).tolist() == expected
     expected[3] = [17, 18, 17]
     assert tg.windows(tokens, settings(EVAL_DOC_ISOLATED=1)).tolist() == expected
@@ -196,18 +204,18 @@ def score(model, tokens, hp, rank=0, world_size=1):
     """NLL of each token but the first."""
     run = tg.Run(hp)
     run.rank, run.world_size = rank, world_size
-    return tg.score(model, SimpleNamespace(tokens=tokens, text_bytes=100), run)[0]
+    val = SimpleNamespace(tokens=tokens, starts=[0, len(tokens)], text_bytes=100)
+    return tg.score(model, val, run)[0]
 
 
 def brute_force(model, tokens, hp):
     """The same from a forward pass for each token. What is past it is noise, as many tokens of it
-    as take the rotary table that the token's window has."""
+    as take the rotary table of the context's length."""
     nll, noise = [], np.random.default_rng(9)
     length, train = hp.eval_seq_len or hp.train_seq_len, hp.train_seq_len
     for i in range(len(tokens) - 1):
-        first, (begin, end) = first_input(tokens, i, hp), part_of(tokens, i, hp)
-        size = min(length, end - begin) if hp.eval_doc_isolated else length
-        row = noise.integers(2, 23, max(i + 1 - first, size if size > train else 0))
+        first = first_input(tokens, i, hp)
+        row = noise.integers(2, 23, max(i + 1 - first, length if length > train else 0))
         row[: i + 1 - first] = tokens[first : i + 1]
         goals = np.append(
             tokens[first + 1 : i + 2], noise.integers(2, 23, len(row) - i - 1 + first)
