@@ -1,0 +1,430 @@
+"""Write the leaderboard, records/README.md and best_score.svg, from all record folders.
+
+    python records/leaderboard.py                 write both files
+    python records/leaderboard.py --check         only tell whether they are up to date
+    python records/leaderboard.py --compare A B   put two record folders side by side
+
+The same folders give the same bytes. A folder that cannot be read is named, not ranked.
+"""
+
+import argparse
+import datetime
+import hashlib
+import html
+import math
+import os
+import re
+import shlex
+import sys
+import urllib.parse
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import scipy.stats
+import static_rules
+from reading import FAIL, PASS, Log, Submission, read_logs, read_submission
+
+FULL_SPLIT = range(151_000_000, 151_200_000)  # bytes of FineWeb's validation split, 151.08 MB
+FINEWEB = "FineWeb's validation split"
+SCORES = ("val_bpb", "val_loss")
+HIGHEST = 100  # no score and no loss is above this: it is a mistake
+ASIDE = {"SEED", "RUN_ID", "OUT_DIR", "SAVE_NLL", "ARTIFACT"}  # say nothing of the method
+HEAD = """# Records
+
+This page and its picture are made by `python records/leaderboard.py` from the submission.json of
+the folders below; a test compares them. Scores are bits per byte of validation text, lower is
+better: the mean over seeds ± the sample deviation. Only scores on the same text are ranked
+together. "Audit" is what the static rules of `python records/audit.py FOLDER` find: how many rules
+pass of all, the rest could not be checked; or the rules that fail. The audit of an artifact as a
+black box takes minutes and is not part of this page.
+
+    python records/submit.py RUN_ID [RUN_ID ...] --name N --author A --github-id G --track T
+    python records/audit.py records/TRACK/FOLDER
+    python records/leaderboard.py [--compare FOLDER FOLDER]
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record folder that has a score."""
+
+    claim: Submission
+    state: str  # of the audit
+
+    @property
+    def folder(self) -> Path:
+        return self.claim.folder
+
+    @property
+    def deviation(self) -> float:
+        """The deviation over seeds: as stated, else of the scores stated; nan if there is none."""
+        if 0 <= self.claim.val_bpb_std < HIGHEST:
+            return self.claim.val_bpb_std
+        scores = seed_values(self.claim, "val_bpb")
+        return stdev(scores) if len(scores) > 1 else math.nan
+
+    @property
+    def day(self) -> datetime.date | None:
+        """The day of the record, if its date is one."""
+        try:
+            return datetime.date.fromisoformat(self.claim.date[:10])
+        except ValueError:
+            return None
+
+
+def plausible(value: float) -> bool:
+    """Whether a number can be a score or a loss."""
+    return 0 < value < HIGHEST
+
+
+def seed_values(claim: Submission, name: str) -> list[float]:
+    """A score or loss of every seed that states it."""
+    values = [numbers.get(name, math.nan) for numbers in claim.seeds.values()]
+    return [value for value in values if plausible(value)]
+
+
+def validation_text(claim: Submission) -> str:
+    """Which text a score is on; public records, which do not say it, are on FineWeb's."""
+    count, name = claim.raw.get("val_bytes"), claim.raw.get("dataset", "unnamed data")
+    if not isinstance(count, int) or count in FULL_SPLIT:
+        return FINEWEB
+    return plain(f"{count:,} bytes of {name}")
+
+
+def plain(text: str) -> str:
+    """Text in one line of printable characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+Tracks = dict[str, tuple[list[Entry], list[tuple[Path, str]]]]  # as read_track reads them
+
+
+# ===================================== COLLECTING =====================================
+
+
+def audit_state(folder: Path) -> str:
+    """What the static audit finds, in a few words."""
+    try:
+        verdicts = static_rules.check(folder, None, None)
+    except Exception as error:  # whatever is in a folder, the page must come out
+        return f"could not run: {type(error).__name__}"
+    if failed := sorted({verdict.rule for verdict in verdicts if verdict.state == FAIL}):
+        return f"FAIL: {', '.join(failed)}"
+    return f"{sum(verdict.state == PASS for verdict in verdicts)} of {len(verdicts)} pass"
+
+
+def read_track(track: Path) -> tuple[list[Entry], list[tuple[Path, str]]]:
+    """The entries of a track, best first, and the folders that have no score, with the reason."""
+    entries, broken = [], []
+    for folder in sorted(track.iterdir()):
+        if folder.name.startswith(".") or not folder.is_dir():
+            continue
+        try:
+            claim = read_submission(folder)
+        except (ValueError, OSError, RecursionError) as error:
+            broken.append((folder, str(error).replace(f"{folder}/", "")))
+            continue
+        if plausible(claim.val_bpb):
+            entries.append(Entry(claim, audit_state(folder)))
+        else:
+            broken.append((folder, f"submission.json: no val_bpb between 0 and {HIGHEST} in it"))
+    entries.sort(key=lambda e: (e.claim.val_bpb, e.claim.date, e.folder.name))
+    return entries, broken
+
+
+def groups(entries: list[Entry]) -> dict[str, list[Entry]]:
+    """The entries by the text that they are scored on, FineWeb's first."""
+    texts = sorted({validation_text(e.claim) for e in entries}, key=lambda t: (t != FINEWEB, t))
+    return {text: [e for e in entries if validation_text(e.claim) == text] for text in texts}
+
+
+# ===================================== THE PAGE =====================================
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a Markdown table: nothing in it is markup."""
+    text = html.escape(plain(text), quote=False)
+    return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)  # a_b is no markup
+
+
+def table(rows: list[list[str]]) -> str:
+    """A Markdown table of cells; the first row is its head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def link(folder: Path, text: str) -> str:
+    """A link to a record folder, from the page."""
+    place = f"{folder.parent.name}/{folder.name}"
+    return f"[{cell(text)}]({urllib.parse.quote(os.fsencode(place))})"
+
+
+def score_text(entry: Entry) -> str:
+    """A score with its deviation."""
+    deviation = "" if math.isnan(entry.deviation) else f" ± {entry.deviation:.4f}"
+    return f"{entry.claim.val_bpb:.4f}{deviation}"
+
+
+def ranking(entries: list[Entry]) -> str:
+    """The table of entries that are scored on the same text; equal scores share a rank."""
+    rows = [["rank", "val_bpb", "seeds", "bytes", "record", "author", "date", "audit"]]
+    scores = [e.claim.val_bpb for e in entries]
+    for e in entries:
+        claim, seeds = e.claim, len(seed_values(e.claim, "val_bpb"))
+        rows.append(
+            [
+                str(1 + scores.index(claim.val_bpb)),
+                score_text(e),
+                str(seeds or "?"),
+                f"{claim.bytes_total:,}" if claim.bytes_total else "?",
+                link(e.folder, claim.name or e.folder.name),
+                cell(claim.author or claim.github_id or "?"),
+                cell(claim.date[:10] or "?"),
+                cell(e.state),
+            ]
+        )
+    return table(rows)
+
+
+def page(tracks: Tracks, drawn: bool) -> str:
+    """The content of records/README.md, with the picture if there is something in it."""
+    parts = [HEAD.strip()]
+    if drawn:
+        parts.append("![The best score over time](best_score.svg)")
+    for track, (entries, broken) in tracks.items():
+        parts.append(f"## {track.removeprefix('track_')}")
+        for text, group in groups(entries).items():
+            parts += [f"### On {cell(text)}", ranking(group)]
+        if broken:
+            lines = [f"- {link(folder, folder.name)}: {cell(why)}" for folder, why in broken]
+            parts += ["Not ranked:", "\n".join(lines)]
+        if not entries and not broken:
+            parts.append("No records yet.")
+    return "\n\n".join(parts) + "\n"
+
+
+# ===================================== THE PICTURE =====================================
+# Drawn by hand: what matplotlib writes differs from version to version.
+
+WIDTH, PANEL, LEFT, RIGHT, TOP, BOTTOM = 760, 260, 70, 740, 40, 220
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers between low and high, of which low is the smaller."""
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def best_so_far(entries: list[Entry]) -> list[Entry]:
+    """The dated entries that were the best of their day and of all days before, by day."""
+    best: list[Entry] = []
+    for e in sorted((e for e in entries if e.day), key=lambda e: (e.day, e.claim.val_bpb)):
+        if not best or e.claim.val_bpb < best[-1].claim.val_bpb:
+            best.append(e)
+    return best
+
+
+def panel(title: str, entries: list[Entry], top: int) -> list[str]:
+    """The SVG elements of one panel: a dot for every record, and a line of the best so far."""
+    days = [e.day.toordinal() for e in entries]
+    scores = [e.claim.val_bpb for e in entries]
+    first, last = min(days), max(days)
+    margin = max(0.1 * (max(scores) - min(scores)), 0.002 * max(scores))
+    low, high = min(scores) - 2 * margin, max(scores) + margin
+
+    def x(day: int) -> float:
+        return LEFT + 20 + (RIGHT - LEFT - 40) * ((day - first) / (last - first or 1))
+
+    def y(score: float) -> float:
+        return top + BOTTOM - (BOTTOM - TOP) * (score - low) / (high - low)
+
+    def text(at_x: float, at_y: float, words: str, anchor: str) -> str:
+        place = f'x="{at_x:.1f}" y="{at_y:.1f}" text-anchor="{anchor}"'
+        return f"<text {place}>{html.escape(plain(words))}</text>"
+
+    parts = [text(LEFT, top + 24, title, "start")]
+    for tick in ticks(low, high):
+        line = f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{RIGHT}"/>'
+        parts += [line, text(LEFT - 8, y(tick) + 4, f"{tick:.4f}", "end")]
+    for day in sorted({first, last}):
+        date = datetime.date.fromordinal(day).isoformat()
+        anchor = "start" if day == first else "end"
+        parts.append(text(x(day), top + BOTTOM + 18, date, anchor))
+    path, best = "", best_so_far(entries)
+    for e in best:
+        at = (x(e.day.toordinal()), y(e.claim.val_bpb))
+        path += "M{:.1f} {:.1f}".format(*at) if not path else "H{:.1f}V{:.1f}".format(*at)
+    parts.append(f'<path class="best" d="{path}H{RIGHT}"/>')
+    name = best[-1].claim.name or best[-1].folder.name
+    label = f"{best[-1].claim.val_bpb:.4f} {name[:60]}"
+    parts.append(text(RIGHT, y(best[-1].claim.val_bpb) + 16, label, "end"))
+    for e in sorted(entries, key=lambda e: (e.day, e.folder.name)):
+        at = f'cx="{x(e.day.toordinal()):.1f}" cy="{y(e.claim.val_bpb):.1f}"'
+        kind = "new" if e in best else "other"
+        title_of = html.escape(plain(f"{e.claim.name}: {e.claim.val_bpb:.4f}"))
+        parts.append(f'<circle class="{kind}" {at} r="4"><title>{title_of}</title></circle>')
+    return parts
+
+
+def picture(tracks: Tracks) -> str:
+    """The best score over time as an SVG: a panel for every track and validation text."""
+    panels: list[str] = []
+    count = 0
+    for track, (entries, _) in tracks.items():
+        for where, group in groups(entries).items():
+            if dated := [e for e in group if e.day]:
+                title = f"{track.removeprefix('track_')}: bits per byte, {where}"
+                panels += panel(title, dated, count * PANEL)
+                count += 1
+    size = f'width="{WIDTH}" height="{PANEL * count}" viewBox="0 0 {WIDTH} {PANEL * count}"'
+    style = (
+        "text{font:12px sans-serif;fill:#444}.grid{stroke:#ddd}.new{fill:#c44e52}"
+        ".best{stroke:#c44e52;stroke-width:2;fill:none}.other{fill:#4c72b0}"
+    )
+    head = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', f"<style>{style}</style>"]
+    ground = f'<rect width="{WIDTH}" height="{PANEL * count}" fill="#fff"/>'
+    return "\n".join([*head, ground, *panels, "</svg>"]) + "\n"
+
+
+# ===================================== COMPARING =====================================
+
+
+def settings_of(logs: Iterable[Log]) -> dict[str, str]:
+    """The settings that logs state, in the quoting of a shell; {} if they do not."""
+    stated = next((log.settings for log in logs if log.settings), {})
+    return {name: unquote(text) for name, text in stated.items()}
+
+
+def unquote(text: str) -> str:
+    """A word in the quoting of a shell as it is meant; as it stands if the quoting is broken."""
+    try:
+        return " ".join(shlex.split(text))
+    except ValueError:
+        return text
+
+
+def seed_scores(claim: Submission, logs: list[Log], name: str) -> list[float]:
+    """val_bpb or val_loss of every seed: of submission.json, else the last one of every log."""
+    column = {"val_loss": 1, "val_bpb": 2}[name]
+    stated = seed_values(claim, name)
+    found = [log.finals[-1][column] for log in logs if log.finals]
+    return stated or [value for value in found if plausible(value)]
+
+
+def welch(a: list[float], b: list[float]) -> str:
+    """Welch's test of two means, two-sided, in a line."""
+    if min(len(a), len(b)) < 2:
+        return "Welch's test needs two seeds or more on each side"
+    difference = fmean(a) - fmean(b)
+    if len({*a}) == len({*b}) == 1:
+        return f"difference {difference:+.5f}; no deviation on either side, so no test"
+    with warnings.catch_warnings():  # no deviation on one side is no matter
+        warnings.simplefilter("ignore", RuntimeWarning)
+        test = scipy.stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval()
+    return (
+        f"difference {difference:+.5f}, 95% from {low:+.5f} to {high:+.5f}; "
+        f"Welch t = {test.statistic:.2f}, df = {test.df:.1f}, p = {test.pvalue:.2g}"
+    )
+
+
+def mean_text(values: list[float], digits: int) -> str:
+    """Mean, deviation and number of values."""
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return "?"
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):,.{digits}f}{deviation} (n={len(values)})"
+
+
+def script_text(folder: Path) -> str:
+    """Size and the start of the SHA-256 of a folder's script."""
+    path = folder / "train_gpt.py"
+    if not path.is_file():
+        return "?"
+    data = path.read_bytes()
+    return f"{len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def compare(a: Path, b: Path) -> str:
+    """Both folders side by side: scores, Welch's test, sizes, times, settings that differ."""
+    folders = (a, b)
+    claims, logs = [read_submission(f) for f in folders], [read_logs(f) for f in folders]
+    scores = {n: [seed_scores(*one, n) for one in zip(claims, logs, strict=True)] for n in SCORES}
+    rows: list[tuple[str, Any, Any]] = [("", a.resolve().name, b.resolve().name)]
+
+    def add(name: str, values: Iterable[str]) -> None:
+        rows.append((name, *values))
+
+    add("validation text", map(validation_text, claims))
+    add("script", map(script_text, folders))
+    add("val_bpb, claimed", (f"{c.val_bpb:.5f}" if plausible(c.val_bpb) else "?" for c in claims))
+    for name in SCORES:
+        add(f"{name}, seeds", (mean_text(values, 5) for values in scores[name]))
+    add("bytes", (f"{c.bytes_total:,}" if c.bytes_total else "?" for c in claims))
+    add("bytes of code", (f"{c.bytes_code:,}" if c.bytes_code else "?" for c in claims))
+    add("steps", (mean_text([log.steps for log in one if log.steps], 0) for one in logs))
+    add("training, s", (mean_text([log.train_ms / 1000 for log in one], 1) for one in logs))
+    per_step = [[log.train_ms / log.steps for log in one if log.steps] for one in logs]
+    add("ms a step", map(mean_text, per_step, (2, 2)))
+    settings = [settings_of(one) for one in logs]
+    silent = [f.resolve().name for f, known in zip(folders, settings, strict=True) if not known]
+    for name in sorted({*settings[0], *settings[1]} - ASIDE) if not silent else ():
+        values = [known.get(name, "(none)") for known in settings]
+        if values[0] != values[1]:
+            add(name, values)
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"{r[0]:{widths[0]}}  {r[1]:{widths[1]}}  {r[2]}".rstrip() for r in rows]
+    lines += [f"{name}: {welch(*scores[name])}" for name in SCORES]
+    if validation_text(claims[0]) != validation_text(claims[1]):
+        lines.append("The scores are on different texts: they do not compare.")
+    if silent:
+        lines.append(f"Settings not compared: no log states them in {', '.join(silent)}")
+    return "\n".join(lines)
+
+
+# ===================================== COMMAND LINE =====================================
+
+
+def generate(records: Path) -> dict[str, str]:
+    """The files of the leaderboard of a records folder: name and content."""
+    tracks = {t.name: read_track(t) for t in sorted(records.glob("track_*")) if t.is_dir()}
+    drawing = picture(tracks)
+    return {"README.md": page(tracks, "<circle" in drawing), "best_score.svg": drawing}
+
+
+def main(arguments: list[str]) -> None:
+    """Write or check the leaderboard, or compare two records."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two folders")
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--records", type=Path, default=here, help="default: this folder")
+    options = parser.parse_args(arguments)
+    if options.compare:
+        try:
+            return print(compare(*options.compare))
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"leaderboard.py: error: {error}") from None
+    if not options.records.is_dir():
+        raise SystemExit(f"leaderboard.py: error: {options.records}: no such folder")
+    files = {options.records / name: text for name, text in generate(options.records).items()}
+    stale = [p for p, text in files.items() if not p.is_file() or p.read_bytes() != text.encode()]
+    if options.check:
+        if stale:
+            names = ", ".join(path.name for path in stale)
+            raise SystemExit(f"out of date: {names}; run python records/leaderboard.py")
+        return print("up to date")
+    for path in stale:
+        path.write_text(files[path], encoding="utf-8", newline="\n")
+    print("\n".join(f"wrote {path}" for path in stale) or "up to date")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

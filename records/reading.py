@@ -1,0 +1,432 @@
+"""Reading record folders of any age: submission.json in all spellings, and training logs.
+
+Nothing here judges; records/static_rules.py and records/dynamic_rules.py do.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PASS, FAIL, NOT_CHECKED = "PASS", "FAIL", "NOT CHECKED"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule found: PASS, FAIL or NOT CHECKED, and the numbers behind it in one line."""
+
+    rule: str
+    state: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Log:
+    """The last run in a training log; nan, 0 and "" stand for what it does not say."""
+
+    path: Path
+    seed: str
+    source: str
+    settings: dict[str, str]
+    finals: list[tuple[str, float, float]]
+    vals: list[tuple[int, float, float, float]]
+    steps: int
+    train_ms: float
+    eval_s: float
+    total_bytes: int
+    code_bytes: int
+    artifact_bytes: int
+    finished: bool
+    runs: int = 1  # how many runs the file holds
+    body: str = field(default="", repr=False)  # the console lines of the last run
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A submission.json; nan, 0, "" and {} stand for what it does not say."""
+
+    folder: Path
+    name: str
+    author: str
+    github_id: str
+    date: str
+    track: str
+    val_bpb: float
+    val_bpb_std: float
+    val_loss: float
+    bytes_total: int
+    bytes_code: int
+    seeds: dict[str, dict[str, float]]
+    raw: dict[str, Any]
+
+
+# ------------------------------------ submission.json ------------------------------------
+
+# The spellings that were seen in public files, the usual one first.
+SPELLINGS = {
+    "name": ["name", "run_name", "title", "submission_name"],
+    "author": ["author", "authors", "author_name"],
+    "github_id": ["github_id", "github", "github_username", "github_user", "author_github"],
+    "date": ["date", "timestamp", "submission_date"],
+    "track": ["track", "submission_type"],
+    "val_bpb": ["val_bpb", "mean_val_bpb", "val_bpb_mean", "mean_bpb", "val_bpb_3seed_mean"],
+    "val_bpb_std": ["val_bpb_std", "std_val_bpb", "std_bpb", "val_bpb_3seed_std"],
+    "val_loss": [
+        *("val_loss", "mean_val_loss", "val_loss_mean", "val_loss_nats", "mean_val_loss_nats")
+    ],
+    "bytes_total": [
+        *("bytes_total", "total_bytes", "bytes_total_max", "artifact_bytes_max"),
+        *("artifact_size_bytes", "artifact_bytes"),
+    ],
+    "bytes_code": ["bytes_code", "code_bytes"],
+}
+SEED_TABLES = ["seed_results", "seeds", "seed_scores", "results_by_seed", "per_seed"]
+SEED_SPELLINGS = {
+    "val_bpb": ["val_bpb", "bpb", "post_ttt_val_bpb", "ttt_bpb", "sliding_bpb", "score"],
+    "val_loss": ["val_loss", "val_loss_nats", "loss"],
+    "artifact_bytes": ["artifact_bytes", "bytes_total", "total_bytes", "artifact_size_bytes"],
+}
+# A loss in nats per token of any known tokenizer is above this; a score in bits per byte is below.
+HIGHEST_BPB_FOR_SURE = 1.6
+
+
+def to_number(value: Any) -> float:
+    """The number that a JSON value states, also as text such as "15,863,489"; else nan."""
+    if isinstance(value, str):
+        value = value.strip().replace(",", "").replace("_", "")
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return math.nan
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def to_text(value: Any) -> str:
+    """One line of text for a JSON value; "" for none."""
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(to_text, value)))
+    if isinstance(value, Mapping):
+        return to_text(value.get("name", ""))
+    return "" if value is None else " ".join(str(value).split())
+
+
+def first_text(raw: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The first of these fields that holds text."""
+    return next(filter(None, (to_text(raw.get(name)) for name in names)), "")
+
+
+def first_number(raw: Mapping[str, Any], names: Iterable[str]) -> float:
+    """The first of these fields that holds a number, else nan."""
+    numbers = (to_number(raw.get(name)) for name in names)
+    return next((number for number in numbers if not math.isnan(number)), math.nan)
+
+
+def whole(number: float) -> int:
+    """A count: 0 for nan and for what is below 0."""
+    return 0 if math.isnan(number) or number < 0 else int(number)
+
+
+def seed_entry(value: Any) -> dict[str, float]:
+    """What a seed's entry says, as val_bpb, val_loss and all other numbers in it."""
+    if not isinstance(value, Mapping):
+        number = to_number(value)
+        return {} if math.isnan(number) else {"val_bpb": number}
+    numbers = {str(name): to_number(item) for name, item in value.items()}
+    entry = {name: number for name, number in numbers.items() if not math.isnan(number)}
+    for name, spellings in SEED_SPELLINGS.items():
+        number = first_number(value, spellings)
+        if not math.isnan(number):
+            entry[name] = number
+    return entry
+
+
+def read_seeds(raw: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """seed -> numbers, of a table by seed or of a list whose entries name their seed."""
+    for name in SEED_TABLES:
+        table = raw.get(name)
+        if isinstance(table, list):
+            named = [row for row in table if isinstance(row, Mapping) and "seed" in row]
+            table = {to_text(row["seed"]): {**row, "seed": None} for row in named}
+        if isinstance(table, Mapping):
+            entries = {seed_name(seed): seed_entry(value) for seed, value in table.items()}
+            entries = {seed: entry for seed, entry in entries.items() if seed and entry}
+            if entries:
+                return entries
+    return {}
+
+
+def seed_name(key: Any) -> str:
+    """The seed that a key such as "42", "seed_42" or "seed42" means; "" for any other key."""
+    match = re.fullmatch(r"(?:seed)?[\s_:=-]*(\d{1,20})", to_text(key), re.IGNORECASE)
+    return str(int(match[1])) if match else ""
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError that says what is wrong, in a line."""
+    try:
+        raw = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: holds a {type(raw).__name__}; it must be an object, {{...}}")
+    return raw
+
+
+def read_submission(folder: Path) -> Submission:
+    """submission.json of a record folder, in any known spelling.
+
+    A score that stands in val_loss, with no val_bpb, is read as the score. Raises ValueError, of
+    one line for people, if there is no such file or it is not a JSON object.
+    """
+    path = folder / "submission.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: not there; a record folder needs one")
+    raw = load_json(path)
+    numbers = {
+        name: first_number(raw, SPELLINGS[name])
+        for name in ("val_bpb", "val_bpb_std", "val_loss", "bytes_total", "bytes_code")
+    }
+    if math.isnan(numbers["val_bpb"]) and 0 < numbers["val_loss"] < HIGHEST_BPB_FOR_SURE:
+        numbers["val_bpb"], numbers["val_loss"] = numbers["val_loss"], math.nan
+    text = {
+        name: first_text(raw, SPELLINGS[name])
+        for name in ("name", "author", "github_id", "date", "track")
+    }
+    text["track"] = text["track"] or track_of(folder)
+    return Submission(
+        folder=folder,
+        **text,
+        val_bpb=numbers["val_bpb"],
+        val_bpb_std=numbers["val_bpb_std"],
+        val_loss=numbers["val_loss"],
+        bytes_total=whole(numbers["bytes_total"]),
+        bytes_code=whole(numbers["bytes_code"]),
+        seeds=read_seeds(raw),
+        raw=raw,
+    )
+
+
+def track_of(folder: Path) -> str:
+    """The track that the folder lies in, such as 10min_16mb; "" if it lies in none."""
+    name = folder.absolute().parent.name
+    return name.removeprefix("track_") if name.startswith("track_") else ""
+
+
+# ------------------------------------ logs ------------------------------------
+
+NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+BAR = re.compile(r"={60,}\s*")
+STEP = re.compile(r"(?:step[:\s]\s*(\d+)(?:\s*/\s*\d+)?|(\d+)\s*/\s*\d+):?\s[^\n]*?loss")
+SCORES = re.compile(rf"val_loss:\s*{NUMBER}\s+val_bpb:\s*{NUMBER}")
+TRAIN_TIME = re.compile(rf"train_time:\s*{NUMBER}\s*(ms|s|m)\b")
+EVAL_TIME = re.compile(rf"eval_time:\s*{NUMBER}\s*(ms|s|m)\b")
+UNITS = {"ms": 1.0, "s": 1e3, "m": 6e4}
+SIZES = {
+    "total": re.compile(r"Total submission size\b[^:]*:\s*([\d,_]+)\s*(?:bytes|B)?"),
+    "code": re.compile(r"Code size\b[^:]*:\s*([\d,_]+)\s*(?:bytes|B)?"),
+    "artifact": re.compile(r"[Ss]erialized[ _]model[ _]\S[^:]*:\s*([\d,_]+)\s*(?:bytes|B)?"),
+}
+RAW_SIZE = re.compile(r"Serialized model:\s*([\d,_]+)")
+OWN_SIZES = re.compile(r"\((\d+) code, (\d+) artifact\)")
+# Scores of a whole evaluation that are not those of the artifact.
+NOT_FINAL = re.compile(
+    r"pre.?quant|post.?ema|diagnostic|trained_validation|raw_model|before|swa:|ema:", re.IGNORECASE
+)
+# Colours, and what launchers put before a line: [modal], [rank0]:, 2026-04-30T20:14:28Z
+NOISE = re.compile(
+    r"\x1b\[[0-9;]*[A-Za-z]"
+    r"|^[ \t]*\[[^\]\n]{0,60}\]:?[ \t]*"
+    r"|^\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?\s+",
+    re.MULTILINE,
+)
+NEW_SOURCE = re.compile(r'"""|\'\'\'|#!/|import \w|from [\w.]+ import ')
+SETTING = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)")
+
+
+def read_text(path: Path) -> str:
+    """A text file, whatever its bytes: bad ones become U+FFFD; "" if it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return ""
+    coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return data.decode(coding, errors="replace")
+
+
+def split_source(lines: list[str]) -> tuple[str, list[str]]:
+    """The script that a log prints at its top, and the lines after it; ("", lines) without one.
+
+    Scripts of all ages end it by a line of "=". Later ones put a table of hyperparameters before
+    it, and a headline "Source code:".
+    """
+    bars = [i for i, line in enumerate(lines) if BAR.fullmatch(line)]
+    headed = [i for i in bars if i and lines[i - 1].strip() == "Source code:"]
+    if headed:
+        start = headed[0] + 1
+        end = next((i for i in bars if i >= start), len(lines))
+        return "\n".join(lines[start:end]), lines[: start - 2] + lines[end + 1 :]
+    if bars and any(re.match(r"(import|from) \S", line) for line in lines[: bars[0]]):
+        return "\n".join(lines[: bars[0]]), lines[bars[0] + 1 :]
+    return "", lines
+
+
+def last_run(lines: list[str]) -> tuple[str, list[str], int]:
+    """The source and lines of the last run of a log, and the number of runs.
+
+    A log that is appended to prints the source again; a console's only begins to count again.
+    """
+    last_bar = max((i for i, line in enumerate(lines) if BAR.fullmatch(line)), default=-1)
+    first_bar = next((i for i, line in enumerate(lines) if BAR.fullmatch(line)), 0)
+    start, runs, stepped = 0, 1, False
+    for i in range(first_bar, last_bar):
+        stepped = stepped or bool(STEP.match(lines[i]) or SCORES.search(lines[i]))
+        if stepped and NEW_SOURCE.match(lines[i]):
+            start, runs, stepped = i, runs + 1, False
+    source, body = split_source(lines[start:])
+    body = NOISE.sub("", "\n".join(body)).replace("\r", "\n").split("\n")
+    return source, body, runs
+
+
+def step_number(match: re.Match) -> int:
+    """The step that a line is about."""
+    return int((match[1] or match[2])[:18])
+
+
+def count_again(lines: list[str]) -> list[int]:
+    """Where the step counter falls back: there another run begins."""
+    starts, last = [], -1
+    for i, line in enumerate(lines):
+        if match := STEP.match(line):
+            step = step_number(match)
+            if step < last and step <= 1:
+                starts.append(i)
+            last = step
+    return starts
+
+
+def read_settings(lines: list[str]) -> dict[str, str]:
+    """The dotenv block at the head of our logs; {} for others."""
+    found: dict[str, str] = {}
+    for line in lines:
+        match = SETTING.fullmatch(line)
+        if not match:
+            break
+        found[match[1]] = match[2]
+    return found if len(found) >= 3 else {}
+
+
+def milliseconds(match: re.Match) -> float:
+    """A time in milliseconds."""
+    return float(match[1]) * UNITS[match[2]]
+
+
+def read_final(line: str) -> tuple[str, float, float] | None:
+    """Scheme, loss and score of a line that states a score of the artifact in full precision."""
+    match = SCORES.search(line)
+    label = line[: match.start()].strip(" :-") if match else ""
+    if not match or not label or label.startswith("step") or NOT_FINAL.search(label):
+        return None
+    if len(match[1].partition(".")[2]) < 6:
+        return None
+    scheme = label.removesuffix("_exact").removeprefix("final_").removesuffix("_roundtrip")
+    return scheme, float(match[1]), float(match[2])
+
+
+class Tally:
+    """What the lines of one run add up to."""
+
+    def __init__(self) -> None:
+        self.finals: list[tuple[str, float, float]] = []
+        self.vals: list[tuple[int, float, float, float]] = []
+        self.steps, self.train_ms, self.eval_s = 0, math.nan, math.nan
+        self.sizes: dict[str, int] = {}
+        self.raw_size = 0
+        self.broken_off = False  # something other than sizes came after the last score
+
+    def take(self, line: str) -> None:
+        """Take note of a line."""
+        step, scores, time = STEP.match(line), SCORES.search(line), TRAIN_TIME.search(line)
+        if time and not (self.train_ms > milliseconds(time)):
+            self.train_ms = milliseconds(time)
+        if step:
+            self.steps = step_number(step)
+            self.broken_off = bool(self.finals)
+            if scores:
+                ms = milliseconds(time) if time else math.nan
+                self.vals.append((self.steps, float(scores[1]), float(scores[2]), ms))
+        elif re.match(r"Traceback |\w*(Error|Exception)\b:", line):
+            self.broken_off = True
+        if final := read_final(line):
+            self.finals.append(final)
+            self.broken_off = False
+        if (spent := EVAL_TIME.search(line)) and not step and not NOT_FINAL.search(line):
+            self.eval_s = milliseconds(spent) / 1000
+        for name, pattern in SIZES.items():
+            if match := pattern.search(line):
+                self.sizes[name] = whole(to_number(match[1]))
+        if match := RAW_SIZE.match(line):
+            self.raw_size = whole(to_number(match[1]))
+        if self.raw_size and self.sizes.get("total", 0) == self.raw_size + self.sizes.get(
+            "code", 0
+        ):
+            del self.sizes["total"]  # of the weights as they were in training
+        if match := OWN_SIZES.search(line):
+            self.sizes |= {"code": whole(to_number(match[1]))}
+            self.sizes |= {"artifact": whole(to_number(match[2]))}
+
+
+def find_seed(path: Path, settings: Mapping[str, str], body: str) -> str:
+    """The seed, as settings, log lines, or the file's name tell it; "" if they do not."""
+    found = re.findall(
+        r"^[ \t]*seed[ \t]*[:=][ \t]*(\d{1,20})\b", body, re.MULTILINE | re.IGNORECASE
+    )
+    named = re.findall(r"(?:seed[_-]?|_s)(\d{1,20})(?!\d)", path.stem, re.IGNORECASE)
+    seed = settings.get("SEED") or (found[-1:] + named[-1:] + [""])[0]
+    return str(int(seed)) if seed.isdecimal() else seed
+
+
+def read_log(path: Path) -> Log | None:
+    """The last run in a training log; None if the file is none."""
+    source, body, runs = last_run(read_text(path).split("\n"))
+    settings, tally, again = read_settings(body), Tally(), count_again(body)
+    for line in body[again[-1] :] if again else body:
+        tally.take(line.strip())
+    if not (tally.steps or tally.vals or tally.finals):
+        return None
+    text = "\n".join(body)
+    return Log(
+        path=path,
+        seed=find_seed(path, settings, text),
+        source=source,
+        settings=settings,
+        finals=tally.finals,
+        vals=tally.vals,
+        steps=tally.steps,
+        train_ms=tally.train_ms,
+        eval_s=tally.eval_s,
+        total_bytes=tally.sizes.get("total", 0),
+        code_bytes=tally.sizes.get("code", 0),
+        artifact_bytes=tally.sizes.get("artifact", 0),
+        finished=bool(tally.finals) and not tally.broken_off,
+        runs=runs + len(again),
+        body=text,
+    )
+
+
+def read_logs(folder: Path) -> list[Log]:
+    """Every *.log and *.txt of a folder that is a training log, sorted; hidden folders are not."""
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".log", ".txt")
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    return [log for log in map(read_log, paths) if log]

@@ -1,0 +1,237 @@
+"""What an auditor needs around a scoring script: shards, a byte count of its own, and a fresh place
+to run the script in. Nothing here imports the trainer or knows of any model."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+BOS = 1
+SCRIPT = "train_gpt.py"
+FINAL = re.compile(rb"^final_\S*exact val_loss:(\S+) val_bpb:(\S+)", re.MULTILINE)
+# What a script may see of the auditor's environment: where programs and the device are.
+KEPT = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LANG")
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Write tokens as a shard in the published format."""
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens).astype("<u2").tobytes())
+
+
+def read_validation(folder: Path, most: int) -> np.ndarray:
+    """The first `most` validation tokens of a data folder, sidecars left aside. Raises ValueError
+    if there is no shard, or one that is not whole."""
+    paths, parts, count = sorted(folder.glob("fineweb_val_[0-9]*.bin")), [], 0
+    if not paths:
+        raise ValueError(f"{folder}: no fineweb_val_*.bin; name a folder that holds some")
+    for path in paths:
+        if count >= most:
+            break
+        header = np.fromfile(path, "<i4", 3)
+        size = int(header[2]) if len(header) == 3 else -1
+        if (
+            header[:2].tolist() != [MAGIC, VERSION]
+            or path.stat().st_size != HEADER_BYTES + 2 * size
+        ):
+            raise ValueError(f"{path}: not a whole token shard; get it again")
+        parts.append(np.fromfile(path, "<u2", min(size, most - count), offset=HEADER_BYTES))
+        count += len(parts[-1])
+    return np.concatenate(parts)
+
+
+class ByteCounter:
+    """UTF-8 bytes of what tokens decode to, by decoding them: no table of the pieces' lengths."""
+
+    def __init__(self, tokenizer: Path) -> None:
+        self.plain, self.size, self.sp = [], 260, None
+        if (
+            tokenizer.suffix == ".json"
+        ):  # the published byte-level vocabulary: 4 controls, 256 bytes
+            if json.loads(tokenizer.read_bytes())["config"]["byte_offset"] != 4:
+                raise ValueError(f"{tokenizer}: an unknown layout of byte tokens")
+            self.edge, self.byte = np.arange(260) < 4, np.arange(260) >= 4
+            return
+        self.sp = sp = spm.SentencePieceProcessor(model_file=str(tokenizer))
+        self.size, ids = len(sp), range(len(sp))
+        edges = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
+        self.edge, self.byte = np.array(edges), np.array([sp.is_byte(i) for i in ids])
+        # A word before what is decoded: at the start of a text a space may be stripped.
+        self.plain = [i for i in ids if not edges[i] and sp.decode([i]).isalpha()][:1]
+        if not self.plain:
+            raise ValueError(f"{tokenizer}: no piece is a plain word, so no text can be decoded")
+
+    def count(self, tokens: np.ndarray) -> int:
+        """Bytes that the tokens after the first stand for. Raises ValueError for unknown ids."""
+        if len(tokens) and int(tokens.max()) >= self.size:
+            raise ValueError(f"token {int(tokens.max())} is not one of the {self.size} pieces")
+        return self._total(tokens) - self._total(tokens[:1])
+
+    def _total(self, tokens: np.ndarray) -> int:
+        """Bytes of all tokens: 1 for a byte token; of others, the text that they decode to, less a
+        space that follows a control token or the start."""
+        edge, byte = self.edge[tokens], self.byte[tokens]
+        if self.sp is None or not len(tokens):
+            return int(byte.sum())
+        kind = edge + 2 * byte
+        runs = np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(kind)) + 1)
+        runs = [run for run in runs if kind[run[0]] == 0]
+        texts = self.sp.decode([[*self.plain, *tokens[run].tolist()] for run in runs])
+        skip, size = len(self.sp.decode(self.plain)), int(byte.sum())
+        for run, text in zip(runs, texts, strict=True):
+            starts = run[0] == 0 or bool(edge[run[0] - 1])
+            size += len(text[skip:].encode()) - (starts and text[skip : skip + 1] == " ")
+        return size
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one start of the script; `problem` says why, if nothing did."""
+
+    seconds: float
+    problem: str = ""
+    loss: float = float("nan")
+    bpb: float = float("nan")
+    nll: list[np.ndarray] = field(default_factory=list)
+
+
+def separation(hidden: Iterable[Path]) -> tuple[list[str], str]:
+    """What to put before a command so that it runs without network and does not see the `hidden`
+    folders, as far as this system can do so, and what that is in words."""
+    needed = [sys.executable, os.path.realpath(sys.executable), sys.prefix, sys.base_prefix]
+    needed += [spm.__file__, tempfile.gettempdir()]
+    folders = {Path(folder).resolve() for folder in hidden}
+    folders = {f for f in folders if not any(Path(n).is_relative_to(f) for n in needed)}
+    folders = sorted(f for f in folders if not folders.intersection(f.parents))
+    mount = 'while [ "$1" != -- ]; do mount -t tmpfs tmpfs "$1" || exit 97; shift; done; shift; '
+    for flags in (["-n", "-m"], ["-r", "-n", "-m"], ["-n"], ["-r", "-n"]):
+        hide = [*map(str, folders)] if "-m" in flags else []
+        command = ["unshare", *flags, "sh", "-c", mount + 'exec "$@"', "sh", *hide, "--"]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run([*command, "true"], capture_output=True, timeout=20, check=False)
+            if done.returncode == 0:
+                what = f", {len(hide)} folder(s) beside it hidden" if hide else ""
+                return command, "no network" + what
+    return [], "the network could not be taken away"
+
+
+class Script:
+    """A record's script and what it needs to score, each start in a folder of its own."""
+
+    def __init__(self, folder: Path, artifact: Path, tokenizer: Path, data: Path) -> None:
+        self.files = {SCRIPT: folder / SCRIPT, "final_model.artifact": artifact}
+        self.tokenizer, config = tokenizer, folder / "config.env"
+        self.files |= {"config.env": config} if config.is_file() else {}
+        for path in (*self.files.values(), tokenizer):
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file; the script cannot be run without it")
+        self.before, self.apart = separation([folder, data, artifact.parent])
+
+    @contextmanager
+    def _place(self, streams: list[np.ndarray]) -> Iterator[Path]:
+        """A fresh folder with nothing but the files and the shards."""
+        place = Path(tempfile.mkdtemp(prefix="run"))
+        try:
+            for name, path in self.files.items():
+                shutil.copy(path, place / name)
+            for name in ("home", "tmp", "logs", "data", "nll"):
+                (place / name).mkdir()
+            shutil.copy(self.tokenizer, place / "data" / self.tokenizer.name)
+            for number, tokens in enumerate(streams):
+                write_shard(place / "data" / f"fineweb_val_{number:06d}.bin", tokens)
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _environment(self, place: Path, streams: list[np.ndarray], apart: bool) -> dict[str, str]:
+        """The protocol's variables, and nothing of the auditor's but where programs are."""
+        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+        config = {"CONFIG": "config.env"} if "config.env" in self.files else {}
+        return {
+            **kept,
+            **config,
+            "HOME": str(place / "home"),
+            "TMPDIR": str(place / "tmp"),
+            "EVAL_ONLY": "1",
+            "ARTIFACT": "final_model.artifact",
+            "TOKENIZER_PATH": f"data/{self.tokenizer.name}",
+            "DATA_PATH": "data",
+            "VAL_TOKENS": str(sum(map(len, streams))),
+            "SCORE_STREAMS": "1" if apart else "0",
+            "SAVE_NLL": "nll" if apart else "nll/nll.npy",
+            "OUT_DIR": "logs",
+            "RUN_ID": "score",
+        }
+
+    def score(self, streams: list[np.ndarray], apart: bool, seconds: float) -> Result:
+        """Score streams, `apart` as SCORE_STREAMS does or else as the shards of one, within a time
+        limit. What the script does wrong ends in the result's problem."""
+        with self._place(streams) as place:
+            log, start = place / "console", time.perf_counter()
+            with open(log, "wb") as console:
+                process = subprocess.Popen(
+                    [*self.before, sys.executable, SCRIPT],
+                    cwd=place,
+                    env=self._environment(place, streams, apart),
+                    stdin=subprocess.DEVNULL,
+                    stdout=console,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                try:
+                    code = process.wait(seconds)
+                except subprocess.TimeoutExpired:
+                    code = None
+                finally:
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            took, text = time.perf_counter() - start, _tail(log)
+            if code is None:
+                return Result(took, f"not finished after {seconds:.0f} s")
+            if code:
+                last = (text.decode("utf-8", "replace").strip().splitlines() or ["no output"])[-1]
+                ended = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
+                return Result(took, f"{ended}; the last line: {last[:200]}")
+            return _collect(place, text, len(streams), apart, took)
+
+
+def _tail(path: Path, most: int = 2**20) -> bytes:
+    """The end of a file."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - most))
+        return file.read()
+
+
+def _collect(place: Path, text: bytes, count: int, apart: bool, took: float) -> Result:
+    """The scores that a run printed and saved."""
+    finals, nll = FINAL.findall(text), []
+    if not finals:
+        return Result(took, "printed no line final_..._exact val_loss:... val_bpb:...")
+    try:
+        loss, bpb = map(float, finals[-1])
+    except ValueError:
+        return Result(took, f"printed a score that is no number: {finals[-1]}")
+    names = [f"fineweb_val_{number:06d}" for number in range(count)] if apart else ["nll"]
+    for name in names:
+        path = place / "nll" / f"{name}.npy"
+        try:
+            nll.append(np.load(path, allow_pickle=False))
+        except (OSError, ValueError, EOFError, MemoryError) as error:
+            why = "no such file" if not path.exists() else str(error)
+            return Result(took, f"SAVE_NLL left no readable {path.relative_to(place)}: {why}")
+    return Result(took, "", loss, bpb, nll)

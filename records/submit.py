@@ -1,0 +1,593 @@
+"""Pack finished runs, one for each seed, into a record folder that runs from within itself.
+
+    python records/submit.py seed1 seed2 seed3 --name "Eleven layers" --author "Ann Example" \\
+        --github-id ann --track 10min_16mb
+
+Reads logs/<RUN_ID>.txt and logs/<RUN_ID>/final_model.artifact, and writes
+records/track_<track>/<date>_<name>/ with the script exactly as it was logged. Every number in it is
+computed from these files. What cannot be packed is refused before anything is written. At the end
+the static audit (records/audit.py) is run on the new folder.
+
+It reads logs by itself, not by records/reading.py: the audit then compares two readings.
+"""
+
+import argparse
+import ast
+import datetime
+import difflib
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from statistics import fmean, stdev
+from typing import Any, NoReturn
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+FORMAT = "birdie-1"
+CAP = 16_000_000
+SETTINGS_SECONDS = 300  # for a script to import what it needs and tell its defaults
+TRACKS = {  # name in submission.json: folder
+    "10min_16mb": "track_10min_16mb",
+    "non_record_16mb": "track_non_record_16mb",
+    "non_record_unlimited_compute_16mb": "track_non_record_16mb",
+}
+RULER = b"=" * 100 + b"\n"  # stands between a script and its settings in a log
+# Settings that say where a run lies, not what it is.
+PLACES = ("RUN_ID", "OUT_DIR", "SAVE_NLL", "ARTIFACT")
+DATA = {"DATA_PATH": "data/datasets", "TOKENIZER_PATH": "data/tokenizers"}
+UP = "../../../"  # from a record folder to the repository's root
+LINES = {
+    "start": r"python:(\S+) torch:(\S+) device:(.+?) dtype:(\S+) compile:\S+ world_size:(\d+)\b.*",
+    "data": r"val_tokens:(\d+) val_bytes:(\d+)\b(?:.* original_bytes:(\d+))?.*",
+    "shards": r"train_shards:(\d+) train_tokens:(\d+)",
+    "params": r"model_params:(\d+)",
+    "train": r"step:(\d+)/\d+ train_loss:(\d+\.\d+) .*",
+    "val": r"step:(\d+)/\d+ val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+) train_time:(\d+)ms .*",
+    "final": r"final_(\w+)_roundtrip_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)",
+    "size": r"Total submission size \w+: (\d+) bytes \((\d+) code, (\d+) artifact\)",
+}
+
+
+class UserError(Exception):
+    """Why the runs cannot be packed, for a person to read; nothing was written."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One run, as its log and its artifact tell."""
+
+    run_id: str
+    log: bytes
+    source: bytes
+    settings: dict[str, str]
+    artifact: Path
+    lines: dict[str, list[tuple[str, ...]]] = field(repr=False)  # by the names of LINES
+
+    @property
+    def seed(self) -> int:
+        return int(self.settings["SEED"])
+
+    @property
+    def artifact_bytes(self) -> int:
+        return self.artifact.stat().st_size
+
+    @property
+    def total_bytes(self) -> int:
+        return len(self.source) + self.artifact_bytes
+
+    def numbers(self) -> dict[str, float]:
+        """What submission.json says of this seed, in the field's spellings."""
+        _, loss, bpb = self.lines["final"][-1]
+        step, raw_loss, raw_bpb, ms = self.lines["val"][-1]
+        return {
+            "val_loss": float(loss),
+            "val_bpb": float(bpb),
+            "pre_quant_val_loss": float(raw_loss),
+            "pre_quant_val_bpb": float(raw_bpb),
+            "artifact_bytes": self.artifact_bytes,
+            "bytes_total": self.total_bytes,
+            "steps": int(step),
+            "step_avg_ms": round(int(ms) / max(int(step), 1), 2),
+            "train_time_s": int(ms) / 1000,
+        }
+
+
+# ===================================== READING RUNS =====================================
+
+
+def read_run(place: Path) -> FinishedRun:
+    """The last run in the log of the run whose folder is `place`. Raises UserError."""
+    log, artifact = place.with_name(place.name + ".txt"), place / "final_model.artifact"
+    if not log.is_file():
+        others = sorted(path.stem for path in place.parent.glob("*.txt"))
+        near = difflib.get_close_matches(place.name, others, 1)
+        hint = f"did you mean {near[0]}?" if near else f"runs there: {', '.join(others) or 'none'}"
+        raise UserError(f"{place.name}: unknown run: no {log}; {hint}")
+    data = log.read_bytes()
+    ruler = data.rfind(b"\n" + RULER) + 1
+    if not ruler:
+        raise UserError(f"{place.name}: {log} has no script and settings at its top")
+    settings, console = split_settings(data[ruler + len(RULER) :].decode(errors="replace"))
+    lines = {name: re.findall(f"^{form}$", console, re.M) for name, form in LINES.items()}
+    lines = {name: [m if isinstance(m, tuple) else (m,) for m in ms] for name, ms in lines.items()}
+    if problem := what_is_missing(settings, lines, console):
+        raise UserError(f"{place.name}: {problem} ({log})")
+    source = find_source(data[: ruler - 1], int(lines["size"][-1][1]))
+    if source is None:
+        counted = lines["size"][-1][1]
+        raise UserError(
+            f"{place.name}: the script in {log} is not the {counted} bytes that it counts"
+        )
+    size = artifact.stat().st_size if artifact.is_file() else None
+    if size != int(lines["size"][-1][2]):
+        found = "is not there" if size is None else f"has {size} bytes"
+        raise UserError(f"{place.name}: {artifact} {found}; its log says {lines['size'][-1][2]}")
+    return FinishedRun(
+        place.name, data[ruler - 1 - len(source) :], source, settings, artifact, lines
+    )
+
+
+def split_settings(text: str) -> tuple[dict[str, str], str]:
+    """The settings, which are the first lines NAME=VALUE in a shell's quoting, and the rest."""
+    block = re.match(r"(?:[A-Z][A-Z0-9_]*=.*\n)*", text)[0]
+    try:
+        words = [word.split("=", 1) for word in shlex.split(block)]
+    except ValueError:
+        return {}, text
+    return {word[0]: word[-1] for word in words if len(word) == 2}, text[len(block) :]
+
+
+def find_source(before: bytes, size: int) -> bytes | None:
+    """The script of `size` bytes that ends `before`, if it begins where one can begin."""
+    start = len(before) - size
+    whole = start == 0 or (start > 0 and before.find(b"\n" + RULER) >= 0)
+    return before[start:] if whole and (not start or before[start - 1] == 10) else None
+
+
+def what_is_missing(settings: dict[str, str], lines: dict[str, list], console: str) -> str:
+    """Why a log is not that of a finished training run; empty if it is one."""
+    if not settings.get("SEED", "").isdecimal():
+        return "no settings with a SEED in its log"
+    if settings.get("EVAL_ONLY", "0") != "0":
+        return "it scored an artifact and trained nothing: EVAL_ONLY=1"
+    for name in ("start", "data", "params", "val", "final", "size"):
+        if not lines[name]:
+            return f"it did not finish: no line of the form {LINES[name]!r}"
+    if not re.fullmatch(LINES["size"], console.rstrip().splitlines()[-1]):
+        return "it did not finish: its log does not end with its size"
+    return ""
+
+
+def differences(runs: list[FinishedRun]) -> list[str]:
+    """What keeps the runs from being seeds of one submission."""
+    first, problems = runs[0], []
+    seeds = [run.seed for run in runs]
+    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        problems.append(f"more than one run of seed {', '.join(map(str, twice))}")
+    for run in runs[1:]:
+        both = f"{first.run_id} and {run.run_id}"
+        if run.source != first.source:
+            problems.append(f"{both}: different scripts")
+        for name in sorted({*first.settings, *run.settings} - {"SEED", *PLACES}):
+            values = [one.settings.get(name, "nothing") for one in (first, run)]
+            if values[0] != values[1]:
+                problems.append(f"{both}: {name} is {values[0]} and {values[1]}")
+        for name, what in (("data", "validation"), ("shards", "training")):
+            if run.lines[name] != first.lines[name]:
+                problems.append(f"{both}: different {what} data, by the counts in their logs")
+    for run in (run for run in runs if run.total_bytes > CAP):
+        over = f"{run.total_bytes - CAP:,} bytes over the cap of {CAP:,}"
+        problems.append(f"{run.run_id}: {run.total_bytes:,} bytes, {over}")
+    return problems
+
+
+# ===================================== SETTINGS =====================================
+
+
+def default_settings(source: bytes) -> dict[str, str]:
+    """The defaults of a script: what `--settings` prints in an empty environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "train_gpt.py")
+        script.write_bytes(source)
+        basic = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
+        command = [sys.executable, str(script), "--settings"]
+        options = {"env": basic, "cwd": folder, "capture_output": True, "text": True}
+        try:
+            done = subprocess.run(command, timeout=SETTINGS_SECONDS, **options)
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"the packed script does not tell its defaults: {error}") from None
+    defaults = split_settings(done.stdout)[0]
+    if done.returncode or "SEED" not in defaults:
+        heard = done.stderr.strip()[-500:] or "--settings prints no SEED"
+        raise UserError(f"the packed script does not tell its defaults: {heard}")
+    return defaults
+
+
+def data_place(name: str, value: str, root: Path) -> str:
+    """Where the repository keeps what DATA_PATH or TOKENIZER_PATH named, from its root."""
+    path = Path(os.path.normpath(root / value))
+    if path.is_relative_to(root) and path != root:
+        return path.relative_to(root).as_posix()
+    return str(PurePosixPath(DATA[name], path.name))
+
+
+def how_to_get(dataset: str) -> str:
+    """A sentence about where the data comes from."""
+    if dataset.startswith("sample_"):
+        return "It comes from `python data/prepare.py --sample`."
+    if dataset.startswith("fineweb10B_"):
+        variant = dataset.removeprefix("fineweb10B_")
+        return f"It comes from `python data/download.py --variant {shlex.quote(variant)}`."
+    return "How such data is made is in `data/README.md`."
+
+
+def config_env(changed: dict[str, str], places: dict[str, str], seed: int) -> str:
+    """The settings of the runs as a file for CONFIG, paths as seen from the record folder."""
+    values = {name: UP + place for name, place in places.items()} | {"SEED": str(seed)} | changed
+    rows = [f"{name}={shlex.quote(text) if text else ''}" for name, text in values.items()]
+    return "\n".join(["# For CONFIG, from within this folder.", *rows, ""])
+
+
+def requirements(source: bytes, torch: str, listed: Iterable[str]) -> str:
+    """Requirements of what a script imports: torch as it was logged, others as they are listed."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.split(".")[0])
+    known = {re.split(r"[^\w-]", line)[0]: line.strip() for line in listed if line[:1].isalpha()}
+    known["torch"] = f"torch=={torch.split('+')[0]}"
+    return "".join(f"{known.get(name, name)}\n" for name in sorted(names - sys.stdlib_module_names))
+
+
+# ===================================== WRITING =====================================
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that the files of a record folder are made from."""
+
+    about: dict[str, str]  # name, author, github_id, date, track, blurb, hardware
+    runs: list[FinishedRun]
+    defaults: dict[str, str]
+    root: Path
+    with_artifact: bool
+
+    @property
+    def folder(self) -> Path:
+        name = f"{self.about['date']}_{self.about['name'].replace(' ', '_')}"
+        return self.root / "records" / TRACKS[self.about["track"]] / name
+
+    @property
+    def changed(self) -> dict[str, str]:
+        """The settings that are not the script's defaults."""
+        aside = {"SEED", *PLACES, *DATA}
+        items = [(k, v) for k, v in self.runs[0].settings.items() if k not in aside]
+        return {k: v for k, v in items if self.defaults.get(k) != v}
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Where data and tokenizer are expected, from the root."""
+        settings = self.runs[0].settings
+        return {k: data_place(k, settings[k], self.root) for k in DATA if settings.get(k)}
+
+
+def mean_and_deviation(rows: list[dict[str, float]], name: str) -> dict[str, float]:
+    """The mean over seeds, and from two seeds on the sample deviation (over n - 1)."""
+    values = [row[name] for row in rows]
+    mean = {name: round(fmean(values), 8)}
+    return mean | ({f"{name}_std": round(stdev(values), 8)} if len(values) > 1 else {})
+
+
+def submission(record: Record) -> dict[str, Any]:
+    """The content of submission.json."""
+    runs, about = record.runs, record.about
+    first, rows = runs[0], [run.numbers() for run in runs]
+    python, torch, *_ = first.lines["start"][-1]
+    tokens, decoded, original = first.lines["data"][-1]  # original: of text that was transformed
+    sizes = [run.artifact_bytes for run in runs]
+    means = {
+        f"{name}_mean": round(fmean(row[name] for row in rows), 3)
+        for name in ("artifact_bytes", "steps", "step_avg_ms", "train_time_s")
+    }
+    return {
+        "format": FORMAT,
+        **{key: about[key] for key in ("name", "author", "github_id", "date", "track", "blurb")},
+        **mean_and_deviation(rows, "val_bpb"),
+        **mean_and_deviation(rows, "val_loss"),
+        "pre_quant_val_bpb": round(fmean(row["pre_quant_val_bpb"] for row in rows), 8),
+        "pre_quant_val_loss": round(fmean(row["pre_quant_val_loss"] for row in rows), 8),
+        "seeds": [run.seed for run in runs],
+        "seed_results": {str(run.seed): row for run, row in zip(runs, rows, strict=True)},
+        "bytes_total": max(run.total_bytes for run in runs),
+        "bytes_code": len(first.source),
+        "artifact_bytes_max": max(sizes),
+        **means,
+        "artifact_sha256": {str(run.seed): sha256(run.artifact.read_bytes()) for run in runs},
+        "code_sha256": sha256(first.source),
+        "model_params": int(first.lines["params"][-1][0]),
+        "dataset": PurePosixPath(record.places.get("DATA_PATH", "")).name,
+        "val_tokens": int(tokens),
+        "val_bytes": int(original or decoded),
+        "hardware": about["hardware"],
+        "pytorch_version": torch,
+        "python_version": python,
+    }
+
+
+def sha256(data: bytes) -> str:
+    """The digest in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def draw_curve(runs: list[FinishedRun], path: Path) -> None:
+    """Draw training loss and validation BPB of every seed over the steps into a PNG."""
+    figure, left = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    right = left.twinx()
+    for run in runs:
+        train = [(int(step), float(loss)) for step, loss in run.lines["train"]]
+        val = [(int(step), float(bpb)) for step, _, bpb, _ in run.lines["val"]]
+        left.plot(
+            *zip(*train, strict=True) if train else ((), ()), color="#4c72b0", lw=1, alpha=0.6
+        )
+        right.plot(*zip(*val, strict=True), "o-", color="#c44e52", ms=4, lw=1, alpha=0.6)
+    left.set_xlabel("step")
+    left.set_ylabel("training loss, nats per token", color="#4c72b0")
+    right.set_ylabel("validation, bits per byte", color="#c44e52")
+    for axes in (left, right):
+        axes.set_ylim(0, 1.05 * max(max(line.get_ydata(), default=0) for line in axes.lines))
+    left.grid(alpha=0.3)
+    seeds = ", ".join(str(run.seed) for run in runs)
+    left.set_title(f"seed{'s' * (len(runs) > 1)} {seeds}", loc="left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def table(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def results_table(rows: dict[str, dict[str, float]]) -> str:
+    """The README's table of results: one row a seed, then mean and deviation."""
+    columns: list[tuple[str, str, Callable[[float], str]]] = [
+        ("val_bpb", "val_bpb", "{:.4f}".format),
+        ("val_loss", "val_loss", "{:.4f}".format),
+        ("pre_quant_val_bpb", "val_bpb before quantization", "{:.4f}".format),
+        ("steps", "steps", "{:,.0f}".format),
+        ("step_avg_ms", "ms a step", "{:,.2f}".format),
+        ("train_time_s", "training, s", "{:,.1f}".format),
+        ("artifact_bytes", "artifact, bytes", "{:,.0f}".format),
+        ("bytes_total", "with code, bytes", "{:,.0f}".format),
+    ]
+    lines = [["seed", *(title for _, title, _ in columns)]]
+    lines += [[seed, *(show(row[key]) for key, _, show in columns)] for seed, row in rows.items()]
+    if len(rows) > 1:
+        for word, compute in (("mean", fmean), ("deviation", stdev)):
+            values = [
+                show(compute([row[key] for row in rows.values()])) for key, _, show in columns
+            ]
+            lines.append([word, *values])
+    return table(lines)
+
+
+def commands(record: Record) -> str:
+    """How to train and score again, from within the folder."""
+    world = int(record.runs[0].lines["start"][-1][4])
+    launch = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
+    up, name = f"{UP}logs", record.folder.name
+    lines = [f"cd records/{record.folder.parent.name}/{name}", "pip install -r requirements.txt"]
+    for run in record.runs:
+        where = f"RUN_ID={name}_seed{run.seed} OUT_DIR={up}"
+        lines.append(f"CONFIG=config.env SEED={run.seed} {where} {launch} train_gpt.py")
+    made = f"{up}/{name}_seed{record.runs[0].seed}/final_model.artifact"
+    artifact = "final_model.artifact" if record.with_artifact else made
+    score = f"CONFIG=config.env EVAL_ONLY=1 ARTIFACT={artifact} RUN_ID={name}_score OUT_DIR={up}"
+    return "\n".join(f"    {line}" for line in [*lines, f"{score} {launch} train_gpt.py"])
+
+
+def audit_commands(record: Record) -> str:
+    """How to audit the folder, from the repository's root."""
+    folder, places = f"records/{record.folder.parent.name}/{record.folder.name}", record.places
+    made = f"logs/{record.folder.name}_seed{record.runs[0].seed}/final_model.artifact"
+    artifact = f"{folder}/final_model.artifact" if record.with_artifact else made
+    data = f"--data {shlex.quote(places.get('DATA_PATH', ''))}"
+    tokenizer = f"--tokenizer {shlex.quote(places.get('TOKENIZER_PATH', ''))}"
+    static = f"    python records/audit.py {folder}"
+    return f"{static}\n{static} --artifact {artifact} {data} {tokenizer}"
+
+
+def readme(record: Record) -> str:
+    """The content of README.md."""
+    facts, first = submission(record), record.runs[0]
+    changed = [[k, record.defaults.get(k, ""), v] for k, v in record.changed.items()]
+    method = "All settings are the script's defaults."
+    if changed:
+        head = [["setting", "default", "here"]]
+        method = f"What differs from the script's defaults:\n\n{table(head + changed)}"
+    artifact = (
+        f"`final_model.artifact` is that of seed {first.seed}."
+        if record.with_artifact
+        else "The artifacts are not in this folder; their SHA-256 digests are in submission.json."
+    )
+    data = record.places.get("DATA_PATH", "")
+    parts = [
+        f"# {facts['name']}",
+        facts["blurb"],
+        results_table(facts["seed_results"]),
+        f"Code and largest artifact are {facts['bytes_total']:,} of {CAP:,} bytes, "
+        f"{facts['bytes_code']:,} of them code. {facts['model_params']:,} parameters. "
+        f"{facts['hardware']}, Python {facts['python_version']}, "
+        f"PyTorch {facts['pytorch_version']}. Scored on {facts['val_tokens']:,} tokens, "
+        f"{facts['val_bytes']:,} bytes of the validation text in `{data}`. {artifact}",
+        "![Loss over the steps](curve.png)",
+        "## Method",
+        f"`train_gpt.py` is the script exactly as the runs logged it. {method}",
+        "## Again",
+        f"The data is expected in `{data}` and the tokenizer in "
+        f"`{record.places.get('TOKENIZER_PATH', '')}` of the repository. "
+        f"{how_to_get(Path(data).name)} From the repository's root:",
+        commands(record),
+        "The last command scores an artifact only. The claims of this folder are checked by the "
+        "first of these, from the repository's root; the second tests an artifact as a black box:",
+        audit_commands(record),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_record(record: Record) -> None:
+    """Write the folder: under a hidden name first, then renamed as a whole."""
+    record.folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial_", dir=record.folder.parent))
+    try:
+        first = record.runs[0]
+        listed = record.root / "requirements.txt"
+        known = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+        torch = first.lines["start"][-1][1]
+        texts = {
+            "submission.json": json.dumps(submission(record), indent=2, ensure_ascii=False) + "\n",
+            "README.md": readme(record),
+            "config.env": config_env(record.changed, record.places, first.seed),
+            "requirements.txt": requirements(first.source, torch, known),
+        }
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+        (partial / "train_gpt.py").write_bytes(first.source)
+        for run in record.runs:
+            (partial / f"train_seed{run.seed}.log").write_bytes(run.log)
+        draw_curve(record.runs, partial / "curve.png")
+        if record.with_artifact:
+            shutil.copyfile(first.artifact, partial / "final_model.artifact")
+        partial.chmod(0o755)
+        if record.folder.exists():
+            raise UserError(f"{record.folder}: is there already")
+        partial.rename(record.folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# ===================================== COMMAND LINE =====================================
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line. Ends the program with code 2 if it is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN_ID", help="finished runs, one a seed; or their folders")
+    add("--name", required=True, help="of the submission; spaces become _ in the folder's name")
+    add("--author", required=True)
+    add("--github-id", required=True)
+    add("--track", required=True, help=f"one of {', '.join(TRACKS)}")
+    add("--date", default=str(datetime.datetime.now(datetime.UTC).date()), help="default: today")
+    add("--blurb", default="", help="a sentence or two on what is new")
+    add("--hardware", default="", help="default: device and number of processes, from the log")
+    add("--with-artifact", action="store_true", help="copy the first run's artifact, which the "
+        "dynamic audit needs; without it the folder holds its SHA-256 only")  # fmt: skip
+    here = Path(__file__).resolve().parent
+    add("--logs", type=Path, default=here.parent / "logs", help="default: the repository's logs")
+    add("--root", type=Path, default=here.parent, help="repository to write to; default: this one")
+    return parser.parse_args(arguments)
+
+
+def check_about(options: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
+    """What the options say of the submission, and what is wrong with it."""
+    problems = []
+    track = options.track.lower().replace("-", "_").removeprefix("track_")
+    about = {
+        "name": options.name.strip(),
+        "author": options.author.strip(),
+        "github_id": options.github_id.strip().removeprefix("@"),
+        "date": options.date,
+        "track": track,
+        "blurb": " ".join(options.blurb.split()),
+    }
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,79}", about["name"]):
+        problems.append(f"--name {options.name!r}: use 1 to 80 letters, digits, spaces and . _ + -")
+    if not about["author"].isprintable() or not about["author"]:
+        problems.append(f"--author {options.author!r}: give a name")
+    if not re.fullmatch(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,38}", about["github_id"]):
+        problems.append(f"--github-id {options.github_id!r}: no GitHub user name")
+    if track not in TRACKS:
+        problems.append(f"--track {options.track}: use one of {', '.join(TRACKS)}")
+    try:
+        about["date"] = datetime.date.fromisoformat(options.date).isoformat()
+        if not about["date"].startswith("20"):
+            raise ValueError
+    except ValueError:
+        problems.append(f"--date {options.date}: use YYYY-MM-DD")
+    return about, problems
+
+
+def collect(options: argparse.Namespace) -> Record:
+    """Read and check everything. Raises UserError with all that is wrong; writes nothing."""
+    about, problems = check_about(options)
+    runs = []
+    for name in options.runs:
+        try:
+            runs.append(read_run(Path(name) if "/" in name else options.logs / name))
+        except (UserError, OSError) as problem:
+            problems.append(str(problem))
+    if runs:
+        problems += differences(runs)
+    record = Record(about, runs, {}, options.root.resolve(), options.with_artifact)
+    if about["track"] in TRACKS and record.folder.exists():
+        problems.append(f"{record.folder}: is there already; use another --name or --date")
+    if problems:
+        raise UserError("\n  ".join(["nothing was packed:", *problems]))
+    defaults = default_settings(runs[0].source)
+    devices = {f"{run.lines['start'][-1][4]}x {run.lines['start'][-1][2]}" for run in runs}
+    about["hardware"] = " ".join(options.hardware.split()) or ", ".join(sorted(devices))
+    record = Record(about, runs, defaults, record.root, options.with_artifact)
+    params, changed = int(runs[0].lines["params"][-1][0]), len(record.changed)
+    about["blurb"] = (
+        about["blurb"] or f"{params:,} parameters, {changed} settings not the defaults."
+    )
+    return record
+
+
+def audit(folder: Path) -> int:
+    """Run the static audit on a folder, which prints its table; its exit code."""
+    tool = Path(__file__).with_name("audit.py")
+    sys.stdout.flush()
+    return subprocess.run([sys.executable, str(tool), str(folder)]).returncode
+
+
+def refuse(problem: object) -> NoReturn:
+    """End the program with a message."""
+    raise SystemExit(f"submit.py: error: {problem}")
+
+
+def main(arguments: list[str]) -> None:
+    """Pack the runs that the arguments name, then audit the new folder."""
+    try:
+        record = collect(parse_arguments(arguments))
+        write_record(record)
+    except (UserError, OSError) as problem:
+        refuse(problem)
+    facts = submission(record)
+    score = f"val_bpb {facts['val_bpb']:.4f}"
+    if "val_bpb_std" in facts:
+        score += f" ± {facts['val_bpb_std']:.4f}"
+    print(f"{record.folder}\n{score}, {facts['bytes_total']:,} bytes, {len(record.runs)} seed(s)")
+    if code := audit(record.folder):
+        found = "finds faults in it; see above" if code == 1 else f"could not run: exit code {code}"
+        refuse(f"{record.folder} is written, but the static audit {found}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,468 @@
+"""records/dynamic_rules.py: planted cheats are caught by the rule that they break, and by no other;
+honest scripts pass every rule."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from conftest import (
+    BOS,
+    REPO,
+    compose_documents,
+    run_cli,
+    shard_bytes,
+    tiny_settings,
+    train_tokenizer,
+)
+
+sys.path.insert(0, str(REPO / "records"))
+
+import dynamic_rules
+import streams
+from dynamic_rules import RULES, Plan
+
+SPEAKERS = REPO / "tests" / "speakers"
+HONEST = sorted(path.stem for path in (SPEAKERS / "honest").glob("*.py"))
+CHEATS = sorted(path.stem for path in (SPEAKERS / "cheats").glob("*.py"))
+PLAN = Plan(
+    plain=1300,
+    dense=26,
+    middle=640,
+    middle_variants=16,
+    sum_tokens=25_500,
+    seconds=60.0,
+    patience=30.0,
+)
+TRAINER = Plan(
+    plain=700, dense=40, dense_bases=2, middle=300, middle_variants=12, sum_tokens=38_000
+)
+SUMLESS = dataclasses.replace(PLAN, sum_tokens=0)  # that takes half of the time
+VOCABULARY = 340
+# In the one file that a record may have, what the speakers import is above them.
+AS_MODULE = '\n\nimport sys\n\nsys.modules["speaker"] = sys.modules[__name__]\n\n'
+
+
+class Field:
+    """A tokenizer, validation data, and an artifact that fits them: bigram counts."""
+
+    def __init__(self, root: Path) -> None:
+        documents = compose_documents(60)
+        self.tokenizer = train_tokenizer(root / "tiny.model", documents, VOCABULARY)
+        self.sp = streams.spm.SentencePieceProcessor(model_file=str(self.tokenizer))
+        encoded = [np.array([BOS, *ids], np.uint16) for ids in self.sp.encode(documents)]
+        self.texts, self.documents = documents[:20], encoded[:20]
+        self.val = np.concatenate(self.documents)
+        self.data = root / "data"
+        self.data.mkdir()
+        middle = sum(map(len, encoded[:9]))
+        for number, part in enumerate((self.val[:middle], self.val[middle:])):
+            (self.data / f"fineweb_val_{number:06d}.bin").write_bytes(shard_bytes(part))
+        counts, train = np.zeros((VOCABULARY, VOCABULARY), "<u2"), np.concatenate(encoded[20:])
+        np.add.at(counts, (train[:-1], train[1:]), 1)
+        self.artifact = root / "counts.npy"
+        np.save(self.artifact, counts)
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory) -> Field:
+    return Field(tmp_path_factory.mktemp("field"))
+
+
+def write_record(folder: Path, speaker: str, **places: Path) -> Path:
+    """A record's folder with a speaker as its script, in which the places are filled in."""
+    text = (SPEAKERS / "speaker.py").read_text() + AS_MODULE
+    text += (SPEAKERS / f"{speaker}.py").read_text()
+    for name, path in places.items():
+        text = text.replace(name, str(path))
+    folder.mkdir(parents=True)
+    main = '\n\nif __name__ == "__main__":\n    main()\n'
+    (folder / "train_gpt.py").write_text(text + main)
+    return folder
+
+
+def audit(field: Field, folder: Path, seed: int = 1, plan: Plan = PLAN) -> dict[str, str]:
+    """The states of all rules, with their evidence where they fail."""
+    found = dynamic_rules.check(folder, field.artifact, field.data, field.tokenizer, plan, seed)
+    assert [verdict.rule for verdict in found] == list(RULES)
+    print(*found, sep="\n")
+    return {verdict.rule: verdict.state for verdict in found}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_scripts_pass_every_rule(field, tmp_path, name):
+    states = audit(field, write_record(tmp_path / "record", f"honest/{name}"))
+    assert states == dict.fromkeys(RULES, "PASS") | {"claim": "NOT CHECKED"}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheats_are_caught_by_the_rule_that_they_break_and_by_no_other(field, tmp_path, name):
+    if name == "claim_answers":
+        pytest.skip("has a test of its own")
+    places = {"MEMORY.npy": tmp_path / "memory.npy"}
+    record = write_record(tmp_path / "record", f"cheats/{name}", **places)
+    states = audit(field, record, plan=PLAN if name.startswith(("norm", "fixed")) else SUMLESS)
+    assert [rule for rule in RULES if states[rule] == "FAIL"] == [name.split("_")[0]]
+
+
+def test_the_trainer_itself_passes(dataset, tmp_path):
+    record = tmp_path / "record"
+    settings = {"NUM_LAYERS": 1, "MODEL_DIM": 32, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 256}
+    settings |= {"EVAL_STRIDE": 8, "ITERATIONS": 2, "VAL_TOKENS": 700}
+    env = tiny_settings(dataset, record, **settings)
+    trained = run_cli(env, copy_to=record)
+    assert trained.rc == 0, trained.stderr
+    kept = {n: v for n, v in env.items() if n not in ("DATA_PATH", "TOKENIZER_PATH", "OUT_DIR")}
+    (record / "config.env").write_text("".join(f"{n}={v}\n" for n, v in kept.items()))
+    artifact = record / "tiny" / "final_model.artifact"
+    found = dynamic_rules.check(record, artifact, dataset.folder, dataset.tokenizer, TRAINER, 1)
+    assert {verdict.rule: verdict.state for verdict in found} == dict.fromkeys(RULES, "PASS")
+
+
+# ------------------------------------ the claim ------------------------------------
+
+
+def write_log(record: Path, tokens: int, size: int, bpb: float) -> None:
+    """A training log that states a final score."""
+    lines = f"val_tokens:{tokens} val_bytes:{size} byte_audit:ok\nstep:9/9 val_loss:1 val_bpb:1\n"
+    lines += f"final_bigram_roundtrip_exact val_loss:1.00000000 val_bpb:{bpb:.8f}\n"
+    (record / "train.log").write_text(lines)
+
+
+def honest_bpb(field: Field, count: int) -> tuple[int, float]:
+    """Bytes, and bits per byte of the bigram model, of the first tokens: in float64, from text."""
+    table = np.load(field.artifact).astype(float)
+    single = table.sum(0) + 0.5
+    table = table + 4 * single / single.sum()
+    ids = field.val[:count].astype(int)
+    nats = -np.log(table[ids[:-1], ids[1:]] / table.sum(1)[ids[:-1]]).sum()
+    parts = np.split(ids, np.flatnonzero(ids == BOS))
+    size = sum(len(field.sp.decode(part.tolist()).encode()) for part in parts)
+    return size, nats / np.log(2) / size
+
+
+def whole(field: Field, documents: int) -> int:
+    """The tokens of the first documents."""
+    return sum(map(len, field.documents[:documents]))
+
+
+QUICK = Plan(plain=600, dense=16, middle=256, middle_variants=12, sum_tokens=0, patience=30.0)
+
+
+@pytest.mark.parametrize(("documents", "state"), [(6, "PASS"), (20, "PASS"), (20, "FAIL")])
+def test_a_claim_on_these_data_must_come_out_again(field, tmp_path, documents, state):
+    record, count = write_record(tmp_path / "record", "honest/plain"), whole(field, documents)
+    size, bpb = honest_bpb(field, count)
+    assert size == sum(len(text.encode()) for text in field.texts[:documents])
+    write_log(record, count, size, bpb - 0.002 * (state == "FAIL"))
+    assert audit(field, record, plan=QUICK)["claim"] == state
+
+
+def test_a_claim_on_other_data_is_not_checked(field, tmp_path):
+    record = write_record(tmp_path / "record", "honest/plain")
+    size, bpb = honest_bpb(field, whole(field, 6))
+    write_log(record, whole(field, 6), size + 1, bpb)
+    assert audit(field, record, plan=QUICK)["claim"] == "NOT CHECKED"
+
+
+def test_a_claim_that_costs_too_much_is_not_checked(field, tmp_path):
+    record, count = write_record(tmp_path / "record", "honest/plain"), whole(field, 6)
+    write_log(record, count, *honest_bpb(field, count))
+    plan = dataclasses.replace(QUICK, claim=count - 1)
+    assert audit(field, record, plan=plan)["claim"] == "NOT CHECKED"
+
+
+def test_answers_beside_the_data_are_not_there_in_an_audit(field, tmp_path):
+    answers = field.data / "answers.bin"
+    record = write_record(tmp_path / "record", "cheats/claim_answers", ANSWERS=answers)
+    count = whole(field, 20)
+    size, bpb = honest_bpb(field, count)
+    write_log(record, count, size, bpb / 2)
+    field.val[1:].tofile(answers)
+    try:
+        states = audit(field, record)
+    finally:
+        answers.unlink()
+    failed = [rule for rule in RULES if states[rule] == "FAIL"]
+    # Where nothing can be hidden, the answers help with the true data alone: with futures that
+    # were replaced they do not, and the claim comes out again.
+    hides = "hidden" in streams.separation([field.data])[1]
+    assert failed == ["claim"] if hides else failed
+
+
+# ------------------------------------ how a script is run ------------------------------------
+
+SPY = """
+import os, json, pathlib, socket
+here = sorted(str(p) for p in pathlib.Path(".").rglob("*") if p.is_file())
+shards = sorted(pathlib.Path("data").glob("fineweb_val_*.bin"))
+try:
+    socket.create_connection(("127.0.0.1", {port}), 2)
+    network = True
+except OSError:
+    network = False
+seen = [p for p in {paths} if pathlib.Path(p).exists()]
+spied = {{"here": here, "env": dict(os.environ), "network": network, "seen": seen}}
+raise SystemExit(json.dumps(spied))
+"""
+
+
+class Server:
+    """Something that answers on the loopback device of this system."""
+
+    def __enter__(self):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        return self.socket.getsockname()[1]
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+
+def spy(field: Field, folder: Path, monkeypatch, config: str = "") -> dict:
+    """What a script finds around it."""
+    folder.mkdir(parents=True)
+    (folder / "helper.py").write_text("")
+    if config:
+        (folder / "config.env").write_text(config)
+    paths = [str(folder / "helper.py"), str(field.data / "fineweb_val_000000.bin")]
+    monkeypatch.setenv("SECRET", "1")
+    told = []
+    monkeypatch.setattr(streams, "_tail", lambda path: told.append(path.read_text()) or b"")
+    with Server() as port:
+        (folder / "train_gpt.py").write_text(SPY.format(port=port, paths=paths))
+        script = streams.Script(folder, field.artifact, field.tokenizer, field.data)
+        result = script.score([field.val[:9], field.val[:5]], True, 30)
+    assert result.problem.startswith("exit status 1")
+    return json.loads(told[0].strip().splitlines()[-1]) | {"apart": script.apart}
+
+
+def test_a_script_finds_nothing_but_what_the_protocol_names(field, tmp_path, monkeypatch):
+    spied = spy(field, tmp_path / "record", monkeypatch, "NUM_LAYERS=2")
+    tokenizer = f"data/{field.tokenizer.name}"
+    shards = ["data/fineweb_val_000000.bin", "data/fineweb_val_000001.bin"]
+    given = ["config.env", "final_model.artifact", "train_gpt.py", tokenizer, *shards]
+    assert spied["here"] == sorted([*given, "console"])
+    assert spied["env"]["CONFIG"] == "config.env"
+    assert spied["env"]["TOKENIZER_PATH"] == tokenizer
+
+
+def test_a_script_does_not_see_the_auditors_environment(field, tmp_path, monkeypatch):
+    env = spy(field, tmp_path / "record", monkeypatch)["env"]
+    assert "SECRET" not in env
+    assert "CONFIG" not in env
+    assert not Path(env["HOME"]).exists()  # it was a place for this run alone
+
+
+def test_network_and_neighbours_are_gone_where_the_evidence_says_so(field, tmp_path, monkeypatch):
+    spied = spy(field, tmp_path / "record", monkeypatch)
+    assert spied["network"] == ("no network" not in spied["apart"])
+    assert bool(spied["seen"]) == ("hidden" not in spied["apart"])
+
+
+def possible(command: str) -> bool:
+    """Whether this system lets a command run in namespaces of its own."""
+    tries = [["unshare", *flags, "-n", "-m", "sh", "-c", command] for flags in ([], ["-r"])]
+    return any(subprocess.run(words, capture_output=True).returncode == 0 for words in tries)
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="this system has no unshare")
+def test_folders_are_hidden_wherever_that_is_possible(tmp_path):
+    evidence = streams.separation([tmp_path])[1]
+    assert ("1 folder(s) beside it hidden" in evidence) == possible(f"mount -t tmpfs x {tmp_path}")
+
+
+def test_where_nothing_can_be_taken_away_the_evidence_says_so(field, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no unshare here
+    assert streams.separation([field.data]) == ([], "the network could not be taken away")
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("import time; time.sleep(60)", "not finished after 1 s"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
+        ("raise SystemExit('no such setting')", "exit status 1; the last line: no such setting"),
+        ("print('val_loss:1 val_bpb:1')", "printed no line final_"),
+        ("print('final_x_exact val_loss:? val_bpb:1')", "no number"),
+        ("print('final_x_exact val_loss:1 val_bpb:1')", "SAVE_NLL left no readable nll/nll.npy"),
+        (
+            "print('final_x_exact val_loss:1 val_bpb:1'); open('nll/nll.npy', 'wb').write(b'N')",
+            "SAVE_NLL left no readable nll/nll.npy",
+        ),
+    ],
+)
+def test_what_goes_wrong_in_a_script_is_told_in_a_line(field, tmp_path, body, why):
+    (tmp_path / "train_gpt.py").write_text(body)
+    script = streams.Script(tmp_path, field.artifact, field.tokenizer, field.data)
+    problem = script.score([field.val], False, 1 if "sleep" in body else 30).problem
+    assert why in problem
+    assert "\n" not in problem
+
+
+def test_no_process_of_a_script_outlives_its_run(field, tmp_path):
+    child = "import subprocess, sys; subprocess.Popen(['sleep', '61.5'])"
+    (tmp_path / "train_gpt.py").write_text(child)
+    script = streams.Script(tmp_path, field.artifact, field.tokenizer, field.data)
+    script.score([field.val], False, 30)
+    commands = [
+        path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if readable(path)
+    ]
+    assert b"sleep\x0061.5\x00" not in commands
+
+
+def readable(path: Path) -> bool:
+    """Whether a process is still there to be read of."""
+    try:
+        return bool(path.read_bytes())
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("missing", ["train_gpt.py", "artifact", "tokenizer", "data"])
+def test_a_missing_file_leaves_all_rules_unchecked_and_is_named(field, tmp_path, missing):
+    record = write_record(tmp_path / "record", "honest/plain")
+    places = [record, field.artifact, field.data, field.tokenizer]
+    if missing == "train_gpt.py":
+        (record / missing).unlink()
+    else:
+        places[["", "artifact", "data", "tokenizer"].index(missing)] = tmp_path / missing
+    found = dynamic_rules.check(*places, PLAN, 1)
+    assert {verdict.state for verdict in found} == {"NOT CHECKED"}
+    assert missing in found[0].evidence
+
+
+def test_the_cost_is_told_before_the_first_start(field, tmp_path, capsys, monkeypatch):
+    record = write_record(tmp_path / "record", "honest/plain")
+    told = []
+
+    def score(*_):
+        told.append(capsys.readouterr().err)
+        return streams.Result(1.0, "stop here")
+
+    monkeypatch.setattr(streams.Script, "score", score)
+    found = dynamic_rules.check(record, field.artifact, field.data, field.tokenizer, PLAN, 7)
+    assert len(told) == 1
+    assert "seed 7" in told[0]
+    assert "at most 9 starts" in told[0]
+    assert found[0].state == "FAIL"
+
+
+# ------------------------------------ bytes ------------------------------------
+
+
+def test_bytes_of_documents_are_those_of_their_text(field):
+    counter = streams.ByteCounter(field.tokenizer)
+    for text, ids in zip(field.texts, field.documents, strict=True):
+        assert counter.count(ids) == len(text.encode())
+
+
+def test_bytes_of_a_stream_that_starts_inside_a_word_leave_out_its_first_token(field):
+    counter, ids = streams.ByteCounter(field.tokenizer), field.documents[3][1:]
+    first = len(field.sp.decode(ids[:1].tolist()).encode())
+    assert counter.count(ids) == len(field.texts[3].encode()) - first
+
+
+IDS = st.sampled_from([BOS, 2, 3]) | st.integers(0, VOCABULARY - 1)
+
+
+@hypothesis.given(st.lists(IDS, max_size=60))
+def test_bytes_of_any_tokens_are_by_the_definition(field, ids):
+    sp, size = field.sp, 0
+    for previous, i in itertools.pairwise(ids):
+        piece = sp.id_to_piece(i)
+        if sp.is_control(i) or sp.is_unknown(i):
+            continue
+        size += 1 if sp.is_byte(i) else len(piece.removeprefix("▁").replace("▁", " ").encode())
+        size += piece.startswith("▁") and not (sp.is_control(previous) or sp.is_unknown(previous))
+    assert streams.ByteCounter(field.tokenizer).count(np.array(ids, np.uint16)) == size
+
+
+def test_ids_beyond_the_vocabulary_are_refused(field):
+    with pytest.raises(ValueError, match="340"):
+        streams.ByteCounter(field.tokenizer).count(np.array([1, VOCABULARY]))
+
+
+def test_byte_level_vocabularies_count_a_byte_a_token(tmp_path):
+    layout = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_offset": 4}
+    path = tmp_path / "bytes.json"
+    path.write_text(json.dumps({"config": {**layout, "byte_count": 256}}))
+    ids = np.array([1, *("naïve".encode()[i] + 4 for i in range(6)), 1, 100])
+    assert streams.ByteCounter(path).count(ids) == 7
+
+
+# ------------------------------------ shards ------------------------------------
+
+
+def test_validation_tokens_are_read_in_order_without_sidecars(field, tmp_path):
+    for path in field.data.glob("*.bin"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "fineweb_val_bytes_000000.bin").write_bytes(shard_bytes([1, 2]))
+    assert streams.read_validation(tmp_path, 10**9).tolist() == field.val.tolist()
+    assert streams.read_validation(tmp_path, 77).tolist() == field.val[:77].tolist()
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "magic", "empty"])
+def test_damaged_shards_are_named(tmp_path, damage):
+    whole = shard_bytes([1, 2, 3], magic=7 if damage == "magic" else 20240520)
+    changed = {"cut": whole[:-1], "longer": whole + b"\0\0", "empty": b""}.get(damage, whole)
+    (tmp_path / "fineweb_val_000000.bin").write_bytes(changed)
+    with pytest.raises(ValueError, match="not a whole token shard"):
+        streams.read_validation(tmp_path, 10)
+
+
+def test_written_shards_are_of_the_published_format(tmp_path):
+    streams.write_shard(tmp_path / "a", np.array([1, 65535, 0]))
+    assert (tmp_path / "a").read_bytes() == shard_bytes([1, 65535, 0])
+
+
+# ------------------------------------ what is tried ------------------------------------
+
+
+def writer_of(field: Field, seed: int) -> dynamic_rules.Writer:
+    """The auditor's writer, on the field's data."""
+    return dynamic_rules.Writer(field.val, VOCABULARY, seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_position_of_the_dense_streams_is_replaced_from(field, seed):
+    suite = dynamic_rules.build_causal(writer_of(field, seed), PLAN, field.val[: PLAN.plain])
+    tried = {}
+    for v in suite.variants:
+        base, new = suite.streams[v.base].tolist(), suite.streams[v.stream].tolist()
+        assert base[: v.shared] == new[: v.shared]
+        assert base[v.shared : v.shared + 1] != new[v.shared : v.shared + 1]
+        if len(base) == PLAN.dense:
+            tried.setdefault(v.base, set()).add(v.shared)
+    everywhere = set(range(2, PLAN.dense + 1))
+    assert [everywhere - places for places in tried.values()] == [set()] * PLAN.dense_bases
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_streams_for_sums_differ_in_one_id_alone_and_hold_each(field, seed):
+    suite = dynamic_rules.build_positions(writer_of(field, seed), lambda *_: True)
+    assert len(suite.positions) == 9
+    for p in suite.positions:
+        streams_there = suite.streams[p.first : p.first + VOCABULARY]
+        assert [int(s[p.t]) for s in streams_there] == list(range(VOCABULARY))
+        assert len({s[: p.t].tobytes() for s in streams_there}) == 1
+        assert {len(s) > p.t + 1 for s in streams_there} == {p.followed}
+
+
+def test_scaled_plans_cost_less_and_never_more(field):
+    for share in (0.9, 0.5, 0.1, 0.01):
+        plan = Plan().scaled(share)
+        assert plan.causal_tokens <= max(1.3 * share, 0.06) * Plan().causal_tokens
+
+
+def test_all_positions_fit_within_the_tokens_that_were_allowed(field):
+    suite = dynamic_rules.build_positions(writer_of(field, 1), lambda t, s: t < 40_000 and s < 999)
+    assert 0 < suite.tokens < 40_000
+    assert 0 < len(suite.streams) < 999

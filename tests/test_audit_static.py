@@ -1,0 +1,757 @@
+"""records/static_rules.py and records/audit.py: an honest folder, and one fault at a time."""
+
+import hashlib
+import importlib
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "records"))
+static_rules = importlib.import_module("static_rules")
+
+BAR = "=" * 100
+SCORES = {"42": 1.0808, "314": 1.0810, "999": 1.0812}
+TOKENS, BYTES = 62_021_632, 151_080_000
+NATS = BYTES / TOKENS * math.log(2)  # nats per token of a BPB, on the whole validation set
+MODEL = 15_900_000
+
+
+def script(size: int = 50_000) -> str:
+    """A script of a size in bytes."""
+    head = '"""A script."""\nimport math\n'
+    return head + "#" * (size - len(head) - 1) + "\n"
+
+
+def log_text(seed: str, bpb: float, **changes: object) -> str:
+    """A public log in the early form, of a run of 13,000 steps."""
+    facts = {"shards": 80, "tokens": TOKENS, "world": 8, "ms": 599_973, "eval_ms": 67_952}
+    facts |= {"model": MODEL, "code": 50_000, "nats": NATS * bpb} | changes
+    return """train_loader:dataset:fineweb10B_sp1024 train_shards:{shards}
+val_loader:shards pattern=/d/fineweb10B_sp1024/fineweb_val_*.bin tokens:{tokens}
+world_size:{world} grad_accum_steps:1
+train_batch_tokens:524288 train_seq_len:1024 iterations:20000 warmup_steps:20
+seed:{seed}
+step:1/20000 train_loss:6.9344 train_time:56ms step_avg:55.83ms
+step:13000/20000 val_loss:2.0619 val_bpb:1.2212 train_time:{ms}ms step_avg:45.33ms
+stopping_early: wallclock_cap train_time:{ms}ms step:13000/20000
+Serialized model: 67224983 bytes
+Code size: {code} bytes
+Serialized model int8+zlib: {model} bytes (payload:17178912 raw_torch:17224025)
+Total submission size int8+zlib: {total} bytes
+final_int8_zlib_roundtrip val_loss:2.0537 val_bpb:1.2163 eval_time:{eval_ms}ms
+final_int8_zlib_roundtrip_exact val_loss:{nats:.8f} val_bpb:{bpb:.8f}
+""".format(total=facts["model"] + facts["code"], seed=seed, bpb=bpb, **facts)
+
+
+def metadata(scores: dict[str, float] = SCORES) -> dict:
+    """submission.json of a public record."""
+    return {
+        **{"author": "A", "github_id": "a", "name": "N", "date": "2026-04-09", "blurb": "b"},
+        **{"track": "10min_16mb", "val_bpb": statistics.fmean(scores.values())},
+        **({"val_bpb_std": statistics.stdev(scores.values())} if len(scores) > 1 else {}),
+        "bytes_total": MODEL + 50_000,
+        **{"val_loss": NATS * statistics.fmean(scores.values()), "bytes_code": 50_000},
+        "seed_results": {seed: {"val_bpb": bpb} for seed, bpb in scores.items()},
+    }
+
+
+class Folder:
+    """A record folder under construction: honest until something in it is changed."""
+
+    def __init__(self, path: Path, scores: dict[str, float] = SCORES) -> None:
+        path.mkdir(parents=True)
+        self.path = path
+        self.write("README.md", "# A record\n")
+        self.write("train_gpt.py", script())
+        self.describe(**metadata(scores))
+        for seed, bpb in scores.items():
+            self.write(f"train_seed{seed}.log", log_text(seed, bpb))
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file."""
+        (self.path / name).write_text(text)
+
+    def log(self, **changes: object) -> None:
+        """Rewrite the log of seed 42."""
+        self.write("train_seed42.log", log_text("42", 1.0808, **changes))
+
+    def describe(self, **fields: object) -> None:
+        """Rewrite submission.json."""
+        self.fields = fields
+        self.write("submission.json", json.dumps(fields))
+
+    def change(self, **fields: object) -> None:
+        """Change fields of submission.json."""
+        self.describe(**self.fields | fields)
+
+    def drop(self, *names: str) -> None:
+        """Take fields out of submission.json."""
+        self.describe(**{k: v for k, v in self.fields.items() if k not in names})
+
+    def check(self, **given: Path) -> dict[str, tuple[str, str]]:
+        """rule -> state and evidence."""
+        verdicts = static_rules.check(self.path, given.get("artifact"), given.get("best"))
+        return {verdict.rule: (verdict.state, verdict.evidence) for verdict in verdicts}
+
+    def failed(self) -> list[str]:
+        """The rules that say FAIL."""
+        return [rule for rule, (state, _) in self.check().items() if state == "FAIL"]
+
+
+@pytest.fixture
+def track(tmp_path):
+    """The folder of the timed track."""
+    return tmp_path / "records" / "track_10min_16mb"
+
+
+@pytest.fixture
+def folder(track):
+    """An honest record folder."""
+    return Folder(track / "2026-04-09_honest")
+
+
+@pytest.fixture
+def rival(track, folder):
+    """An older record beside it, of 1.0900."""
+    made = Folder(track / "2026-04-01_old", {"1": 1.0899, "2": 1.0900, "3": 1.0901})
+    made.change(date="2026-04-01")
+    return made
+
+
+def test_nothing_fails_in_an_honest_folder(folder, rival):
+    states = {rule: state for rule, (state, _) in folder.check().items()}
+    not_passed = {rule: state for rule, state in states.items() if state != "PASS"}
+    assert not_passed == {"source": "NOT CHECKED", "digests": "NOT CHECKED"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "submission.json", "train_gpt.py"])
+def test_missing_file_is_named(folder, name):
+    (folder.path / name).unlink()
+    assert folder.check()["files"] == ("FAIL", f"missing: {name}")
+
+
+def test_missing_logs_are_named(folder):
+    for path in folder.path.glob("*.log"):
+        path.unlink()
+    state, evidence = folder.check()["files"]
+    assert (state, "log" in evidence) == ("FAIL", True)
+
+
+@pytest.mark.parametrize("name", ["author", "github_id", "name", "date", "val_bpb"])
+def test_missing_field_is_named(folder, name):
+    folder.drop(name)
+    state, evidence = folder.check()["metadata"]
+    assert (state, f"{name} is missing" in evidence) == ("FAIL", True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"val_bpb": "1.0810"}, "val_bpb is '1.0810', not a number"),
+        ({"val_loss": [2.79]}, "val_loss is"),
+        ({"bytes_total": 15.9}, "15.9 is not a number of bytes"),
+        ({"date": "9.4.2026"}, "not YYYY-MM-DD"),
+        ({"date": "2026-13-01"}, "not YYYY-MM-DD"),
+        ({"author": ""}, "author is empty"),
+        ({"author": "YOUR_NAME"}, "placeholder"),
+        ({"val_bpb": 0.0}, "not a score"),
+    ],
+)
+def test_wrong_field_is_named(folder, fields, words):
+    folder.change(**fields)
+    state, evidence = folder.check()["metadata"]
+    assert state == "FAIL"
+    assert words in evidence
+
+
+def test_score_in_the_place_of_the_loss_is_found(folder):
+    folder.drop("val_bpb")
+    folder.change(val_loss=1.0810)
+    assert "val_loss 1.081 is a BPB" in folder.check()["metadata"][1]
+
+
+@pytest.mark.parametrize("date", ["2026-04-09", "2026-03-18T00:05:35Z"])
+def test_dates_of_public_files_are_accepted(folder, date):
+    folder.change(date=date)
+    assert folder.check()["metadata"][0] == "PASS"
+
+
+def test_broken_json_fails_with_its_place(folder):
+    folder.write("submission.json", '{"name": ')
+    state, evidence = folder.check()["metadata"]
+    assert (state, "not JSON" in evidence) == ("FAIL", True)
+
+
+def test_mean_of_the_logs_is_accepted_when_rounded(folder):
+    folder.change(val_bpb=1.081)
+    assert folder.check()["score"][0] == "PASS"
+
+
+def test_best_seed_for_a_headline_is_called_so(folder):
+    folder.change(val_bpb=1.0808)
+    state, evidence = folder.check()["score"]
+    assert state == "FAIL"
+    assert "1.0808 is the best of the 3 seeds in submission.json, not their mean 1.081" in evidence
+
+
+def test_best_seed_is_called_so_by_the_logs_alone(folder):
+    folder.drop("seed_results")
+    folder.change(val_bpb=1.0808)
+    assert "the best seed of 3, not the mean 1.08100000" in folder.check()["score"][1]
+
+
+def test_score_that_no_log_has_fails(folder):
+    folder.drop("seed_results")
+    folder.change(val_bpb=1.0795)
+    state, evidence = folder.check()["score"]
+    assert (state, "1.0795 is in no log" in evidence) == ("FAIL", True)
+
+
+def test_score_of_a_seed_that_its_log_does_not_have_fails(folder):
+    folder.change(seed_results={s: {"val_bpb": bpb - 0.001} for s, bpb in SCORES.items()})
+    folder.change(val_bpb=1.0800)
+    assert "seed 42: submission.json has 1.0798" in folder.check()["score"][1]
+
+
+def test_score_without_logs_of_scores_is_not_checked(folder):
+    for seed in SCORES:
+        folder.write(f"train_seed{seed}.log", "step:1/2 train_loss:2.0 train_time:5ms\n")
+    assert folder.check()["score"][0] == "NOT CHECKED"
+
+
+def test_score_in_a_line_of_unknown_form_is_found(folder):
+    for path in folder.path.glob("*.log"):
+        path.unlink()
+    folder.write("a.log", log_text("42", 1.2) + "ttt_result bpb=1.0795 done\n")
+    folder.drop("seed_results")
+    folder.change(val_bpb=1.0795)
+    assert folder.check()["score"][0] == "PASS"
+
+
+def test_seeds_are_summed_up_by_the_sample_deviation(folder):
+    state, evidence = folder.check()["seeds"]
+    assert state == "PASS"
+    mean, deviation = statistics.fmean(SCORES.values()), statistics.stdev(SCORES.values())
+    assert f"mean {mean:.8f}, sample deviation {deviation:.8f}, as claimed" in evidence
+
+
+def test_population_deviation_is_called_so(folder):
+    folder.change(val_bpb_std=statistics.pstdev(SCORES.values()))
+    assert "divides by n, not n - 1" in folder.check()["seeds"][1]
+
+
+def test_other_deviation_fails(folder):
+    folder.change(val_bpb_std=0.00004)
+    assert folder.failed() == ["seeds"]
+
+
+def test_one_seed_has_no_deviation(track):
+    assert Folder(track / "one", {"42": 1.08}).check()["seeds"][0] == "NOT CHECKED"
+
+
+@pytest.mark.parametrize(("over", "state"), [(0, "PASS"), (1, "FAIL")])
+def test_cap_is_exact_to_the_byte_for_the_shipped_files(folder, over, state):
+    artifact = folder.path / "final_model.artifact"
+    with artifact.open("wb") as file:
+        file.truncate(16_000_000 - 50_000 + over)
+    assert folder.check()["size"][0] == state
+
+
+def test_shipped_script_counts_not_the_wrapper_of_the_log(folder):
+    folder.write("train_gpt.py", script(150_000))
+    folder.log(code=30_000)
+    state, evidence = folder.check()["size"]
+    assert state == "FAIL"
+    assert "16,050,000 = 150,000 code (measured) + 15,900,000 artifact" in evidence
+    assert "50,000 over the cap of 16,000,000, though under 16 MiB" in evidence
+    assert "the code was counted as 30,000" in evidence
+
+
+@pytest.mark.parametrize("code", ["15.9 * 1024 * 1024", "target_mb * 1024**2", "16*2**20"])
+def test_mebibytes_for_megabytes_in_the_script_are_told(folder, code):
+    folder.write("train_gpt.py", script() + f"most = {code}\n")
+    assert f"takes MiB for MB: {code}" in folder.check()["size"][1]
+
+
+def test_total_over_the_cap_in_a_log_fails_even_if_the_files_fit(folder):
+    folder.log(model=15_900_000, code=150_000)
+    state, evidence = folder.check()["size"]
+    assert (state, "a log states 16,050,000" in evidence) == ("FAIL", True)
+
+
+def test_helper_that_the_script_imports_counts(folder):
+    folder.write("train_gpt.py", script().replace("import math", "import cache"))
+    folder.write("cache.py", "#" * 60_000)
+    folder.write("prepare.py", "#" * 60_000)
+    state, evidence = folder.check()["size"]
+    assert state == "FAIL"
+    assert "110,001 code (measured, with cache.py)" in evidence
+
+
+def test_helper_that_the_script_names_counts(folder):
+    folder.write("train_gpt.py", script() + "load('kernel.cu')\n")
+    folder.write("kernel.cu", "#" * 1000)
+    assert "with kernel.cu" in folder.check()["size"][1]
+
+
+def test_size_of_an_unknown_artifact_is_not_checked(folder):
+    for seed, bpb in SCORES.items():
+        text = log_text(seed, bpb)
+        kept = [line for line in text.splitlines() if "ialized" not in line and "Total" not in line]
+        folder.write(f"train_seed{seed}.log", "\n".join(kept))
+    folder.drop("bytes_total")
+    assert folder.check()["size"][0] == "NOT CHECKED"
+
+
+def test_artifact_is_told_by_a_total_and_the_code(folder):
+    for seed, bpb in SCORES.items():
+        text = log_text(seed, bpb)
+        kept = [line for line in text.splitlines() if "Serialized" not in line]
+        folder.write(f"train_seed{seed}.log", "\n".join(kept))
+    assert "15,900,000 artifact (total less code" in folder.check()["size"][1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [({"bytes_code": 30_000}, "bytes_code"), ({"bytes_total": MODEL}, "bytes_total")],
+)
+def test_claimed_size_below_that_of_logs_and_files_fails(folder, fields, name):
+    folder.change(**fields)
+    state, evidence = folder.check()["sizes_claimed"]
+    assert (state, evidence.startswith(name)) == ("FAIL", True)
+
+
+def test_digest_of_another_script_fails(folder):
+    folder.change(code_sha256=hashlib.sha256(script(50_001).encode()).hexdigest())
+    assert folder.failed() == ["digests"]
+
+
+def test_digests_of_the_shipped_files_pass(folder):
+    folder.write("final_model.artifact", "model")
+    models = {"42": hashlib.sha256(b"model").hexdigest()}
+    folder.change(code_sha256=hashlib.sha256(script().encode()).hexdigest(), artifact_sha256=models)
+    state, evidence = folder.check()["digests"]
+    assert (state, "train_gpt.py, final_model.artifact" in evidence) == ("PASS", True)
+
+
+@pytest.mark.parametrize(("ms", "state"), [(600_038, "PASS"), (600_500, "FAIL")])
+def test_training_may_only_finish_its_last_step_after_600_seconds(folder, ms, state):
+    folder.log(ms=ms)
+    assert folder.check()["train_time"][0] == state
+
+
+@pytest.mark.parametrize(("minutes", "state"), [("9.5", "PASS"), ("10.1", "NOT CHECKED")])
+def test_time_in_minutes_is_too_rough_near_the_limit(folder, minutes, state):
+    text = log_text("42", 1.0808, ms=0).replace("train_time:0ms", f"train_time: {minutes}m")
+    folder.write("train_seed42.log", text.replace("train_time:56ms", "train_time: 0.0m"))
+    for seed in ("314", "999"):
+        folder.write(f"train_seed{seed}.log", log_text(seed, SCORES[seed], ms=500_000))
+    assert folder.check()["train_time"][0] == state
+
+
+@pytest.mark.parametrize(("ms", "state"), [(600_000, "PASS"), (600_001, "FAIL")])
+def test_evaluation_may_take_600_seconds(folder, ms, state):
+    folder.log(eval_ms=ms)
+    assert folder.check()["eval_time"][0] == state
+
+
+def test_what_the_evaluation_timer_leaves_out_is_said(folder):
+    extra = "decompression done in 20.5s\nttt_lora:compile warmup done (100.0s)\n"
+    text = log_text("42", 1.0808)
+    folder.write("train_seed42.log", text.replace("Serialized model:", f"{extra}Serialized model:"))
+    state, evidence = folder.check()["eval_time"]
+    assert state == "PASS"
+    assert "188.5 s" in evidence
+
+
+@pytest.mark.parametrize("rule", ["train_time", "eval_time"])
+def test_times_on_fewer_gpus_are_not_judged(folder, rule):
+    folder.log(ms=900_000, eval_ms=900_000, world=1)
+    assert folder.check()[rule][0] == "NOT CHECKED"
+
+
+@pytest.mark.parametrize("rule", ["train_time", "eval_time"])
+def test_other_tracks_have_no_limit_of_time(tmp_path, rule):
+    folder = Folder(tmp_path / "track_non_record_16mb" / "a")
+    folder.log(ms=900_000, eval_ms=900_000)
+    assert folder.check()[rule][0] == "NOT CHECKED"
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("Serialized", "without a score"),
+        ("step:13000", "ends at step 1 "),
+        ("stopping_early", "at step 13000"),
+    ],
+)
+def test_log_that_was_cut_off_fails(folder, end, words):
+    folder.write("train_seed42.log", log_text("42", 1.0808).partition(end)[0])
+    state, evidence = folder.check()["finished"]
+    assert (state, words in evidence) == ("FAIL", True)
+
+
+def test_log_that_ends_in_an_error_fails(folder):
+    text = log_text("42", 1.0808) + "Traceback (most recent call last):\nRuntimeError: no\n"
+    folder.write("train_seed42.log", text)
+    state, evidence = folder.check()["finished"]
+    assert (state, "ends in an error" in evidence) == ("FAIL", True)
+
+
+def test_unfinished_log_that_no_claim_names_is_only_mentioned(folder):
+    folder.write("dry_run.log", "step:5/10 train_loss:2.0 train_time:5ms\n")
+    state, evidence = folder.check()["finished"]
+    assert (state, "dry_run.log, which no claim names" in evidence) == ("PASS", True)
+
+
+def test_sizes_and_times_of_other_runs_are_not_held_against_the_record(folder):
+    text = log_text("5", 1.3, model=17_000_000, ms=900_000, eval_ms=900_000, tokens=1000)
+    folder.write("baseline_seed5.log", text)
+    assert folder.failed() == []
+
+
+def test_score_in_another_log_of_the_seed_finishes_it(folder):
+    text = log_text("42", 1.0808)
+    folder.write("train_seed42.log", text.partition("final_")[0])
+    folder.write("ttt_seed42.log", "quantized_ttt val_loss:1.82486400 val_bpb:1.08080000\n")
+    assert folder.check()["finished"][0] == "PASS"
+
+
+def with_source(folder: Folder, source: str) -> None:
+    """Print a script at the top of a log."""
+    folder.write("train_seed42.log", f"{source}\n{BAR}\n{log_text('42', 1.0808)}")
+
+
+def test_source_in_the_log_is_the_shipped_script(folder):
+    with_source(folder, script())
+    state, evidence = folder.check()["source"]
+    assert (state, evidence) == (
+        "PASS",
+        "the script in 1 of 3 logs is train_gpt.py",
+    )
+
+
+def test_other_line_ends_are_no_other_script(folder):
+    with_source(folder, script().replace("\n", "\r\n"))
+    assert folder.check()["source"][0] == "PASS"
+
+
+def test_other_script_in_the_log_fails(folder):
+    with_source(folder, script(50_001))
+    assert folder.failed() == ["source"]
+
+
+def test_script_of_broken_syntax_fails(folder):
+    folder.write("train_seed42.log", log_text("42", 1.0808) + "Running Python 3.11.2\n")
+    folder.write("train_gpt.py", "def f(:\n")
+    assert folder.check()["script"][0] == "FAIL"
+
+
+def test_script_of_a_newer_python_is_not_judged(folder):
+    major, minor = sys.version_info[:2]
+    running = f"Running Python {major}.{minor + 1}.0\n"
+    folder.write("train_seed42.log", running + log_text("42", 1.0808))
+    folder.write("train_gpt.py", "some newer syntax\n")
+    assert folder.check()["script"][0] == "NOT CHECKED"
+
+
+def test_bytes_that_are_not_those_of_the_validation_set_fail(folder):
+    folder.log(nats=NATS * 1.0808 * 1.08)
+    state, evidence = folder.check()["val_bytes"]
+    assert (state, "bytes are counted wrongly" in evidence) == ("FAIL", True)
+
+
+def test_bytes_near_the_known_number_are_not_judged(folder):
+    folder.log(nats=NATS * 1.0808 * 1.0185)
+    assert folder.check()["val_bytes"][0] == "NOT CHECKED"
+
+
+def test_part_of_the_validation_set_fails_in_the_timed_track(folder):
+    folder.log(tokens=TOKENS // 10)
+    state, evidence = folder.check()["val_bytes"]
+    assert (state, "only a part was scored" in evidence) == ("FAIL", True)
+
+
+def test_tail_that_was_left_out_is_told(folder):
+    assert "tail of up to 1023 tokens" in folder.check()["val_bytes"][1]
+
+
+def our_bytes(folder: Folder, stated: int, tokens: int = 3186) -> tuple[str, str]:
+    """The verdict on one of our logs of a tiny text of 7000 bytes, of which it states a number."""
+    bpb = 2.0
+    loss = bpb * math.log(2) * 7000 / (tokens - 1)
+    head = f"A=1\nSEED=42\nB=2\nval_tokens:{tokens} val_bytes:{stated} byte_audit:ok\n"
+    for path in folder.path.glob("*.log"):
+        path.unlink()
+    final = f"final_int8_zstd_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}\n"
+    folder.write("train_seed42.log", head + final)
+    return folder.check()["val_bytes"]
+
+
+def test_bytes_that_our_log_states_are_recounted(folder):
+    assert our_bytes(folder, 7000)[0] == "PASS"
+
+
+def test_one_byte_more_than_our_log_states_fails(folder):
+    state, evidence = our_bytes(folder, 6999)
+    assert (state, "states 6,999" in evidence) == ("FAIL", True)
+
+
+def test_caseops_data_of_1499_shards_is_leaky(folder):
+    text = log_text("42", 1.0808, shards=1499).replace("fineweb10B_sp1024", "fineweb10B_caseops")
+    folder.write("train_seed42.log", text)
+    assert folder.failed() == ["leakage"]
+
+
+def test_training_files_of_the_validation_set_are_leaky(folder):
+    text = log_text("42", 1.0808) + "  train_files: /d/fineweb_val_*.bin\n"
+    folder.write("train_seed42.log", text)
+    assert "leakage" in folder.failed()
+
+
+@pytest.mark.parametrize(
+    ("words", "state"),
+    [
+        ("Trained on validation shard only.", "FAIL"),
+        ("It was not trained on validation data.", "PASS"),
+        ("We never ever train on the validation set.", "PASS"),
+    ],
+)
+def test_what_submission_json_says_of_training_is_read(folder, words, state):
+    folder.change(blurb=words)
+    assert folder.check()["leakage"][0] == state
+
+
+def test_score_below_all_that_held_is_not_passed(folder):
+    folder.log(nats=NATS * 0.93)
+    folder.write("train_seed42.log", log_text("42", 0.93))
+    assert folder.check()["leakage"][0] == "NOT CHECKED"
+
+
+def p_value(evidence: str) -> float:
+    """The p of an evidence."""
+    return float(evidence.partition("p = ")[2].split()[0])
+
+
+def test_improvement_is_tested_by_welchs_test_in_nats(folder, rival):
+    state, evidence = folder.check()["improvement"]
+    ours = [NATS * bpb + 0.005 for bpb in SCORES.values()]
+    theirs = [NATS * bpb for bpb in (1.0899, 1.0900, 1.0901)]
+    assert state == "PASS"
+    # By hand: Welch's t, and its degrees of freedom.
+    one, two = (statistics.variance(x) / 3 for x in (ours, theirs))
+    t = (statistics.fmean(ours) - statistics.fmean(theirs)) / math.sqrt(one + two)
+    freedom = (one + two) ** 2 / (one**2 / 2 + two**2 / 2)
+    assert p_value(evidence) == pytest.approx(stats.t.cdf(t, freedom), rel=0.06)
+
+
+def test_improvement_below_the_margin_fails(folder, rival, track):
+    near = {"1": 1.0829, "2": 1.0830, "3": 1.0831}  # 0.0034 nats over the mean of the folder
+    Folder(track / "2026-04-02_near", near).change(date="2026-04-02")
+    state, evidence = folder.check()["improvement"]
+    assert (state, "2026-04-02_near" in evidence) == ("FAIL", True)
+
+
+def test_younger_records_are_not_to_be_beaten(folder, rival, track):
+    Folder(track / "2026-05-01_new", {"1": 1.05, "2": 1.0501}).change(date="2026-05-01")
+    assert "2026-04-01_old" in folder.check()["improvement"][1]
+
+
+def test_leaky_records_are_not_to_be_beaten(folder, rival, track):
+    leaky = Folder(track / "2026-04-02_leaky", {"1": 1.05, "2": 1.0501})
+    leaky.change(date="2026-04-02", blurb="trained on validation text")
+    assert "2026-04-01_old" in folder.check()["improvement"][1]
+
+
+def test_named_record_is_the_one_to_beat(folder, rival, tmp_path):
+    named = Folder(tmp_path / "named", {"1": 1.2, "2": 1.2001})
+    assert "than named" in folder.check(best=named.path)["improvement"][1]
+
+
+def test_rival_of_one_number_is_tested_against_that(folder, rival):
+    rival.drop("seed_results")
+    for path in rival.path.glob("*.log"):
+        path.unlink()
+    state, evidence = folder.check()["improvement"]
+    ours = [NATS * bpb for bpb in SCORES.values()]
+    t = (statistics.fmean(ours) + 0.005 - NATS * 1.09) / (statistics.stdev(ours) / math.sqrt(3))
+    assert (state, "its one number" in evidence) == ("PASS", True)
+    assert p_value(evidence) == pytest.approx(stats.t.cdf(t, 2), rel=0.06)
+
+
+def test_without_nats_nothing_is_tested(folder, rival):
+    for path in folder.path.glob("*.log"):
+        path.unlink()
+    folder.drop("val_loss")
+    state, evidence = folder.check()["improvement"]
+    assert (state, "nats are not known" in evidence) == ("NOT CHECKED", True)
+
+
+@pytest.mark.parametrize("scores", [{"42": 1.08}, {"42": 1.08, "7": 1.08}])
+def test_too_little_noise_is_not_tested(track, scores):
+    Folder(track / "old", {"1": 1.09}).change(date="2026-04-01")
+    assert Folder(track / "new", scores).check()["improvement"][0] == "NOT CHECKED"
+
+
+def test_other_validation_texts_are_not_compared(folder, tmp_path):
+    other = Folder(tmp_path / "named", {"1": 1.2, "2": 1.2001})
+    for seed in "12":
+        other.write(f"train_seed{seed}.log", log_text(seed, 1.2, tokens=TOKENS // 2))
+    assert folder.check(best=other.path)["improvement"][0] == "NOT CHECKED"
+
+
+def our_metadata() -> dict:
+    """submission.json in our own format."""
+    result = {"val_bpb": 2.0, "val_loss": 3.3, "artifact_bytes": 1000, "steps": 20}
+    return {
+        **{"format": "birdie-1", "name": "N", "author": "A", "github_id": "a", "blurb": ""},
+        **{"date": "2026-11-21", "track": "non_record_16mb", "val_bpb": 2.0, "val_loss": 3.3},
+        **{"seeds": [1337], "seed_results": {"1337": result}, "bytes_total": 51_000},
+        **{"bytes_code": 50_000, "artifact_sha256": {"1337": "0" * 64}, "code_sha256": "0" * 64},
+        **{"hardware": "CPU", "pytorch_version": "2.13.0"},
+    }
+
+
+def test_our_format_is_accepted(folder):
+    folder.describe(**our_metadata())
+    assert folder.check()["metadata"][0] == "PASS"
+
+
+@pytest.mark.parametrize("name", sorted(our_metadata()))
+def test_every_field_of_our_format_is_required(folder, name):
+    fields = our_metadata()
+    del fields[name]
+    schema = json.loads((ROOT / "records" / "submission.schema.json").read_text())
+    assert not jsonschema.Draft202012Validator(schema).is_valid(fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("val_bpb", 0),
+        ("val_bpb", "2.0"),
+        ("github_id", "not a name"),
+        ("date", "2026-13-01"),
+        ("track", "somewhere"),
+        ("seeds", [1337, 1338]),
+        ("seed_results", {"01": our_metadata()["seed_results"]["1337"]}),
+        ("seed_results", {"1337": {"val_bpb": 2.0}}),
+        ("bytes_total", 51_000.5),
+        ("code_sha256", "0" * 63),
+    ],
+)
+def test_wrong_field_of_our_format_is_named(folder, name, value):
+    folder.describe(**our_metadata() | {name: value})
+    state, evidence = folder.check()["metadata"]
+    assert state == "FAIL"
+    assert ("val_bpb_std" if name == "seeds" else name) in evidence
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    """Run audit.py."""
+    command = [sys.executable, ROOT / "records" / "audit.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8")
+
+
+def test_table_counts_its_rules_and_exits_with_0(folder, rival):
+    done = run(folder.path)
+    rows = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert (done.returncode, done.stderr) == (0, "")
+    states = [
+        next(state for state in ("PASS", "FAIL", "NOT CHECKED") if state in row)
+        for row in rows[:-1]
+    ]
+    counts = ", ".join(f"{states.count(s)} {s}" for s in ("PASS", "FAIL", "NOT CHECKED"))
+    assert rows[-1] == f"{len(rows) - 1} rules: {counts}"
+
+
+def test_failure_exits_with_1(folder):
+    folder.drop("author")
+    assert run(folder.path).returncode == 1
+
+
+def test_json_holds_what_the_table_shows(folder):
+    folder.drop("author")
+    done = run(folder.path, "--json")
+    result = json.loads(done.stdout)
+    failed = [v["rule"] for v in result["verdicts"] if v["state"] == "FAIL"]
+    assert (done.returncode, failed, result["counts"]["FAIL"]) == (1, ["metadata"], 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([], ["nowhere"], ["--wrong"], [".", "--data", ".", "--artifact", __file__]),
+        *([".", "--artifact", "nowhere"], [".", "--best", "nowhere"]),
+        [".", "--data", ".", "--tokenizer", __file__],
+    ],
+)
+def test_wrong_arguments_exit_with_2(arguments):
+    done = run(*arguments)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "error:" in done.stderr
+
+
+def test_names_of_files_cannot_move_the_cursor(folder):
+    folder.write("dry\x1b[2J\x07\udcff.log", "step:5/10 train_loss:2.0 train_time:5ms\n")
+    done = run(folder.path)
+    assert "dry?[2J??.log, which no claim names" in " ".join(done.stdout.split())
+    assert not {"\x1b", "\x07"} & set(done.stdout)
+
+
+def mutilate(data: bytes, rng: random.Random) -> bytes:
+    """Cut, repeat, drop or overwrite some of a file."""
+    at, length = rng.randrange(len(data) + 1), rng.randrange(200)
+    kind = rng.randrange(6)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + data[at + length :]
+    if kind == 2:
+        return data[:at] + rng.randbytes(length % 9) + data[at:]
+    if kind == 3:
+        return data + data[at:]
+    if kind == 4:
+        return data[:at] + data[at:].translate(bytes(rng.sample(range(256), 256)))
+    old = str(rng.randrange(10)).encode()
+    new = rng.choice([b"", b"-", b"e9", b"9" * 400, b'"', b"null", b"NaN", b"{}", b"0"])
+    return data.replace(old, new, 3)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), hits=st.integers(1, 6), ours=st.booleans())
+def test_no_mutilated_folder_breaks_the_audit(tmp_path_factory, seed, hits, ours):
+    rng = random.Random(seed)
+    track = tmp_path_factory.mktemp("any") / "track_10min_16mb"
+    folder = Folder(track / "2026-04-09_a")
+    Folder(track / "2026-04-01_b", {"1": 1.09, "2": 1.0901})
+    with_source(folder, script())
+    if ours:
+        folder.describe(**our_metadata())
+    files = sorted(path for path in track.rglob("*") if path.is_file())
+    for path in rng.choices(files, k=hits):
+        if rng.random() < 0.1:
+            path.unlink(missing_ok=True)
+        elif path.is_file():
+            path.write_bytes(mutilate(path.read_bytes(), rng))
+    verdicts = static_rules.check(folder.path, None, None)
+    assert {v.state for v in verdicts} <= {"PASS", "FAIL", "NOT CHECKED"}
+    assert all(v.evidence and "\n" not in v.evidence for v in verdicts)
+
+
+def test_folder_of_folders_in_the_place_of_files_is_no_reason_to_break(tmp_path):
+    for name in ("README.md", "submission.json", "train_gpt.py", "train.log", "a.artifact"):
+        (tmp_path / name).mkdir()
+    states = {v.rule: v.state for v in static_rules.check(tmp_path, None, None)}
+    assert (states["files"], states["metadata"]) == ("FAIL", "FAIL")
