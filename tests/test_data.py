@@ -63,7 +63,7 @@ def test_map_shard_reads_what_struct_reads(tmp_path):
 
 def test_map_shard_maps_and_does_not_copy(tmp_path):
     """A large one; of small ones there may be more than files can be open."""
-    shard = tg.map_shard(write_shard(tmp_path / "a.bin", np.ones(2**20)))
+    shard = tg.map_shard(write_shard(tmp_path / "a.bin", [1] * 2**20))
     assert isinstance(shard, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         shard[0] = 9

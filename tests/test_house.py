@@ -51,8 +51,11 @@ def test_the_readme_has_the_table_of_settings():
     assert f"<!-- settings -->\n{train_gpt.settings_table()}\n<!-- /settings -->" in readme
 
 
-def test_the_sample_configuration_is_valid():
-    path = next((ROOT / "records").glob("*/*_Sample_CPU/config.env"))
+CONFIGS = sorted((ROOT / "records").rglob("config.env"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_the_configuration_of_a_record_is_valid(path):
     train_gpt.load_settings({"CONFIG": str(path)}, check_places=False)
 
 
