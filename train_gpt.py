@@ -15,24 +15,25 @@ H heads, Dh head dim, V vocabulary, N tokens.
 """
 
 import contextlib
-import copy
 import dataclasses
+import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
 import lzma
 import math
 import os
-import random
 import re
 import shlex
+import signal
 import struct
 import sys
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -73,18 +74,28 @@ class Hyperparameters:
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "", "SentencePiece")
     run_id: str = setting("", "", "name of the run; empty: a random UUID")
     out_dir: str = setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>")
-    seed: int = setting(1337, "[0, 4294967295]", "seeds Python's, NumPy's and PyTorch's generators")
     device: str = setting("auto", "auto, cuda, mps, cpu", "auto: the first of these that is there")
-    dtype: str = setting("auto", "auto, bf16, fp32", "auto: bf16 on CUDA and on CPUs with AMX")
+    zero_level: int = setting(0, "0, 1", "1: divide the optimizers' work and state over the ranks")
     compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: on CUDA only")
     attention: str = setting("auto", "auto, sdpa, cudnn, fa2, fa3, fa4", "auto: the fastest here")
     val_batch_size: int = setting(524288, "[1, inf)", "tokens per validation batch, all ranks")
     val_loss_every: int = setting(1000, "[0, inf)", "validate every N steps; 0: at the end only")
     train_log_every: int = setting(200, "[0, inf)", "log every N steps and steps 1-10; 0: never")
+    micro_batch_tokens: int = setting(0, "[0, inf)", "tokens per forward pass; 0: by the device")
+    warmup_steps: int = setting(20, "[0, inf)", "steps that prime the kernels and are undone")
+    save_every: int = setting(0, "[0, inf)", "checkpoint every N steps and at the end; 0: off")
+    save_total_limit: int = setting(2, "[1, inf)", "checkpoints that are kept")
+    resume: str = setting("", "", "auto: from RUN_ID's newest whole checkpoint; or from this file")
+    resume_changed: int = setting(0, "0, 1", "resume also under settings that change the result")
+    max_bad_steps: int = setting(10, "[1, inf)", "give up after so many losses in a row not finite")
+    save_nll: str = setting("", "", ".npy file for the final NLL of each scored token, in nats")
+    seed: int = setting(
+        1337, "[0, 4294967295]", "seeds PyTorch's generators, of which the weights are"
+    )
+    dtype: str = setting("auto", "auto, bf16, fp32", "auto: bf16 on CUDA and on CPUs with AMX")
     val_tokens: int = setting(0, "[0, inf)", "use only the first N validation tokens; 0: all")
     eval_only: int = setting(0, "0, 1", "score ARTIFACT and exit")
     artifact: str = setting("", "", "the artifact that EVAL_ONLY scores")
-    save_nll: str = setting("", "", ".npy file for the final NLL of each scored token, in nats")
     score_streams: int = setting(0, "0, 1", "each shard by itself; SAVE_NLL: folder of <shard>.npy")
     artifact_max_bytes: int = setting(16_000_000, "[1, inf)", "cap on code plus artifact, bytes")
     iterations: int = setting(20000, "[0, inf)", "optimizer steps at most")
@@ -93,12 +104,8 @@ class Hyperparameters:
     warmdown_frac: float | str = setting("", "[0, 1]", "or: share of the run; empty: off")
     final_lr_frac: float = setting(0.0, "[0, 1]", "where the warmdown ends, of the full rates")
     ema_decay: float = setting(0.0, "[0, 1)", "export the moving average of the weights; 0: off")
-    warmup_steps: int = setting(20, "[0, inf)", "steps that prime the kernels and are undone")
     train_batch_tokens: int = setting(524288, "[1, inf)", "tokens per optimizer step, all ranks")
-    micro_batch_tokens: int = setting(0, "[0, inf)", "tokens per forward pass; 0: by the device")
-    train_seq_len: int = setting(
-        1024, "[1, 1048576]", "sequence length in training, and in validation"
-    )
+    train_seq_len: int = setting(1024, "[1, 1048576]", "sequence length in training")
     vocab_size: int = setting(1024, "[1, 65536]", "must equal the tokenizer's")
     num_layers: int = setting(9, "[1, 1024]", "blocks; the first half feeds skips to the second")
     model_dim: int = setting(512, "[1, 65536]", "width of the residual stream")
@@ -152,6 +159,8 @@ class Hyperparameters:
 FIELDS = {field.name.upper(): field for field in dataclasses.fields(Hyperparameters)}
 # What an artifact carries so that the model can be rebuilt and scored as it was trained.
 MODEL_SETTINGS = [*FIELDS][[*FIELDS].index("TRAIN_SEQ_LEN") : [*FIELDS].index("FIT_BUDGET")]
+# What may differ when a run is resumed: it changes no result, or no more than rounding.
+NEUTRAL_SETTINGS = {*[*FIELDS][: [*FIELDS].index("SEED")]}
 
 
 def parse_setting(name: str, text: str) -> Any:
@@ -191,8 +200,7 @@ def one_typo(a: str, b: str) -> bool:
 
 
 def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hyperparameters:
-    """Resolve all settings: environment, CONFIG file, defaults. Raises UserError with all problems,
-    those of files and folders too if `check_places`."""
+    """Resolve environment, CONFIG file and defaults. Raises UserError with all problems found."""
     problems, values = [], {}
     config = read_dotenv(environ["CONFIG"]) if environ.get("CONFIG") else {}
     for name, text in {**config, **environ}.items():
@@ -232,16 +240,14 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
         (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {CONTEXT} a rank"),
         (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
         (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
+        (hp.resume == "auto" and not hp.run_id, "{RESUME}: needs RUN_ID, the run to go on with"),
         (hp.run_id in (".", "..") or "/" in hp.run_id, "{RUN_ID}: must be a plain file name"),
-        (
-            hp.fit_budget == "sigma" and hp.quant_clip != "sigma",
-            "{FIT_BUDGET}: needs QUANT_CLIP=sigma",
-        ),
+        (hp.fit_budget == "sigma" and hp.quant_clip != "sigma", "{FIT_BUDGET}: {QUANT_CLIP}"),
         (not getattr(torch, hp.device, torch.cpu).is_available(), "{DEVICE}: PyTorch has none"),
     ]
     if check_places:
         train, val = hp.eval_only or shard_paths(hp, "train"), shard_paths(hp, "val")
-        out = Path(hp.out_dir).absolute()
+        out, resume = Path(hp.out_dir).absolute(), Path(hp.resume)
         out = next(place for place in (out, *out.parents) if place.exists())
         writable = [p.is_dir() and os.access(p, os.W_OK) for p in (out, Path(hp.save_nll).parent)]
         nll, kind = Path(hp.save_nll), Path.is_dir if hp.score_streams else Path.is_file
@@ -251,26 +257,15 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
             (not train, "{DATA_PATH}: no fineweb_train_*.bin; {GET}"),
             (not val, "{DATA_PATH}: no fineweb_val_*.bin; {GET}"),
             (hp.eval_only and not Path(hp.artifact).is_file(), "{ARTIFACT}: no such file"),
+            (hp.resume not in ("", "auto") and not resume.is_file(), "{RESUME}: no such file"),
             (not writable[0], "{OUT_DIR}: cannot be written to"),
             (not nll, "{SAVE_NLL}: no file can be made there"),
         ]
     shown = {name: f"{name}={getattr(hp, name.lower())}" for name in FIELDS}
     shown["CONTEXT"] = shown["EVAL_SEQ_LEN" if hp.eval_seq_len else "TRAIN_SEQ_LEN"]
-    shown["GET"] = how_to_get(Path(hp.data_path))
+    variant = shlex.quote(Path(hp.data_path).name.removeprefix("fineweb10B_"))
+    shown["GET"] = f"get it: python data/download.py --variant {variant}, or data/README.md"
     return [text.format_map(shown) for broken, text in rules if broken]
-
-
-def how_to_get(folder: Path) -> str:
-    """How to come by a dataset and its tokenizer, as far as the name of its folder tells."""
-    home, variant = folder.parent.parent, folder.name.removeprefix("fineweb10B_")
-    if folder.name.startswith("sample_"):
-        command = "python data/prepare.py --sample"
-    elif variant != folder.name:
-        command = f"python data/download.py --variant {shlex.quote(variant)}"
-    else:
-        return "make it from your text: data/README.md"
-    elsewhere = folder.parent.name == "datasets" and home.resolve() != Path("data").resolve()
-    return f"get it: {command}" + (f" --out {shlex.quote(str(home))}" if elsewhere else "")
 
 
 def settings_table() -> str:
@@ -280,10 +275,15 @@ def settings_table() -> str:
     return "\n".join([row("variable", "default", "valid", "meaning"), row(*["---"] * 4), *rows])
 
 
+def setting_texts(hp: Hyperparameters) -> dict[str, str]:
+    """All settings by the name of their variable, as they would be typed."""
+    return {name: str(getattr(hp, name.lower())) for name in FIELDS}
+
+
 def settings_dotenv(hp: Hyperparameters) -> str:
     """The settings as a dotenv file that CONFIG accepts."""
-    texts = {name: str(getattr(hp, name.lower())) for name in FIELDS if name != "CONFIG"}
-    return "\n".join(f"{name}={shlex.quote(text) if text else ''}" for name, text in texts.items())
+    texts = [(name, text) for name, text in setting_texts(hp).items() if name != "CONFIG"]
+    return "\n".join(f"{name}={shlex.quote(text) if text else ''}" for name, text in texts)
 
 
 # ===================================== RUN CONTEXT =====================================
@@ -298,6 +298,9 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -309,6 +312,7 @@ class Run:
         env = os.environ.get
         self.rank, self.local_rank = int(env("RANK", "0")), int(env("LOCAL_RANK", "0"))
         self.hp, self.world_size = hp, int(env("WORLD_SIZE", "1"))
+        self.signal = self.stop = self.stopped = 0  # what this process was sent; what all know of
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
         there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
         kind = next(there) if hp.device == "auto" else hp.device
@@ -323,8 +327,9 @@ class Run:
 
     def start(self) -> None:
         """Seed the generators, meet the other ranks, and open the logs with what a rerun needs."""
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(self.hp.seed)
+        if self.rank == 0:
+            self.lock_run()
+        torch.manual_seed(self.hp.seed)
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
@@ -332,7 +337,6 @@ class Run:
         if self.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         if self.rank == 0:
-            self.dir.mkdir(parents=True, exist_ok=True)
             self.text = open(f"{self.dir}.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             self.metrics = open(self.dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             source = Path(__file__).read_text(encoding="utf-8")
@@ -343,38 +347,72 @@ class Run:
             line += f"attention:{attention}"
             self.log(line, "start", versions=line, settings=dataclasses.asdict(self.hp))
 
+    def lock_run(self) -> None:
+        """Make the run's folder this process's own. Raises UserError if a live process has it."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        path = self.dir / "lock"
+        self.lock = open(path, "a")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"RUN_ID={self.dir.name}: in use by {path.read_text()}") from None
+        path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+        for left in self.dir.glob(".*.partial"):  # by a process that was killed
+            left.unlink()
+
+    def listen(self) -> None:
+        """Note signals that ask to stop, for `clock`, and exit at once at the second one."""
+
+        def note(number: int, _: Any) -> None:
+            if self.signal and time.monotonic() > self.noted + 2:  # torchrun repeats what it gets
+                os._exit(128 + number)
+            if not self.signal:
+                self.signal, self.noted = number, time.monotonic()
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, note)
+
     def log(self, line: str, event: str = "", **fields: Any) -> None:
         """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
         if self.rank == 0:
             print(line, flush=True)
-            print(line, file=self.text)
-        if self.rank == 0 and event:
-            print(json.dumps({"event": event, **fields}), file=self.metrics)
-
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give every rank the values of rank 0."""
-        for tensor in tensors if self.world_size > 1 else ():
-            dist.broadcast(tensor.detach(), 0)
+            with contextlib.suppress(OSError):  # a full disk
+                print(line, file=self.text)
+                if event:
+                    print(json.dumps({"event": event, **fields}), file=self.metrics)
 
     def clock(self, synchronize: bool = False) -> float:
-        """Seconds by rank 0's clock, the same on every rank; after the device's work, if asked."""
+        """Rank 0's seconds, if asked after the device's work; tells all ranks of signals to any."""
         if synchronize and self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
-        now = torch.tensor(time.perf_counter(), dtype=torch.float64)
-        self.broadcast([now])
-        return now.item()
+        seconds = time.perf_counter() if self.rank == 0 else 0.0
+        now = torch.tensor([seconds, self.signal], dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(now, dist.ReduceOp.MAX)
+        self.stop = int(now[1])
+        self.stopped = self.stop in (signal.SIGTERM, signal.SIGINT)
+        return now[0].item()
+
+
+def later(number: Tensor) -> Callable[[], float]:
+    """A function that gives a number on the device, without waiting for what follows it there."""
+    host = number.to("cpu", non_blocking=number.is_cuda)
+    if not number.is_cuda:
+        return host.item
+    event = torch.cuda.Event()
+    event.record()
+    return lambda: (event.synchronize(), host.item())[1]
 
 
 def choose_attention(run: Run) -> str:
-    """Point scaled_dot_product_attention at the kernel that ATTENTION names, or at the fastest that
-    is here, and return its name. FlashAttention 3 and 4 are packages that register with PyTorch; 2
-    and cuDNN's come with it. Raises UserError if a kernel that was named is not to be had."""
+    """Point scaled_dot_product_attention at the kernel ATTENTION names, or the fastest; its name.
+    FlashAttention 3 and 4 are packages, the others come with PyTorch. Raises UserError."""
     fast, problem = run.device.type == "cuda" and run.dtype == torch.bfloat16, ""
-    major = torch.cuda.get_device_capability()[0] if fast else 0
-    best = {9: ("fa3", "fa4", "cudnn"), 10: ("fa4", "cudnn"), 8: ("fa2",)}.get(major, ())
     head_dim = run.hp.model_dim // run.hp.num_heads
-    best = (*best, "sdpa") if head_dim % 8 == 0 and head_dim <= 128 else ("sdpa",)
-    for kernel in best if run.hp.attention == "auto" else (run.hp.attention,):
+    flash = fast and head_dim % 8 == 0 and head_dim <= 128
+    major = torch.cuda.get_device_capability()[0] if flash else 0
+    best = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn"), 10: ("fa4", "cudnn")}.get(major, ())
+    for kernel in (*best, "sdpa") if run.hp.attention == "auto" else (run.hp.attention,):
         try:
             require(fast or kernel == "sdpa", "needs CUDA and DTYPE=bf16")
             if kernel in ("fa3", "fa4"):
@@ -422,6 +460,8 @@ class TokenStream:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.total = int(self.ends[-1])
         self.read(0, min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1)
+        first = self.read(0, min(self.total, SCAN_TOKENS, 2**20))
+        self.digest = f"{self.total} tokens, crc32 of the first {zlib.crc32(first):08x}"
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count), uint16 (count,). Raises UserError at an impossible id."""
@@ -437,34 +477,27 @@ class TokenStream:
         return np.concatenate(pieces)
 
 
-def to_rows(span: np.ndarray, rows: int, seq_len: int) -> Tensor:
-    """Cut N + 1 tokens into inputs and their targets, padded to int64 (2, rows, seq_len)."""
-    batch = torch.tensor([[0], [IGNORE]]).repeat(1, rows * seq_len)
-    batch[:, : len(span) - 1] = torch.from_numpy(np.stack((span[:-1], span[1:])).astype(np.int64))
-    return batch.view(2, rows, seq_len)
-
-
-def batches(stream: TokenStream, run: Run) -> Iterator[list[Tensor]]:
-    """Each step's micro-batches, int64 (2, rows, T) on the device, made while the last is computed.
+def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tensor]]:
+    """The micro-batches from step `first` on, int64 (2, rows, T), made while the last is computed.
     Step s is the tokens from s·TRAIN_BATCH_TOKENS on, of which each rank has a contiguous share."""
     hp, T = run.hp, run.hp.train_seq_len
     total = hp.train_batch_tokens // T
-    share = range(total * run.rank // run.world_size, total * (run.rank + 1) // run.world_size)
+    start, stop = (total * rank // run.world_size for rank in (run.rank, run.rank + 1))
     most = math.ceil(total / run.world_size)
     rows = math.ceil(most / math.ceil(most / run.forward_rows))
 
     def load(step: int) -> list[Tensor]:
-        micro, start = [], step * hp.train_batch_tokens
-        for row in share[::rows]:
-            span = stream.read(start + row * T, min(rows, share.stop - row) * T + 1)
-            batch = to_rows(span, rows, T)
-            batch = batch.pin_memory() if run.device.type == "cuda" else batch
-            micro.append(batch.to(run.device, non_blocking=True))
-        return micro
+        span = stream.read(step * hp.train_batch_tokens + start * T, (stop - start) * T + 1)
+        pair = torch.from_numpy(np.stack((span[:-1], span[1:])).astype(np.int64))
+        share = torch.tensor([[0], [IGNORE]]).repeat(1, math.ceil((stop - start) / rows) * rows * T)
+        share[:, : pair.size(1)] = pair  # the last rows may stay empty
+        share = share.view(2, -1, rows, T).transpose(0, 1).contiguous()
+        share = share.pin_memory() if run.device.type == "cuda" else share
+        return [*share.to(run.device, non_blocking=True)]
 
     with ThreadPoolExecutor(1) as worker:
-        ahead = worker.submit(load, 0)
-        for step in itertools.count(1):
+        ahead = worker.submit(load, first)
+        for step in itertools.count(first + 1):
             ready, ahead = ahead.result(), worker.submit(load, step)
             yield ready
 
@@ -500,17 +533,15 @@ def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate each pair (i, i + r/2) of x's first r channels, (B, H, T, Dh), by cos and sin,
-    (2, T, r/2)."""
+    """Rotate pairs (i, i + r/2) of x's first r channels, (B, H, T, Dh), by rotary (2, T, r/2)."""
     (cos, sin), r = rotary, 2 * rotary.size(-1)
     (a, b), rest = x[..., :r].chunk(2, dim=-1), x[..., r:]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with QK-norm and a learned gain for each query head. In the
-    last XSA_LAST_N layers the part of the result along the token's own value is taken out (XSA,
-    arXiv 2603.09078): y ← y - (y·v̂)v̂, with v̂ = v/|v|."""
+    """Causal grouped-query attention with QK-norm and learned gains of query heads; in the last
+    XSA_LAST_N layers less what lies along the token's own value (2603.09078): y - (y·v)v/|v|²."""
 
     def __init__(self, hp: Hyperparameters, layer: int) -> None:
         super().__init__()
@@ -553,9 +584,8 @@ class Block(nn.Module):
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x, self.scale), rotary)
-        return x + self.mlp_scale.to(x.dtype) * self.proj(
-            self.act(self.fc(rms_norm(x, self.scale))).square()
-        )
+        hidden = self.act(self.fc(rms_norm(x, self.scale))).square()
+        return x + self.mlp_scale.to(x.dtype) * self.proj(hidden)
 
 
 class BigramHash(nn.Module):
@@ -576,8 +606,7 @@ class BigramHash(nn.Module):
 
 
 class GPT(nn.Module):
-    """The baseline model of the challenge and, by settings, that of its pull request 369; `dtype`
-    is that of its activations."""
+    """The baseline model of the challenge, and by settings that of its pull request 369."""
 
     def __init__(self, hp: Hyperparameters, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -629,10 +658,8 @@ class GPT(nn.Module):
 
 
 # ===================================== OPTIMIZERS =====================================
-CONTROL_TENSORS = (
-    *("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights"),
-    *("smear", "bigram_scale"),
-)
+BLOCK_CONTROLS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain")  # gains, scales and mixes
+CONTROL_TENSORS = (*BLOCK_CONTROLS, "skip_weights", "smear", "bigram_scale")
 
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
@@ -649,31 +676,43 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalized update; the matrices of a group are of one shape.
-    M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM)."""
+    M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM). Nothing
+    changes if `found_inf` is set; the gradients are then expected to be zero."""
+
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        super().__init__(groups, defaults)
+        self.buffers = [torch.stack([*map(torch.zeros_like, g["params"])]) for g in groups]
+        self.found_inf = self.buffers[0].new_zeros(())
+        for group, buffer in zip(groups, self.buffers, strict=True):
+            for p, momentum in zip(group["params"], buffer.detach(), strict=True):
+                self.state[p]["momentum_buffer"] = momentum
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update all matrices from their gradients."""
-        for group in self.param_groups:
-            params, momentum = group["params"], group["momentum"]
+        bad = self.found_inf > 0
+        for group, buffer in zip(self.param_groups, self.buffers, strict=True):
+            params, momentum, lr = group["params"], group["momentum"], group["lr"]
             grads = torch.stack([p.grad for p in params])
-            buffer = self.state[params[0]].setdefault("momentum_buffer", torch.zeros_like(grads))
-            buffer.mul_(momentum).add_(grads)
-            nesterov = grads.add_(buffer, alpha=momentum).to(group["dtype"])
+            torch.where(bad, buffer, (buffer * momentum).add_(grads), out=buffer)
+            nesterov = grads.add_(buffer, alpha=momentum).masked_fill_(bad, 0).to(group["dtype"])
             scale = max(1.0, grads.size(-2) / grads.size(-1)) ** 0.5
             if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * (~bad).to(grads.dtype))
             for p, update in zip(params, orthogonalize(nesterov, group["steps"]), strict=True):
-                p.add_(update, alpha=-group["lr"] * scale)
+                p.add_(update, alpha=-lr * scale)
 
 
-def build_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimizer]:
-    """Divide the parameters among AdamW and Muon; each belongs to exactly one group."""
+def build_optimizers(
+    model: GPT, hp: Hyperparameters, ours: Container[str] | None = None
+) -> list[torch.optim.Optimizer]:
+    """Divide the parameters (those in `ours`, or all) among AdamW and Muon, each into one group."""
     embed = (hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.embed_wd)
     rates = {"tok_emb.weight": embed, "bigram.table.weight": embed}
     rates["lm_head.weight"] = (hp.head_lr, hp.adam_wd)
+    params = {name: p for name, p in model.named_parameters() if ours is None or name in ours}
     adam, muon = {}, {}
-    for name, p in model.named_parameters():
+    for name, p in params.items():
         control = name.endswith(CONTROL_TENSORS)
         other = (hp.scalar_lr, hp.adam_wd) if control else (hp.matrix_lr, hp.muon_wd)
         lr, decay = rates.get(name, other)
@@ -681,12 +720,15 @@ def build_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimi
         group = {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay}
         groups.setdefault(key, group)["params"].append(p)
     owned = [p for group in (*adam.values(), *muon.values()) for p in group["params"]]
-    assert len(owned) == len(set(owned)) and set(owned) == set(model.parameters())  # noqa: PT018
-    betas = (hp.beta1, hp.beta2)
-    return [
-        torch.optim.AdamW([*adam.values()], betas=betas, eps=hp.adam_eps, fused=True),
-        Muon([*muon.values()], {"steps": hp.muon_backend_steps, "dtype": model.dtype}),
-    ]
+    assert len(owned) == len(set(owned)) and set(owned) == set(params.values())  # noqa: PT018
+    optimizers, betas = [], (hp.beta1, hp.beta2)
+    if adam:
+        optimizers += [torch.optim.AdamW([*adam.values()], 0, betas, hp.adam_eps, fused=True)]
+    for p in (p for group in adam.values() for p in group["params"]):
+        moments = {key: torch.zeros_like(p).detach() for key in ("exp_avg", "exp_avg_sq")}
+        optimizers[0].state[p] = {"step": p.new_zeros(()).detach(), **moments}
+    settings = {"steps": hp.muon_backend_steps, "dtype": model.dtype}
+    return optimizers + ([Muon([*muon.values()], settings)] if muon else [])
 
 
 def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
@@ -711,18 +753,17 @@ class Tokenizer:
     """A SentencePiece model of VOCAB_SIZE pieces, and the UTF-8 bytes that its tokens stand for."""
 
     def __init__(self, hp: Hyperparameters) -> None:
-        path = hp.tokenizer_path
         try:
-            self.sp = sp = SentencePieceProcessor(model_proto=Path(path).read_bytes())
+            self.sp = sp = SentencePieceProcessor(model_proto=Path(hp.tokenizer_path).read_bytes())
         except Exception as error:
-            raise UserError(f"{path}: not a SentencePiece model: {error}") from None
+            raise UserError(f"{hp.tokenizer_path}: not a SentencePiece model: {error}") from None
         ids, self.pieces = range(len(sp)), [sp.id_to_piece(i) for i in range(len(sp))]
         require(len(sp) == hp.vocab_size, f"{hp.tokenizer_path}: {len(sp)} pieces, not VOCAB_SIZE")
         # Control, unknown and unused tokens hold no text, and a space after them does not count.
         edges = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
         sizes = [len(p.removeprefix(SPACE).replace(SPACE, " ").encode()) for p in self.pieces]
         self.edge, self.byte = np.array(edges), np.array([sp.is_byte(i) for i in ids])
-        self.byte_level = bool((self.byte | self.edge).all())  # no piece is more than a byte
+        self.byte_level = (self.byte | self.edge).all()  # no piece is more than a byte
         self.base = np.where(edges, 0, np.where(self.byte, 1, sizes))
         self.lead = np.array([piece.startswith(SPACE) for piece in self.pieces]) & ~self.edge
 
@@ -749,33 +790,25 @@ class Tokenizer:
 
     def audit(self, tokens: np.ndarray, prose: bool = True) -> None:
         """Compare `lengths` with the decoded text of each document of tokens, uint16 (N,). Raises
-        UserError, also if they should be prose and most do not encode to their tokens again:
-        another tokenizer's would."""
+        UserError; also if it is to be prose, but mostly does not encode to its tokens again."""
         documents = np.split(tokens, np.flatnonzero(tokens == self.sp.bos_id()))
         documents = [ids for ids in documents if len(ids)]
         for number, ids in enumerate(documents):
             count, size = self.base[ids[0]] + self.lengths(ids).sum(), self.decoded_bytes(ids)
             what = f"document {number} counts {count} bytes, but decodes to {size}"
             require(count == size, f"byte audit: validation {what}; {ADVICE}")
-        if not prose:
-            return
-        heads = [ids[1:129] for ids in documents]
-        heads = [ids[: np.argmax(np.append(self.edge[ids], True))] for ids in heads]
-        first = self.lead | np.array([piece == "<0x20>" for piece in self.pieces])  # of a word
-        ends = [np.append(0, np.flatnonzero(first[ids]))[-1] for ids in heads]
-        words = [ids[:end].tolist() for ids, end in zip(heads, ends, strict=True)]
-        again = self.sp.encode(self.sp.decode(words))
-        differ = [number for number, ids in enumerate(words) if again[number] != ids]
+        heads = [ids[1:129].tolist() for ids in documents if prose]
+        again = self.sp.encode(self.sp.decode(heads))
+        differ = [i for i, ids in enumerate(heads) if again[i][: len(ids[:-12])] != ids[:-12]]
         what = f"validation documents {differ[:3]} decode to text that encodes to other tokens"
-        ours = 2 * len(differ) <= len(documents) and (self.byte_level or SPACE in self.pieces)
+        ours = 2 * len(differ) <= len(heads) and (self.byte_level or SPACE in self.pieces)
         require(ours, f"byte audit: {what}; {ADVICE}")
         require(self.lengths(tokens).any(), "byte audit: the validation tokens hold no text")
 
 
 class Validation:
-    """The audited validation tokens, uint16 (N,), of streams from `starts[i]` to `starts[i + 1]`;
-    the bytes of the text of all but the first of each, as the tokens decode, or as the sidecar
-    says, which a tokenizer that changes the text needs."""
+    """The audited validation tokens, uint16 (N,), streams from `starts[i]` to `starts[i + 1]`; the
+    bytes of the text of all but the first of each, as the tokens decode, or as the sidecar says."""
 
     def __init__(self, run: Run) -> None:
         tokenizer, stream = Tokenizer(run.hp), TokenStream("val", run)
@@ -785,8 +818,7 @@ class Validation:
         self.starts = np.cumsum([0, *(count for _, count in spans)])
         self.tokens = np.concatenate([stream.read(*span) for span in spans])
         scored = np.isin(np.arange(len(self.tokens)), self.starts, invert=True)
-        decoded = int(tokenizer.lengths(self.tokens)[scored[1:]].sum())
-        self.text_bytes = decoded
+        self.text_bytes = decoded = int(tokenizer.lengths(self.tokens)[scored[1:]].sum())
         if run.rank == 0:
             tokenizer.audit(self.tokens, prose=not run.hp.score_streams)
         self.note = f"val_tokens:{len(self.tokens)} val_bytes:{decoded} byte_audit:ok"
@@ -795,7 +827,7 @@ class Validation:
             same = [*map(len, sidecar.shards)] == [*map(len, stream.shards)]
             require(same, f"{sidecar.paths[0]}: the sidecars are not as long as their shards")
             sizes = np.concatenate([sidecar.read(*span) for span in spans])
-            wrong = sizes[self.tokens == tokenizer.sp.bos_id()].any() or not sizes[scored].any()
+            wrong = sizes[self.tokens == BOS].any() or not sizes[scored].any()
             require(not wrong, f"{sidecar.paths[0]}: counts bytes for BOS, or none at all")
             self.text_bytes = int(sizes[scored].sum(dtype=np.int64))
             self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
@@ -803,9 +835,8 @@ class Validation:
 
 def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
     """What scoring reads: int64 (W, 3) of first input, end of the inputs, and first input whose
-    target is scored there; together, each target once. The first window of the stream, or with
-    EVAL_DOC_ISOLATED of a document, scores all that it holds, and the next ones begin EVAL_STRIDE
-    later each: where text ends never tells what context the tokens before have."""
+    target is scored there. The first window of the stream, or with EVAL_DOC_ISOLATED of a document,
+    scores all that it holds, and each next one begins EVAL_STRIDE later, wherever the text ends."""
     length, end, spans = hp.eval_seq_len or hp.train_seq_len, len(tokens) - 1, []
     stride = hp.eval_stride or length
     starts = np.flatnonzero(tokens[:-1] == BOS) if hp.eval_doc_isolated else []
@@ -823,14 +854,11 @@ def score(model: nn.Module, val: Validation, run: Run) -> tuple[np.ndarray, dict
     its mean, and bits per byte. Each token is scored once, and alike on any number of ranks."""
     hp, count, streams = run.hp, len(val.tokens) - 1, [*itertools.pairwise(val.starts)]
     spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
-    # Documents and streams are read in rows of a few lengths, each of which is compiled; but not if
-    # a scaled rotary table would then tell their first tokens how long they are.
+    # Rows of a few lengths, unless a scaled rotary table would then tell how long documents are.
     longest = hp.eval_seq_len or hp.train_seq_len
-    many = (hp.eval_doc_isolated or hp.score_streams) and (
-        hp.rope_scaling == "none" or longest <= hp.train_seq_len
-    )
-    short = [longest // 8, longest // 4, longest // 2] if many else []
-    sizes = np.unique([longest, *short]).clip(1)
+    scaled = hp.rope_scaling != "none" and longest > hp.train_seq_len
+    some = 4 if (hp.eval_doc_isolated or hp.score_streams) and not scaled else 1
+    sizes = np.unique(longest >> np.arange(some)).clip(1)
     lengths = sizes[np.searchsorted(sizes, spans[:, 1] - spans[:, 0])]
     tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
     # All NLL stays on the device until the end; the last one is for what is not scored.
@@ -856,31 +884,24 @@ def score(model: nn.Module, val: Validation, run: Run) -> tuple[np.ndarray, dict
     return nll, losses
 
 
-def save_nll(path: Path, nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
-    """Write the NLL that `score` gave, of SCORE_STREAMS as <shard>.npy in the folder `path`."""
-    files = {path: nll}
+def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
+    """Write the NLL that `score` gave to SAVE_NLL; of streams, as <shard>.npy in that folder."""
+    path, files = Path(hp.save_nll), {Path(hp.save_nll): nll}
     if hp.score_streams:
         path.mkdir(exist_ok=True)
-        parts = [nll[a : b - 1] for a, b in itertools.pairwise(val.starts)]
-        names = [path / f"{shard.stem}.npy" for shard in val.paths]
-        files = dict(zip(names, parts, strict=True))
-    for name, part in files.items():
-        atomic_write(name, functools.partial(np.save, arr=part))
+        spans = zip(val.paths, itertools.pairwise(val.starts), strict=True)
+        files = {path / f"{shard.stem}.npy": nll[a : b - 1] for shard, (a, b) in spans}
+    for file, part in files.items():
+        atomic_write(file, functools.partial(np.save, arr=part))
 
 
 # ===================================== ARTIFACT =====================================
-# A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), and the coded levels of
-# the quantized matrices. No pickle: loading checks digest and sizes before it allocates, and runs
-# nothing. No part is decompressed beyond the size that the model's settings give it.
+# A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), coded levels of matrices.
+# No pickle: loading checks the digest, runs nothing, and decompresses no more than the model holds.
 PREAMBLE, MAGIC, VERSION = struct.Struct("<6sHII"), b"BIRDIE", 2
 KEEP_FLOAT_NUMEL = 65536  # smaller matrices stay fp16: they cost little and are worth precision
-CLIP_QUANTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 RANS_BITS = 14  # precision of probabilities
-
-
-def rans_lanes(size: int) -> int:
-    """How many states code this many symbols: enough for speed, too few to cost 0.1% in size."""
-    return min(max(1, size // 8192), 2048)
+RANS_LANE = 8192  # symbols for each state, of at most 2048: fast, and under 0.1% of the size
 
 
 def rans_encode(arrays: list[np.ndarray]) -> bytes:
@@ -888,7 +909,7 @@ def rans_encode(arrays: list[np.ndarray]) -> bytes:
     (arXiv 1311.2540) with a table of frequencies f (sum 2^14, cumulated c) for each array. A lane
     is a state x in [2^16, 2^32): x ← (x // f)·2^14 + x mod f + c, after a word of 16 bits has left
     if x ≥ f·2^18. Decoding runs backwards, so encoding starts at the end."""
-    width, words = rans_lanes(sum(array.size for array in arrays)), []
+    width, words = min(max(1, sum(a.size for a in arrays) // RANS_LANE), 2048), []
     lanes = np.full(width, 1 << 16, np.uint32)
     for array in reversed(arrays):
         symbols = array.ravel().astype(np.int16) + 128
@@ -914,7 +935,8 @@ def rans_encode(arrays: list[np.ndarray]) -> bytes:
 
 def rans_decode(data: bytes, sizes: list[int]) -> np.ndarray:
     """The int8 arrays of these sizes that rans_encode coded, as one. Raises ValueError."""
-    words, width, pieces = np.frombuffer(data, "<u2"), rans_lanes(sum(sizes)), []
+    words, pieces = np.frombuffer(data, "<u2"), []
+    width = min(max(1, sum(sizes) // RANS_LANE), 2048)
     lanes, at = words[: 2 * width].view("<u4").astype(np.uint32), 2 * width
     for size in sizes:
         low, count = words[at : at + 2].tolist()
@@ -952,18 +974,17 @@ def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
 
 def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
     """The levels, int8 (sum of sizes,); of other data, never more. Raises an Exception."""
-    size = sum(sizes)
     if compressor == "rans":
         return rans_decode(data, sizes)
     if compressor == "zstd":
-        require(zstandard.frame_content_size(data) == size, "its levels have another size")
+        require(zstandard.frame_content_size(data) == sum(sizes), "its levels have another size")
         raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
     else:
         xz = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**26)
         coder = xz if compressor == "lzma" else zlib.decompressobj(-15)
-        raw = coder.decompress(data, size + 1)
-        require(coder.eof and not coder.unused_data, "its levels are cut off, or there is more")
-    require(len(raw) == size, f"{len(raw)} levels of {size}")
+        raw = coder.decompress(data, sum(sizes) + 1)
+        whole = coder.eof and not coder.unused_data and len(raw) == sum(sizes)
+        require(whole, "its levels are cut off, or there is more")
     return np.frombuffer(bytearray(raw), np.int8)
 
 
@@ -977,20 +998,17 @@ def bits_of(name: str, w: Tensor, hp: Hyperparameters) -> int:
 
 
 def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
-    """Rows of fp32 w, (rows, cols), as an fp16 scale (rows, 1) times int8 levels from -Q to Q, with
-    Q = 2^(bits-1) - 1. The scale is what QUANT_CLIP takes for the row's end, over Q:
-
-    rowmax      its largest value, but no step is finer than σ/40, whose noise is 0.7% of σ
-    percentile  of five quantiles of |w| the one with the least squared error ("GPTQ-lite")
-    sigma       QUANT_SIGMA·σ: if that is over 5σ or so, nothing is cut off, and the number of bits
-                of a level is near log2(Q/k) + 2.05 (SDClip, record of 2026-04-05)"""
+    """Rows of fp32 w, (rows, cols), as an fp16 scale (rows, 1) times int8 levels up to ±Q, where
+    Q = 2^(bits-1) - 1. They end, by QUANT_CLIP, rowmax: at the largest value, but no step is finer
+    than σ/40, whose noise is 0.7% of σ; percentile: at the one of five quantiles with the least
+    squared error (GPTQ-lite); sigma: at k·σ, and cost about log2(Q/k) + 2.05 bits (SDClip)."""
     top, sigma, size = 2 ** (bits - 1) - 1, w.std(1, keepdims=True), np.abs(w)
     if hp.quant_clip == "rowmax":
         ends = np.maximum(size.max(1, keepdims=True), sigma * top / 40)[None]
     elif hp.quant_clip == "sigma":
         ends = hp.quant_sigma * sigma[None]
     else:
-        ends = np.quantile(size, CLIP_QUANTILES, 1, keepdims=True)
+        ends = np.quantile(size, (0.999, 0.9995, 0.9999, 0.99999, 1.0), 1, keepdims=True)
     scales = (ends / top).astype(
         "<f2"
     )  # before they are used, so that their rounding costs nothing
@@ -1000,13 +1018,19 @@ def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
     return [scale, levels.astype("|i1")]
 
 
+def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
+    """NumPy type and shape of the arrays that a parameter is stored as."""
+    if bits_of(name, w, hp):
+        return [["<f2", [len(w), 1]], ["|i1", [*w.shape]]]
+    return [["<f4" if name.endswith(CONTROL_TENSORS) else "<f2", [*w.shape]]]
+
+
 def stored_arrays(name: str, w: Tensor, hp: Hyperparameters, pruned: float) -> list[np.ndarray]:
-    """The arrays whose product stands for a parameter: fp32 for control tensors, fp16 scales and
-    int8 levels for matrices, fp16 for others. The share `pruned` of a matrix's levels, those of its
-    smallest weights, become 0."""
+    """The arrays whose product stands for a parameter, by `layout`. Of the levels of a matrix, the
+    share `pruned`, of its smallest weights, becomes 0."""
     bits, array = bits_of(name, w, hp), w.float().cpu().contiguous().numpy()
     if not bits:
-        return [array.astype("<f4" if name.endswith(CONTROL_TENSORS) else "<f2")]
+        return [array.astype(layout(name, w, hp)[0][0])]
     scale, levels = quantize(array, bits, hp)
     if pruned and levels.any():
         size = np.abs(array)
@@ -1020,10 +1044,10 @@ def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters, pruned: floa
         tensors = {name: stored_arrays(name, w, hp, pruned) for name, w in state.items()}
     bad = [name for name, arrays in tensors.items() if not np.isfinite(arrays[0]).all()]
     require(not bad, f"no artifact: values not finite or over 65504 in {', '.join(bad)}")
-    settings = {name: str(getattr(hp, name.lower())) for name in MODEL_SETTINGS}
-    digest = hashlib.sha256(Path(hp.tokenizer_path).read_bytes()).hexdigest()
-    layout = {name: [(a.dtype.str, a.shape) for a in tensors[name]] for name in tensors}
-    header = {"scheme": scheme(hp), "settings": settings, "tokenizer": digest, "tensors": layout}
+    settings = {name: setting_texts(hp)[name] for name in MODEL_SETTINGS}
+    tokenizer = hashlib.sha256(Path(hp.tokenizer_path).read_bytes()).hexdigest()
+    table = {name: layout(name, w, hp) for name, w in state.items()}
+    header = {"settings": settings, "tokenizer": tokenizer, "tensors": table}
     text, arrays = json.dumps(header).encode(), list(itertools.chain(*tensors.values()))
     # The first bytes of all numbers, then the second ones: sign and exponent are often alike.
     floats = [a.reshape(-1, 1).view("u1").T.tobytes() for a in arrays if a.itemsize > 1]
@@ -1044,7 +1068,7 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
     try:
         require(text_size < 2**21 and at <= len(body), "its header cannot be that long")
         head = zstandard.ZstdDecompressor().stream_reader(body[:at])
-        header, weights, levels = json.loads(head.read(text_size)), {}, {}
+        header, weights = json.loads(head.read(text_size)), {}
         require([*header["settings"]] == MODEL_SETTINGS, "its settings are not those of a model")
         values = {n: parse_setting(n, text) for n, text in header["settings"].items()}
         asked = [n for n in values if n[:5] == "EVAL_" and getattr(hp, n.lower())]  # for this score
@@ -1053,25 +1077,22 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         problems = broken_rules(dataclasses.replace(hp, **scoring), check_places=False)
         require(not problems, "; ".join(problems))
         with torch.device("meta"):
-            shapes = {name: [*t.shape] for name, t in GPT(hp).state_dict().items()}
-        require(sum(map(math.prod, shapes.values())) < 1000 * len(data), "too small for its model")
-        for name, layout in header["tensors"].items():
-            shape = shapes.pop(name)
-            quantized = layout == [["<f2", [*shape[:1], 1]], ["|i1", shape]] and len(shape) == 2
-            require(
-                quantized or layout in ([["<f4", shape]], [["<f2", shape]]), f"{name}: {layout}"
-            )
-            kind, shape_of_floats = layout[0]
-            size = np.dtype(kind).itemsize * math.prod(shape_of_floats)
-            planes = np.frombuffer(head.read(size), "u1").reshape(int(kind[2]), -1)
-            floats = np.ascontiguousarray(planes.T).view(kind).reshape(shape_of_floats)
+            state = GPT(hp).state_dict()
+        count = sum(w.numel() for w in state.values())
+        require(count < 1000 * len(data), "it is too small for its model")
+        table = {name: layout(name, w, hp) for name, w in state.items()}
+        require(header["tensors"] == table, "its tensors are not those of its settings")
+        for name, ((kind, shape), *_) in table.items():
+            raw = head.read(np.dtype(kind).itemsize * math.prod(shape))
+            planes = np.frombuffer(raw, "u1").reshape(int(kind[2]), -1)
+            floats = np.ascontiguousarray(planes.T).view(kind).reshape(shape)
             weights[name] = torch.from_numpy(floats.astype(np.float32))
-            levels.update({name: shape} if quantized else {})
-        require(not shapes and not head.read(1), "tensors are missing, or there is more")
-        sizes = [math.prod(shape) for shape in levels.values()]
+        require(not head.read(1), "there is more than its tensors")
+        levels = [name for name in table if len(table[name]) == 2]
+        sizes = [state[name].numel() for name in levels]
         coded = torch.from_numpy(decompress(hp.compressor, body[at:], sizes)).split(sizes)
-        for (name, shape), part in zip(levels.items(), coded, strict=True):
-            weights[name] = weights[name] * part.view(shape)
+        for name, part in zip(levels, coded, strict=True):
+            weights[name] = weights[name] * part.view(state[name].shape)
         digest = header["tokenizer"]
     except Exception as error:  # crafted content can raise anything
         raise UserError(f"{path}: malformed, or not for these settings: {error}") from None
@@ -1088,127 +1109,282 @@ def scheme(hp: Hyperparameters) -> str:
 
 
 def forecast(model: GPT, run: Run) -> None:
-    """Log the artifact's size if the weights stayed distributed as they are before training; those
-    that start at zero are taken for Gaussian ones."""
+    """Log the artifact's size for the initial weights, with Gaussian ones where they are zero."""
     noise, code = torch.Generator().manual_seed(0), Path(__file__).stat().st_size
     state = model.state_dict()
-    for name in (name for name, w in state.items() if not w.any()):
+    for name in [name for name, w in state.items() if not w.any()]:
         state[name] = torch.randn(state[name].shape, generator=noise)
-    size, most = len(pack_artifact(state, run.hp)), run.hp.artifact_max_bytes
-    line = f"forecast: {code + size} bytes ({code} code, {size} artifact) of {most}"
-    over = "; warning: that is over the cap: use fewer bits or weights, or see FIT_BUDGET"
-    fit = f"; FIT_BUDGET={run.hp.fit_budget} will bring it there"
-    run.log(line + (over if run.hp.fit_budget == "none" else fit) * (code + size > most))
-
-
-def search_size(
-    pack: Callable[[float], bytes], x: float, ends: tuple[float, float], slope: float, most: int
-) -> tuple[float, bytes, int]:
-    """Search between the ends for the largest pack(x) of at most `most` bytes, until at most 0.3%
-    stay empty: that x (or that of the smallest, if none fits), its bytes, and the number of tries.
-    pack(x) shrinks by about `slope` bytes a unit of x; the secants of what was tried correct it."""
-    tried, (low, high) = {}, ends
-    x = min(max(x, low), high)
-    while x not in tried and len(tried) < 16:
-        tried[x] = best = pack(x)
-        if 0.997 * most <= len(best) <= most:
-            break
-        low, high = (x, high) if len(best) > most else (low, x)
-        if len(tried) > 1:
-            (x0, one), (x1, two) = [*tried.items()][-2:]
-            slope = (len(one) - len(two)) / (x1 - x0) or slope
-        x = min(max(x + (len(best) - 0.9985 * most) / slope, low), high)
-        x = (low + high) / 2 if x in tried else x
-    fitting = [x for x in tried if len(tried[x]) <= most]
-    x = min(fitting or [max(tried)])
-    return x, tried[x], len(tried)
+    size, cap = code + len(pack_artifact(state, run.hp)), run.hp.artifact_max_bytes
+    warning = f"; warning: over the cap, with FIT_BUDGET={run.hp.fit_budget}" * (size > cap)
+    run.log(f"forecast: {size} bytes ({code} code, {size - code} artifact) of {cap}{warning}")
 
 
 def fit_artifact(model: GPT, run: Run) -> bytes:
-    """The artifact. With FIT_BUDGET it is made to fill the cap, less the code, and what was done is
-    logged: "sigma" searches log2 k, of which each unit is a bit a weight by the size law; "prune"
-    searches the share of weights to set to 0, if there is too much."""
+    """The artifact. With FIT_BUDGET, the largest that fits the cap beside the code, at most 0.3% of
+    which stays empty: "sigma" searches log2 k, of which a unit is a bit a weight by the size law;
+    "prune", if there is too much, the share of levels to set to 0. What was done is logged."""
     hp, state, cap = run.hp, model.state_dict(), run.hp.artifact_max_bytes
-    most = cap - Path(__file__).stat().st_size
-    if hp.fit_budget == "sigma":
-        weights = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp))
-
-        def pack(x: float) -> bytes:
-            return pack_artifact(state, dataclasses.replace(hp, quant_sigma=2**x))
-
-        x, best, tries = search_size(
-            pack, math.log2(hp.quant_sigma), (2.0, 12.0), weights / 8, most
-        )
-        done = f"quant_sigma:{2**x:.4f}"
-    else:
-        best = pack_artifact(state, hp)
-        if hp.fit_budget == "none" or len(best) <= most:
-            return best
-        pack = functools.partial(pack_artifact, state, hp)
-        x, best, tries = search_size(pack, 0.0, (0.0, 1.0), len(best), most)
-        done = f"pruned:{x:.4f}"
-    fill = (cap - most + len(best)) / cap
-    further = "" if 0.997 <= fill <= 1 else " (it cannot do more)"
-    run.log(f"fit_budget:{hp.fit_budget} {done} tries:{tries} fill:{fill:.4f}{further}")
+    most, sigma = cap - Path(__file__).stat().st_size, hp.fit_budget == "sigma"
+    slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
+    x, low, high = (math.log2(hp.quant_sigma), 2.0, 12.0) if sigma else (0.0, 0.0, 1.0)
+    x, tried = min(max(x, low), high), {}
+    while len(tried) < 16 and x not in tried:
+        changed = dataclasses.replace(hp, quant_sigma=2**x) if sigma else hp
+        tried[x] = data = pack_artifact(state, changed, pruned=0.0 if sigma else x)
+        fits = len(data) <= most
+        if hp.fit_budget == "none" or (fits and x == 0.0):
+            return data
+        if fits and (len(data) >= 0.997 * most or x == low):
+            break
+        low, high = (low, x) if fits else (x, high)
+        if len(tried) > 1:
+            (x0, one), (x1, two) = [*tried.items()][-2:]
+            slope = (len(one) - len(two)) / (x1 - x0) or slope
+        x = min(max(x + (len(data) - 0.9985 * most) / slope, low), high)
+        x = (low + high) / 2 if x in tried else x
+    x, best = max(tried.items(), key=lambda t: len(t[1]) * (1 if len(t[1]) <= most else -1))
+    fill, what = len(best) + cap - most, f"quant_sigma:{2**x:.4f}" if sigma else f"pruned:{x:.4f}"
+    further = "" if 0.997 * cap <= fill <= cap else " (it cannot do more)"
+    run.log(f"fit_budget:{hp.fit_budget} {what} tries:{len(tried)} fill:{fill / cap:.4f}{further}")
     return best
+
+
+# ===================================== CHECKPOINTS =====================================
+# SHA-256, then what torch.save makes of tensors and plain values: loading runs no code.
+
+
+def write_checkpoint(state: dict[str, Any], run: Run) -> None:
+    """Write what `Trainer.state` gave, and delete the oldest. A full disk costs but a warning."""
+    path, buffer = run.dir / f"checkpoint_{state['step']:07d}.pt", io.BytesIO()
+    torch.save(state, buffer)
+    digest = hashlib.sha256(buffer.getbuffer()).digest()
+    try:
+        atomic_write(path, lambda f: f.writelines((digest, buffer.getbuffer())))
+    except OSError as error:
+        return run.log(f"warning: no checkpoint of step {state['step']}: {error}")
+    for old in checkpoints(run)[run.hp.save_total_limit :]:
+        old.unlink()
+
+
+def checkpoints(run: Run) -> list[Path]:
+    """The checkpoints in the run's folder, the newest first."""
+    return sorted(run.dir.glob("checkpoint_*.pt"), key=lambda path: -path.stat().st_mtime_ns)
+
+
+def find_checkpoint(run: Run, data: str) -> dict[str, Any] | None:
+    """The state that RESUME asks for; None if that is auto, and there is none. Raises UserError if
+    it cannot be read, or was made under settings, or with training data, that matter."""
+    hp, auto, state = run.hp, run.hp.resume == "auto", None
+    for path in checkpoints(run) if auto else [Path(hp.resume)]:
+        try:
+            content = memoryview(path.read_bytes())
+            require(hashlib.sha256(content[32:]).digest() == content[:32], "truncated or damaged")
+            state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+            then = {**state["settings"]}
+            break
+        except Exception as error:  # crafted content can raise anything
+            require(auto, f"{path}: not a checkpoint: {error}")
+            run.log(f"warning: {path}: not a checkpoint: {error}; trying the one before it")
+    if state is None:
+        return run.log("resume:auto no checkpoint; starting at step 0")
+    now = setting_texts(hp) | {"DATA": data}
+    changed = {n: f"\n  {n}={then.get(n)}, now {now[n]}" for n in now if then.get(n) != now[n]}
+    grave = "".join(line for name, line in changed.items() if name not in NEUTRAL_SETTINGS)
+    what = f"{path}: other settings made it, set them back or set RESUME_CHANGED=1:{grave}"
+    require(not grave or hp.resume_changed, what)
+    run.log(f"resume:{path} step:{state['step']}{''.join(changed.values())}")
+    return state
 
 
 # ===================================== TRAINING =====================================
 
 
+def place(sizes: dict[str, int], parts: int) -> tuple[dict[str, tuple[int, int]], int]:
+    """Divide tensors of these sizes among equal parts of a buffer, each wholly into one: the part
+    of each and its offset in the buffer, and the width of a part, whose last element stays free."""
+    loads, places = [0] * parts, {}
+    for name in sorted(sizes, key=sizes.get, reverse=True):
+        part = loads.index(min(loads))
+        places[name] = part, loads[part]
+        loads[part] += math.ceil(sizes[name] / 64) * 64  # aligned for vector instructions
+    width = max(loads) + 64
+    return {name: (part, part * width + at) for name, (part, at) in places.items()}, width
+
+
 class Trainer:
-    """The model, its optimizers, and its gradients on one rank."""
+    """The model, its optimizers, and its gradients on one rank. Weights are views of one buffer,
+    gradients of another. With ZERO_LEVEL=1 (ZeRO, arXiv 1910.02054) these have a part a rank, which
+    sums the gradients of it alone and updates its weights. A part's last element is the loss."""
 
     def __init__(self, model: GPT, forward: nn.Module, stream: TokenStream, run: Run) -> None:
         self.model, self.forward, self.stream, self.run = model, forward, stream, run
-        self.optimizers, self.feed = build_optimizers(model, run.hp), batches(stream, run)
-        params = list(model.parameters())  # gradients and loss share one buffer, and its operations
-        self.sums = torch.zeros(sum(p.numel() for p in params) + 1, device=run.device)
-        for p, grad in zip(params, self.sums[:-1].split([p.numel() for p in params]), strict=True):
-            p.grad = grad.view_as(p)
-        self.weights = [p.detach() for p in params]
-        self.average = [w.clone() for w in self.weights if run.hp.ema_decay]
+        self.params, self.feed = dict(model.named_parameters()), batches(stream, run)
+        self.parts, self.part = (run.world_size, run.rank) if run.hp.zero_level else (1, 0)
+        self.places, width = place({n: p.numel() for n, p in self.params.items()}, self.parts)
+        self.weights, self.grads = torch.zeros(2, self.parts, width, device=run.device)
+        for name, p in self.params.items():
+            data, p.grad = (self.view(name, buffer) for buffer in (self.weights, self.grads))
+            p.data = data.copy_(p.detach())
+        self.average = self.weights.clone() if run.hp.ema_decay else None
+        ours = {name for name, (part, _) in self.places.items() if part == self.part}
+        self.optimizers = build_optimizers(model, run.hp, ours)
+        # The tensors themselves: weights, their average, what the optimizer keeps if it is ours.
+        self.tensors = {name: {"weights": self.view(name, self.weights)} for name in self.params}
+        for name, tensors in self.tensors.items():
+            tensors |= {} if self.average is None else {"average": self.view(name, self.average)}
+            for optimizer in self.optimizers:
+                tensors |= optimizer.state.get(self.params[name], {})
+        self.bad_in_a_row, self.late = torch.zeros((), device=run.device), []
+
+    def view(self, name: str, buffer: Tensor) -> Tensor:
+        """The part of a buffer that belongs to a parameter."""
+        p, at = self.params[name], self.places[name][1]
+        return buffer.view(-1)[at : at + p.numel()].view_as(p)
 
     def step(self, step: int, elapsed: float) -> Tensor:
-        """Update the weights from the next global batch; its mean loss in nats, fp32 ()."""
+        """Update the weights from the next global batch; its mean loss in nats, fp32 (). If loss
+        or gradient is not finite, only `bad_in_a_row` changes; no rank waits to know."""
         hp = self.run.hp
-        ramp = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
-        for group in (group for opt in self.optimizers for group in opt.param_groups):
-            group["lr"] = group["base_lr"] * lr_scale(hp, step, elapsed)
-            group["momentum"] = (1 - ramp) * hp.muon_momentum_warmup_start + ramp * hp.muon_momentum
-        self.sums.zero_()
-        for inputs, targets in next(self.feed):
+        self.grads.zero_()
+        self.batch = next(self.feed)
+        for inputs, targets in self.batch:
             loss = self.forward(inputs, targets).sum() / hp.train_batch_tokens
             loss.backward()
-            self.sums[-1] += loss.detach()
-        if self.run.world_size > 1:
-            dist.all_reduce(self.sums)
+            self.grads[:, -1] += loss.detach()
+        ours = self.grads[self.part]
+        square = self.reduce(ours)
+        loss = ours[-1].clone()
+        bad = ~(square + loss).isfinite()
         if hp.grad_clip_norm:
-            scale = hp.grad_clip_norm / (self.sums[:-1].norm() + 1e-6)
-            self.sums[:-1] *= scale.clamp(max=1.0)
+            ours *= (hp.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        ours.masked_fill_(bad, 0)
+        ramp = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
+        momentum = (1 - ramp) * hp.muon_momentum_warmup_start + ramp * hp.muon_momentum
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group.update(lr=group["base_lr"] * lr_scale(hp, step, elapsed), momentum=momentum)
+            optimizer.found_inf, optimizer.grad_scale = bad.float(), None
             optimizer.step()
-        if self.average:  # e ← d·e + (1 - d)·w
-            torch._foreach_lerp_(self.average, self.weights, 1 - hp.ema_decay)
-        return self.sums[-1].clone()
+        if self.parts > 1:
+            dist.all_gather([*self.weights], self.weights[self.part].clone())
+        if self.average is not None:  # e ← d·e + (1 - d)·w
+            self.average.lerp_(self.weights, (1 - hp.ema_decay) * (~bad).float())
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
+        self.late.append((step, later(self.bad_in_a_row), self.batch))
+        return loss
+
+    def reduce(self, ours: Tensor) -> Tensor:
+        """Sum our part of the gradients over the ranks; the square of the norm of all parts."""
+        if self.parts > 1:
+            total = torch.empty_like(ours)
+            dist.reduce_scatter(total, [*self.grads])
+            ours.copy_(total)
+        elif self.run.world_size > 1:
+            dist.all_reduce(ours)
+        square = ours[:-1].norm() ** 2
+        if self.parts > 1:
+            dist.all_reduce(square)
+        return square
+
+    def look_back(self, delay: int) -> None:
+        """Log skipped steps, `delay` steps late; raise UserError after MAX_BAD_STEPS in a row."""
+        while len(self.late) > delay:
+            step, number, batch = self.late.pop(0)
+            if count := int(number()):
+                line = f"skipped_step:{step} loss or gradient not finite, {count} in a row"
+                self.run.log(line, "skipped_step", step=step, in_a_row=count)
+                if count >= self.run.hp.max_bad_steps:
+                    rates = sorted({g["lr"] for o in self.optimizers for g in o.param_groups})
+                    last = next(iter(checkpoints(self.run)), "none")
+                    what = (
+                        f"first: {self.diagnose(batch)}; learning rates {rates}; checkpoint: {last}"
+                    )
+                    raise UserError(f"{line}; {what}")
+
+    def diagnose(self, batch: list[Tensor]) -> str:
+        """What is not finite in a batch: a weight, or the first activation or gradient."""
+        found = [f"weight {n}" for n, p in self.params.items() if not p.isfinite().all()]
+
+        def look(name: str, _: nn.Module, inputs: Any, output: Tensor) -> None:
+            found.extend([f"output of {name or 'the model'}"] * (not output.isfinite().all()))
+
+        for name, module in self.model.named_modules():
+            module.register_forward_hook(functools.partial(look, name))
+        self.grads.zero_()
+        for inputs, targets in batch:
+            self.model(inputs, targets).sum().backward()
+        backwards = reversed(self.params.items())
+        found += [f"gradient of {n}" for n, p in backwards if not p.grad.isfinite().all()]
+        return found[0] if found else f"nothing in the batch of rank {self.run.rank}"
+
+    def copies(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """Copies of all tensors of these parameters, on the CPU."""
+        kept = {name: self.tensors[name].items() for name in names}
+        return {name: {k: t.detach().cpu().clone() for k, t in kept[name]} for name in kept}
+
+    def state(self, step: int, elapsed: float) -> dict[str, Any]:
+        """All that the rest of the run depends on; on rank 0, of all parts."""
+        params = self.copies(n for n, (part, _) in self.places.items() if part == self.part)
+        if self.parts > 1:
+            shares = [{}] * self.parts if self.part == 0 else None
+            dist.gather_object(params, shares)
+            params = {name: t for share in shares or [] for name, t in share.items()}
+        settings = setting_texts(self.run.hp) | {"DATA": self.stream.digest}
+        progress = {"step": step, "elapsed": elapsed, "random": torch.get_rng_state()}
+        return {**progress, "settings": settings, "params": params}
+
+    def resume(self, state: dict[str, Any] | None) -> tuple[int, float]:
+        """Go on from rank 0's state, if it has one: the step, and the seconds trained so far."""
+        given = [state]
+        if self.run.world_size > 1:
+            dist.broadcast_object_list(given)
+        if not (state := given[0]):
+            return 0, 0.0
+        theirs = {name: kept["weights"].shape for name, kept in state["params"].items()}
+        ours = {name: p.shape for name, p in self.params.items()}
+        require(theirs == ours, "RESUME: the checkpoint is of a model of another shape")
+        self.load(state["params"])
+        torch.set_rng_state(state["random"])
+        self.feed = batches(self.stream, self.run, state["step"])
+        return state["step"], state["elapsed"]
+
+    def load(self, params: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over weights, averages and optimizer state; weights for an average not there."""
+        for name in self.params:
+            for key, t in self.tensors[name].items():
+                t.detach().copy_(params[name].get(key, params[name]["weights"]))
 
     def prime(self) -> None:
-        """Take WARMUP_STEPS steps, which compile every kernel, and undo all that they did."""
-        parts = (self.model, *self.optimizers)
-        saved = copy.deepcopy([part.state_dict() for part in parts])
-        with torch.random.fork_rng([self.run.device] * (self.run.device.type == "cuda")):
-            for step in range(self.run.hp.warmup_steps):
-                self.step(step, 0.0)
-        for part, state in zip(parts, saved, strict=True):
-            part.load_state_dict(state)
-        if self.average:
-            torch._foreach_copy_(self.average, self.weights)
+        """Take WARMUP_STEPS steps, which compile every kernel, and undo all that they did. Where
+        the memory does not suffice, halve the micro-batches: sums over a batch stay the same."""
+        saved, step, planned = self.copies(self.params), 0, self.run.forward_rows
+        with torch.random.fork_rng(devices=[]):
+            while step < self.run.hp.warmup_steps:
+                try:
+                    self.step(step, 0.0)
+                    step += 1
+                except RuntimeError as error:
+                    if not re.search("out of memory|allocate memory", str(error)):
+                        raise
+                    self.run.forward_rows = self.batch[0].size(1) // 2
+                    require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
+                    self.feed = batches(self.stream, self.run, step)
+        rows = torch.tensor(self.run.forward_rows)
+        if self.run.world_size > 1:  # validation, too, is divided by it
+            dist.all_reduce(rows, dist.ReduceOp.MIN)
+        if rows < planned:
+            self.run.forward_rows = int(rows)
+            self.run.log(f"out of memory: going on with {rows} sequences at a time")
+        self.load(saved)
+        self.bad_in_a_row.zero_()
+        self.late.clear()
         self.feed = batches(self.stream, self.run)
 
 
-def train(trainer: Trainer, val: Validation, run: Run) -> None:
-    """Train until ITERATIONS or the wallclock cap by rank 0's clock, which stands in validation."""
-    hp, step, elapsed, start = run.hp, 0, 0.0, run.clock(synchronize=True)
+def train(trainer: Trainer, val: Validation, run: Run, step: int, elapsed: float) -> None:
+    """Train from `step` on until ITERATIONS, the wallclock cap by rank 0's clock, or a signal. The
+    clock stands in validation, and while a checkpoint is copied to be written beside the steps."""
+    hp, start, saved, writing = run.hp, run.clock(synchronize=True) - elapsed, step, None
 
     def report(event: str, losses: dict[str, float]) -> None:
         values = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
@@ -1217,27 +1393,62 @@ def train(trainer: Trainer, val: Validation, run: Run) -> None:
         times_event = {"step": step, "train_time_ms": ms, "tokens_per_second": rate}
         run.log(f"step:{step}/{hp.iterations} {values} {times}", event, **times_event, **losses)
 
-    while True:
-        capped = 0 < hp.max_wallclock_seconds <= elapsed
-        last = capped or step >= hp.iterations
-        if last and trainer.average:  # what is exported is what is validated
-            torch._foreach_copy_(trainer.weights, trainer.average)
-        if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
-            elapsed = run.clock(synchronize=True) - start
-            report("val", score(trainer.forward, val, run)[1])
-            start = run.clock(synchronize=True) - elapsed
-        if last:
-            break
-        loss = trainer.step(step, elapsed)
-        step, elapsed = step + 1, run.clock() - start
-        if hp.train_log_every and (step <= 10 or step % hp.train_log_every == 0):
-            report("train", {"train_loss": loss.item()})
-    if capped:
-        run.log(f"stopping_early: wallclock_cap train_time:{1e3 * elapsed:.0f}ms step:{step}")
+    with ThreadPoolExecutor(1) as writer:
+        while True:
+            capped = 0 < hp.max_wallclock_seconds <= elapsed
+            last = capped or step >= hp.iterations or run.stop == signal.SIGUSR1
+            due = hp.save_every and (last or step % hp.save_every == 0)
+            if (due or run.stopped) and step > saved:
+                elapsed, saved = run.clock(synchronize=True) - start, step
+                state = trainer.state(step, elapsed)
+                if run.rank == 0:
+                    writing = writing and writing.result()
+                    writing = writer.submit(write_checkpoint, state, run)
+                start = run.clock() - elapsed
+            if run.stopped:
+                break
+            if last and trainer.average is not None:  # what is exported is what is validated
+                trainer.weights.copy_(trainer.average)
+            if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
+                elapsed = run.clock(synchronize=True) - start
+                report("val", score(trainer.forward, val, run)[1])
+                start = run.clock(synchronize=True) - elapsed
+            if last:
+                run.stopped = False  # too late for a signal: what follows writes all that there is
+                break
+            loss = trainer.step(step, elapsed)
+            step, elapsed = step + 1, run.clock() - start
+            trainer.look_back(4 if run.device.type == "cuda" else 0)
+            if hp.train_log_every and (step <= 10 or step % hp.train_log_every == 0):
+                report("train", {"train_loss": loss.item()})
+        trainer.look_back(0)
+    if why := signal.Signals(run.stop).name if run.stop else "wallclock_cap" * capped:
+        run.log(f"stopping_early: {why} train_time:{1e3 * elapsed:.0f}ms step:{step}")
 
 
-def main(arguments: list[str]) -> None:
-    """Train, export and score a model, or only score one, as the environment says."""
+def train_and_export(model: GPT, forward: nn.Module, val: Validation, run: Run) -> Path:
+    """Train, and write raw weights and artifact, whose path it is; after a signal, a checkpoint."""
+    stream, artifact = TokenStream("train", run), run.dir / "final_model.artifact"
+    run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
+    if run.rank == 0:
+        forecast(model, run)
+    trainer = Trainer(model, forward, stream, run)
+    trainer.prime()
+    resumed = find_checkpoint(run, stream.digest) if run.hp.resume and run.rank == 0 else None
+    train(trainer, val, run, *trainer.resume(resumed))
+    if run.stopped:
+        run.log(f"to go on: RUN_ID={run.dir.name} RESUME=auto")
+    elif run.rank == 0:
+        state = {name: w.clone() for name, w in model.state_dict().items()}
+        buffer = io.BytesIO()  # torch.save would hide what the disk says
+        torch.save(state, buffer)
+        atomic_write(run.dir / "final_model.pt", lambda f: f.write(buffer.getbuffer()))
+        atomic_write(artifact, lambda f: f.write(fit_artifact(model, run)))
+    return artifact
+
+
+def main(arguments: list[str]) -> int | None:
+    """Train, export and score a model, or only score one; the exit code if a signal ended it."""
     require(arguments in ([], ["--help"], ["--settings"]), f"{arguments}: see --help")
     if arguments == ["--help"]:
         return print(__doc__, settings_table(), sep="\n")
@@ -1246,47 +1457,42 @@ def main(arguments: list[str]) -> None:
         return print(settings_dotenv(hp))
     artifact = Path(hp.artifact)
     run = Run(load_artifact(artifact, hp)[0] if hp.eval_only else hp)
-    stream = None if hp.eval_only else TokenStream("train", run)
     val = Validation(run)
     run.start()
     model = GPT(run.hp, run.dtype).to(run.device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
     run.log(val.note)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-    if stream:
-        run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
-        if run.rank == 0:
-            forecast(model, run)
-        trainer = Trainer(model, forward, stream, run)
-        trainer.prime()
-        train(trainer, val, run)
-        artifact = run.dir / "final_model.artifact"
-        if run.rank == 0:
-            atomic_write(run.dir / "final_model.pt", lambda f: torch.save(model.state_dict(), f))
-            atomic_write(artifact, lambda f: f.write(fit_artifact(model, run)))
+    if not hp.eval_only:
+        run.listen()
+        artifact = train_and_export(model, forward, val, run)
+        if run.stopped:
+            return 128 + run.stop
     if run.rank == 0:
         model.load_state_dict(load_artifact(artifact, hp)[1])
-    run.broadcast(model.parameters())
+    for p in model.parameters() if run.world_size > 1 else ():
+        dist.broadcast(p.detach(), 0)
     nll, final = score(forward, val, run)
     if run.rank == 0:
         text, name = " ".join(f"{k}:{v:.8f}" for k, v in final.items()), scheme(run.hp)
         run.log(f"final_{name}_roundtrip_exact {text}")
         if hp.save_nll:
-            save_nll(Path(hp.save_nll), nll, val, hp)
+            save_nll(nll, val, hp)
         code, size = (path.stat().st_size for path in (Path(__file__), artifact))
-        sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": hp.artifact_max_bytes}
+        cap = hp.artifact_max_bytes
+        sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": cap}
         line = f"Total submission size {name}: {code + size} bytes ({code} code, {size} artifact)"
         run.log(line, "final", **final, **sizes)
-        over = f"{line}, over ARTIFACT_MAX_BYTES={hp.artifact_max_bytes}; all is saved"
-        require(code + size <= hp.artifact_max_bytes, over)
+        require(code + size <= cap, f"{line}, over ARTIFACT_MAX_BYTES={cap}; all is saved")
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        code = main(sys.argv[1:])
         if dist.is_initialized():
             dist.barrier()
-            os._exit(0)  # gloo's threads now and then abort a regular exit
+            os._exit(code or 0)  # gloo's threads now and then abort a regular exit
+        sys.exit(code)
     except (UserError, OSError) as problem:
         # Before they meet, the ranks of a node find the same problems: one of them speaks.
         speaks = dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
+from programs import Server
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "train_gpt.py"
@@ -230,6 +231,14 @@ def run_main(env: dict[str, str], *args: str) -> None:
     basic = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     with mock.patch.dict(os.environ, {**basic, **env}, clear=True):
         train_gpt.main(list(args))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """What starts real runs of the script at once."""
+    server = Server(tmp_path_factory.mktemp("programs"))
+    yield server
+    server.close()
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

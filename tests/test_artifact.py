@@ -518,7 +518,6 @@ CRAFTED = {
     "shape a number": changed(EMBEDDING, [["<f2", 64]]),
     "shape negative": changed(EMBEDDING, [["<f2", [-8, -8]]]),
     "shape minus one": changed(EMBEDDING, [["<f2", [-1]]]),
-    "shape fractional": changed(EMBEDDING, [["<f2", [8.0, 8.0]]]),
     "shape of text": changed(EMBEDDING, [["<f2", ["8", "8"]]]),
     "shape huge": changed(EMBEDDING, [["<f2", [2**40, 2**40]]]),
     "dtype object": changed(EMBEDDING, [["|O", [8, 8]]]),

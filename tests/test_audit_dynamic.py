@@ -43,7 +43,13 @@ PLAN = Plan(
     patience=30.0,
 )
 TRAINER = Plan(
-    plain=700, dense=40, dense_bases=2, middle=300, middle_variants=12, sum_tokens=38_000
+    plain=700,
+    dense=40,
+    dense_bases=2,
+    middle=300,
+    middle_variants=12,
+    sum_tokens=38_000,
+    seconds=3600,
 )
 SUMLESS = dataclasses.replace(PLAN, sum_tokens=0)  # that takes half of the time
 VOCABULARY = 340

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
@@ -197,21 +196,6 @@ def test_foreign_id_stops_the_batches(tmp_path, monkeypatch):
 
 
 # ---- rows and batches
-
-
-def test_rows_hold_each_input_beside_its_next_token():
-    inputs, targets = tg.to_rows(np.array([5, 6, 7, 8, 9, 10, 11], np.uint16), 2, 3)
-    assert inputs.tolist() == [[5, 6, 7], [8, 9, 10]]
-    assert targets.tolist() == [[6, 7, 8], [9, 10, 11]]
-    assert inputs.dtype == targets.dtype == torch.int64
-
-
-def test_rows_are_padded_after_the_last_token():
-    inputs, targets = tg.to_rows(np.array([5, 6, 7, 65535, 9], np.uint16), 3, 3)
-    assert inputs.flatten().tolist()[:4] == [5, 6, 7, 65535]
-    assert targets.flatten().tolist() == [6, 7, 65535, 9] + [tg.IGNORE] * 5
-    assert inputs.max() == 65535  # what pads the inputs is a valid id,
-    assert inputs.min() >= 0  # so that it can be looked up
 
 
 def first_steps(folder, steps, rank=0, world_size=1, forward_rows=None, **values):

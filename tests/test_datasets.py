@@ -3,7 +3,6 @@ bytes; and what it says where a dataset is missing."""
 
 import json
 import math
-import shlex
 import sys
 from pathlib import Path
 
@@ -186,12 +185,11 @@ def test_the_audit_of_the_tokens_holds_beside_a_sidecar(sidecar_env, dataset):
     [
         ("data/datasets/fineweb10B_sp1024", "python data/download.py --variant sp1024"),
         ("./data/datasets/fineweb10B_byte260/", "python data/download.py --variant byte260"),
-        ("/big disk/datasets/fineweb10B_sp8192", "--variant sp8192 --out '/big disk'"),
         ("elsewhere/fineweb10B_sp4096", "python data/download.py --variant sp4096"),
-        ("data/datasets/sample_sp1024", "python data/prepare.py --sample"),
-        ("x/datasets/sample_sp1024", "python data/prepare.py --sample --out x"),
-        ("data/datasets/mine_sp1024", "make it from your text: data/README.md"),
-        ("shards", "make it from your text: data/README.md"),
+        ("data/datasets/sample_sp1024", "get it: see data/README.md"),
+        ("data/datasets/mine_sp1024", "get it: see data/README.md"),
+        ("shards", "get it: see data/README.md"),
+        ("fineweb10B_x; rm -rf ~", "python data/download.py --variant 'x; rm -rf ~'"),
     ],
 )
 def test_a_missing_dataset_comes_with_the_command_that_gets_it(tiny_env, folder, advice):
@@ -206,9 +204,3 @@ def test_a_missing_tokenizer_comes_with_the_command_too(tiny_env, tmp_path):
     changes = {"TOKENIZER_PATH": "no.model", "DATA_PATH": "data/datasets/fineweb10B_sp2048"}
     with pytest.raises(tg.UserError, match=r"no\.model: no such file; get it: .*sp2048"):
         tg.load_settings(tiny_env | changes)
-
-
-def test_the_advised_command_is_safe_to_paste():
-    advice = tg.how_to_get(Path("/a b/datasets/fineweb10B_x; rm -rf ~"))
-    words = shlex.split(advice.removeprefix("get it: "))
-    assert words[2:] == ["--variant", "x; rm -rf ~", "--out", "/a b"]

@@ -221,30 +221,8 @@ def test_sigma_may_start_outside_of_its_search(tokenizer, start):
 
 @pytest.mark.parametrize("clip", ["rowmax", "percentile"])
 def test_sigma_without_its_clip_is_refused(tokenizer, clip):
-    with pytest.raises(tg.UserError, match=r"sigma.*QUANT_CLIP=sigma"):
+    with pytest.raises(tg.UserError, match=f"FIT_BUDGET=sigma: QUANT_CLIP={clip}"):
         settings(tokenizer, FIT_BUDGET="sigma", QUANT_CLIP=clip)
-
-
-# ---- the search
-
-
-@pytest.mark.parametrize("most", [777, 5000, 9400])
-@pytest.mark.parametrize("start", [0.0, 0.5, 3.0])
-@pytest.mark.parametrize("slope", [300, 3000, 30_000])
-def test_search_meets_its_target_on_any_falling_curve(most, start, slope):
-    for curve in (lambda x: 10_000 / (1 + x), lambda x: 10_000 * 2**-x, lambda x: 9500 - 80 * x):
-        pack = functools.partial(lambda c, x: bytes(max(0, int(c(x)))), curve)
-        x, data, tries = tg.search_size(pack, start, (0, 118), slope, most)
-        assert 0.996 * most - 1 <= len(data) <= most
-        assert data == pack(x)
-        assert tries <= 16
-
-
-def test_search_on_steps_that_miss_the_window_gives_what_fits_best():
-    """Sizes that are whole thousands cannot come within 0.3% of 4,500."""
-    x, data, _ = tg.search_size(lambda x: bytes(1000 * int(9 - x)), 0.0, (0, 9), 1000, 4500)
-    assert len(data) == 4000
-    assert 4 < x <= 5
 
 
 # ---- pruning
@@ -322,12 +300,11 @@ def test_forecast_warns_exactly_if_the_total_is_over_the_cap(tokenizer):
 
 
 @pytest.mark.parametrize("mode", ["prune", "sigma"])
-def test_forecast_over_the_cap_names_the_fit_that_will_bring_it_there(tokenizer, mode):
+def test_forecast_over_the_cap_names_the_fit_budget(tokenizer, mode):
     hp = fit_settings(tokenizer, mode, 288, ARTIFACT_MAX_BYTES=CODE + 100_000)
     run = Log(hp)
     tg.forecast(gaussian_model(288), run)
-    assert f"FIT_BUDGET={mode}" in run.lines[0]
-    assert "warning" not in run.lines[0]
+    assert run.lines[0].endswith(f"; warning: over the cap, with FIT_BUDGET={mode}")
 
 
 # ---- whole runs

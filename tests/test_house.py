@@ -22,8 +22,8 @@ def functions() -> list[tuple[str, int]]:
     return [(node.name, node.end_lineno - node.lineno + 1) for node in nodes]
 
 
-def test_the_file_is_at_most_1300_lines():
-    assert SOURCE.count("\n") <= 1300
+def test_the_file_is_at_most_1500_lines():
+    assert SOURCE.count("\n") <= 1500
 
 
 def test_no_function_is_over_60_lines_nor_main_over_50():
@@ -42,7 +42,7 @@ def test_sections_come_in_the_order_of_the_design():
     titles = [line.strip("#= ") for line in SOURCE.splitlines() if line.startswith("# ====")]
     assert titles == [
         *("SETTINGS", "RUN CONTEXT", "DATA", "MODEL"),
-        *("OPTIMIZERS", "EVALUATION", "ARTIFACT", "TRAINING"),
+        *("OPTIMIZERS", "EVALUATION", "ARTIFACT", "CHECKPOINTS", "TRAINING"),
     ]
 
 
