@@ -299,7 +299,8 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)
+        if error.errno:
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -1228,7 +1229,6 @@ class Trainer:
         self.average = self.weights.clone() if run.hp.ema_decay else None
         ours = {name for name, (part, _) in self.places.items() if part == self.part}
         self.optimizers = build_optimizers(model, run.hp, ours)
-        # The tensors themselves: weights, their average, what the optimizer keeps if it is ours.
         self.tensors = {name: {"weights": self.view(name, self.weights)} for name in self.params}
         for name, tensors in self.tensors.items():
             tensors |= {} if self.average is None else {"average": self.view(name, self.average)}
@@ -1426,13 +1426,12 @@ def train(trainer: Trainer, val: Validation, run: Run, step: int, elapsed: float
         run.log(f"stopping_early: {why} train_time:{1e3 * elapsed:.0f}ms step:{step}")
 
 
-def train_and_export(model: GPT, forward: nn.Module, val: Validation, run: Run) -> Path:
+def train_and_export(trainer: Trainer, val: Validation, run: Run) -> Path:
     """Train, and write raw weights and artifact, whose path it is; after a signal, a checkpoint."""
-    stream, artifact = TokenStream("train", run), run.dir / "final_model.artifact"
+    artifact, model, stream = run.dir / "final_model.artifact", trainer.model, trainer.stream
     run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
     if run.rank == 0:
         forecast(model, run)
-    trainer = Trainer(model, forward, stream, run)
     trainer.prime()
     resumed = find_checkpoint(run, stream.digest) if run.hp.resume and run.rank == 0 else None
     train(trainer, val, run, *trainer.resume(resumed))
@@ -1457,15 +1456,16 @@ def main(arguments: list[str]) -> int | None:
         return print(settings_dotenv(hp))
     artifact = Path(hp.artifact)
     run = Run(load_artifact(artifact, hp)[0] if hp.eval_only else hp)
+    stream = None if hp.eval_only else TokenStream("train", run)
     val = Validation(run)
     run.start()
     model = GPT(run.hp, run.dtype).to(run.device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
     run.log(val.note)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-    if not hp.eval_only:
+    if stream:
         run.listen()
-        artifact = train_and_export(model, forward, val, run)
+        artifact = train_and_export(Trainer(model, forward, stream, run), val, run)
         if run.stopped:
             return 128 + run.stop
     if run.rank == 0:

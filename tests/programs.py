@@ -91,7 +91,10 @@ class Server:
     def ask(self, request: dict[str, object]) -> int | None:
         """Send a request, and return the answer."""
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the server has ended: {self.process.wait()}")
+        return json.loads(answer)
 
     def start(self, env: dict[str, str], *faults: Fault) -> Program:
         """Start the script in an environment of `env` alone."""

@@ -315,7 +315,7 @@ def test_eval_only_logs_the_final_line(scored):
 
 def test_eval_only_does_not_train(scored):
     assert [line for line in scored.lines if line.startswith("step:")] == []
-    assert {path.name for path in scored.folder.iterdir()} == {"metrics.jsonl"}
+    assert {path.name for path in scored.folder.iterdir()} == {"lock", "metrics.jsonl"}
 
 
 def test_saved_nll_has_one_float32_a_scored_token(scored, dataset):
