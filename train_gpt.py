@@ -263,8 +263,9 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
         ]
     shown = {name: f"{name}={getattr(hp, name.lower())}" for name in FIELDS}
     shown["CONTEXT"] = shown["EVAL_SEQ_LEN" if hp.eval_seq_len else "TRAIN_SEQ_LEN"]
-    variant = shlex.quote(Path(hp.data_path).name.removeprefix("fineweb10B_"))
-    shown["GET"] = f"get it: python data/download.py --variant {variant}, or data/README.md"
+    kind, _, variant = Path(hp.data_path).name.partition("_")
+    fetch = f"get it: python data/download.py --variant {shlex.quote(variant)}"
+    shown["GET"] = fetch if kind == "fineweb10B" else "get it: see data/README.md"
     return [text.format_map(shown) for broken, text in rules if broken]
 
 
@@ -627,7 +628,6 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(weight, (2 * hp.num_layers) ** -0.5 if writes else 1.0)
             elif writes or name == "lm_head.weight":  # what writes starts silent
                 nn.init.zeros_(weight)
-        # One table for trained lengths, one for the longer context of validation.
         for name, length in (("short", hp.train_seq_len), ("long", hp.eval_seq_len)):
             self.register_buffer(name, rotary_table(hp, length).to(dtype), persistent=False)
 
