@@ -65,7 +65,8 @@ def test_a_stream_is_scored_as_without_score_streams(trained, dataset, tmp_path,
     data = write(tmp_path / "data", [dataset.val[:300]])
     texts = {name: str(value) for name, value in RULES[rule].items()}
     nll = tmp_path / "nll.npy"
-    run_main(trained | texts | {"DATA_PATH": str(data), "SAVE_NLL": str(nll)})
+    texts |= {"OUT_DIR": str(tmp_path), "DATA_PATH": str(data), "SAVE_NLL": str(nll)}
+    run_main(trained | texts)
     np.testing.assert_allclose(whole, np.load(nll), atol=1e-5)
 
 
