@@ -33,7 +33,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -89,9 +89,7 @@ class Hyperparameters:
     resume_changed: int = setting(0, "0, 1", "resume also under settings that change the result")
     max_bad_steps: int = setting(10, "[1, inf)", "give up after so many losses in a row not finite")
     save_nll: str = setting("", "", ".npy file for the final NLL of each scored token, in nats")
-    seed: int = setting(
-        1337, "[0, 4294967295]", "seeds PyTorch's generators, of which the weights are"
-    )
+    seed: int = setting(1337, "[0, 4294967295]", "seeds the initial weights")
     dtype: str = setting("auto", "auto, bf16, fp32", "auto: bf16 on CUDA and on CPUs with AMX")
     val_tokens: int = setting(0, "[0, inf)", "use only the first N validation tokens; 0: all")
     eval_only: int = setting(0, "0, 1", "score ARTIFACT and exit")
@@ -337,7 +335,12 @@ class Run:
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
         if self.world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            (store, rank, size), env = next(dist.rendezvous("env://")), os.environ.get
+            # torchrun shows ranks it restarts the addresses of the dead (PyTorch issue 135712).
+            one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")  # counts the restarts for all
+            store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "") * one_node, store)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         if self.rank == 0:
             self.text = open(f"{self.dir}.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             self.metrics = open(self.dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
@@ -704,15 +707,12 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-lr * scale)
 
 
-def build_optimizers(
-    model: GPT, hp: Hyperparameters, ours: Container[str] | None = None
-) -> list[torch.optim.Optimizer]:
-    """Divide the parameters (those in `ours`, or all) among AdamW and Muon, each into one group."""
+def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim.Optimizer]:
+    """Divide the parameters of a GPT, or some, among AdamW and Muon, each into one group."""
+    hp, adam, muon = run.hp, {}, {}
     embed = (hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.embed_wd)
     rates = {"tok_emb.weight": embed, "bigram.table.weight": embed}
     rates["lm_head.weight"] = (hp.head_lr, hp.adam_wd)
-    params = {name: p for name, p in model.named_parameters() if ours is None or name in ours}
-    adam, muon = {}, {}
     for name, p in params.items():
         control = name.endswith(CONTROL_TENSORS)
         other = (hp.scalar_lr, hp.adam_wd) if control else (hp.matrix_lr, hp.muon_wd)
@@ -728,7 +728,7 @@ def build_optimizers(
     for p in (p for group in adam.values() for p in group["params"]):
         moments = {key: torch.zeros_like(p).detach() for key in ("exp_avg", "exp_avg_sq")}
         optimizers[0].state[p] = {"step": p.new_zeros(()).detach(), **moments}
-    settings = {"steps": hp.muon_backend_steps, "dtype": model.dtype}
+    settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype}
     return optimizers + ([Muon([*muon.values()], settings)] if muon else [])
 
 
@@ -902,7 +902,11 @@ def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
 PREAMBLE, MAGIC, VERSION = struct.Struct("<6sHII"), b"BIRDIE", 2
 KEEP_FLOAT_NUMEL = 65536  # smaller matrices stay fp16: they cost little and are worth precision
 RANS_BITS = 14  # precision of probabilities
-RANS_LANE = 8192  # symbols for each state, of at most 2048: fast, and under 0.1% of the size
+
+
+def rans_lanes(symbols: int) -> int:
+    """How many states take turns: enough for numpy's speed, with under 0.1% of the size."""
+    return min(max(1, symbols // 8192), 2048)
 
 
 def rans_encode(arrays: list[np.ndarray]) -> bytes:
@@ -910,7 +914,7 @@ def rans_encode(arrays: list[np.ndarray]) -> bytes:
     (arXiv 1311.2540) with a table of frequencies f (sum 2^14, cumulated c) for each array. A lane
     is a state x in [2^16, 2^32): x ← (x // f)·2^14 + x mod f + c, after a word of 16 bits has left
     if x ≥ f·2^18. Decoding runs backwards, so encoding starts at the end."""
-    width, words = min(max(1, sum(a.size for a in arrays) // RANS_LANE), 2048), []
+    width, words = rans_lanes(sum(a.size for a in arrays)), []
     lanes = np.full(width, 1 << 16, np.uint32)
     for array in reversed(arrays):
         symbols = array.ravel().astype(np.int16) + 128
@@ -936,8 +940,7 @@ def rans_encode(arrays: list[np.ndarray]) -> bytes:
 
 def rans_decode(data: bytes, sizes: list[int]) -> np.ndarray:
     """The int8 arrays of these sizes that rans_encode coded, as one. Raises ValueError."""
-    words, pieces = np.frombuffer(data, "<u2"), []
-    width = min(max(1, sum(sizes) // RANS_LANE), 2048)
+    words, pieces, width = np.frombuffer(data, "<u2"), [], rans_lanes(sum(sizes))
     lanes, at = words[: 2 * width].view("<u4").astype(np.uint32), 2 * width
     for size in sizes:
         low, count = words[at : at + 2].tolist()
@@ -1010,9 +1013,7 @@ def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
         ends = hp.quant_sigma * sigma[None]
     else:
         ends = np.quantile(size, (0.999, 0.9995, 0.9999, 0.99999, 1.0), 1, keepdims=True)
-    scales = (ends / top).astype(
-        "<f2"
-    )  # before they are used, so that their rounding costs nothing
+    scales = (ends / top).astype("<f2")  # rounded before use: the levels make up for it
     q = np.rint(w / np.where(scales > 0, scales, 1).astype(np.float32)).clip(-top, top)
     best = np.square(scales * q - w).sum(2, keepdims=True).argmin(0, keepdims=True)
     scale, levels = (np.take_along_axis(array, best, 0)[0] for array in (scales, q))
@@ -1180,8 +1181,8 @@ def find_checkpoint(run: Run, data: str) -> dict[str, Any] | None:
         try:
             content = memoryview(path.read_bytes())
             require(hashlib.sha256(content[32:]).digest() == content[:32], "truncated or damaged")
-            state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-            then = {**state["settings"]}
+            loaded = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+            then, state = {**loaded["settings"]}, loaded
             break
         except Exception as error:  # crafted content can raise anything
             require(auto, f"{path}: not a checkpoint: {error}")
@@ -1227,8 +1228,8 @@ class Trainer:
             data, p.grad = (self.view(name, buffer) for buffer in (self.weights, self.grads))
             p.data = data.copy_(p.detach())
         self.average = self.weights.clone() if run.hp.ema_decay else None
-        ours = {name for name, (part, _) in self.places.items() if part == self.part}
-        self.optimizers = build_optimizers(model, run.hp, ours)
+        ours = {n: p for n, p in self.params.items() if self.places[n][0] == self.part}
+        self.optimizers = build_optimizers(ours, run)
         self.tensors = {name: {"weights": self.view(name, self.weights)} for name in self.params}
         for name, tensors in self.tensors.items():
             tensors |= {} if self.average is None else {"average": self.view(name, self.average)}
@@ -1296,10 +1297,8 @@ class Trainer:
                 if count >= self.run.hp.max_bad_steps:
                     rates = sorted({g["lr"] for o in self.optimizers for g in o.param_groups})
                     last = next(iter(checkpoints(self.run)), "none")
-                    what = (
-                        f"first: {self.diagnose(batch)}; learning rates {rates}; checkpoint: {last}"
-                    )
-                    raise UserError(f"{line}; {what}")
+                    what = f"first: {self.diagnose(batch)}; learning rates {rates}"
+                    raise UserError(f"{line}; {what}; checkpoint: {last}")
 
     def diagnose(self, batch: list[Tensor]) -> str:
         """What is not finite in a batch: a weight, or the first activation or gradient."""
@@ -1324,7 +1323,7 @@ class Trainer:
 
     def state(self, step: int, elapsed: float) -> dict[str, Any]:
         """All that the rest of the run depends on; on rank 0, of all parts."""
-        params = self.copies(n for n, (part, _) in self.places.items() if part == self.part)
+        params = self.copies(n for n, (part, _) in self.places.items() if part == self.run.rank)
         if self.parts > 1:
             shares = [{}] * self.parts if self.part == 0 else None
             dist.gather_object(params, shares)

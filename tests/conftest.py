@@ -108,6 +108,11 @@ def shard_bytes(tokens, magic: int = 20240520, version: int = 1, count: int | No
     return header.tobytes() + np.asarray(tokens).astype("<u2").tobytes()
 
 
+def optimizers_of(model, hp):
+    """The optimizers of all parameters of a model."""
+    return train_gpt.build_optimizers(dict(model.named_parameters()), train_gpt.Run(hp))
+
+
 def random_model(hp):
     """A model none of whose parameters is as it was initialized: every one gets a gradient."""
     torch.manual_seed(0)
@@ -233,6 +238,18 @@ def run_main(env: dict[str, str], *args: str) -> None:
         train_gpt.main(list(args))
 
 
+@pytest.fixture
+def run(tiny_env, tmp_path):
+    """Run train_gpt.main in this process, with changed settings; the run's folder."""
+
+    def start(name: str = "tiny", **changed: object) -> Path:
+        texts = {key: str(value) for key, value in changed.items()}
+        run_main(tiny_env | {"RUN_ID": name} | texts)
+        return tmp_path / "logs" / name
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
     """What starts real runs of the script at once."""
@@ -244,6 +261,13 @@ def server(tmp_path_factory) -> Iterator[Server]:
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The raw weights that a run left in its folder."""
     return torch.load(folder / "final_model.pt", weights_only=True)
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    """Whether two runs ended on exactly the same weights."""
+    first, second = load_weights(a), load_weights(b)
+    assert first.keys() == second.keys()
+    return all(first[n].numpy().tobytes() == second[n].numpy().tobytes() for n in first)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes] | None]:

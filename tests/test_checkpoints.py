@@ -16,19 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_weights, shard_bytes, tiny_settings
+from conftest import same_bits, shard_bytes, tiny_settings
 from programs import TECHNIQUES, Program, Server, loss_lines
 
 SECRET = "hunter2-91c07e"
 KILL = "SIGKILL"
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    """Whether the raw weights in two run folders are the same bits."""
-    first, second = load_weights(a), load_weights(b)
-    return first.keys() == second.keys() and all(
-        first[name].numpy().tobytes() == second[name].numpy().tobytes() for name in first
-    )
 
 
 def checkpoints(folder: Path) -> list[int]:
@@ -109,7 +101,7 @@ def interrupted(place, whole) -> Place:
 def assert_ended_like(place: Place, whole: Place, *runs: Program) -> None:
     """The last of these runs must have ended as `whole`, with the same losses on the way."""
     assert runs[-1].returncode == 0, runs[-1].output
-    assert same_weights(place.folder, whole.folder)
+    assert same_bits(place.folder, whole.folder)
     lines, printed = loss_lines(whole.output), "".join(run.output for run in runs)
     assert sorted(loss_lines(printed)) == sorted(lines)
 
@@ -189,7 +181,7 @@ def test_a_schedule_by_the_clock_goes_on_from_the_time_that_was_saved(place):
     killed = place.run(clock, {"at": "torch.Tensor.backward", "nth": 9, "do": KILL}, **capped)
     resumed = place.resume(clock, **capped)
     assert re.search(r"^stopping_early: wallclock_cap .*step:(9|1\d)$", whole.output, re.M)
-    assert same_weights(place.folder, place.out / "whole")
+    assert same_bits(place.folder, place.out / "whole")
     assert sorted(loss_lines(killed.output + resumed.output)) == sorted(loss_lines(whole.output))
 
 
@@ -243,7 +235,7 @@ def run_of_first_steps(whole: Place) -> Program:
 def test_the_checkpoint_of_the_last_step_needs_no_further_step(place, whole):
     run = place.run(RESUME=checkpoint(whole.folder, 8))
     assert "train_loss" not in run.output
-    assert same_weights(place.folder, whole.folder)
+    assert same_bits(place.folder, whole.folder)
 
 
 def test_save_every_0_leaves_no_checkpoint(place, whole):
@@ -310,7 +302,7 @@ def test_a_broken_newest_checkpoint_is_passed_over_with_a_warning(damage, interr
     warnings = [line for line in run.output.splitlines() if "warning" in line]
     assert len([line for line in warnings if path.name in line]) == 1, run.output
     assert "checkpoint_0000003.pt step:3" in run.output
-    assert same_weights(interrupted.folder, whole.folder)
+    assert same_bits(interrupted.folder, whole.folder)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign, with a right digest"])
@@ -390,7 +382,7 @@ def test_resume_changed_allows_other_settings_and_names_them(interrupted, whole)
     run = interrupted.resume(MATRIX_LR=0.01, RESUME_CHANGED=1)
     assert run.returncode == 0, run.output
     assert re.search(r"\bMATRIX_LR=0\.04\b.*\b0\.01\b", run.output)
-    assert not same_weights(interrupted.folder, whole.folder)
+    assert not same_bits(interrupted.folder, whole.folder)
 
 
 def test_settings_that_change_no_result_may_differ(interrupted, whole, dataset, tmp_path):
@@ -401,7 +393,7 @@ def test_settings_that_change_no_result_may_differ(interrupted, whole, dataset, 
     run = interrupted.resume(**neutral)
     assert run.returncode == 0, run.output
     assert [name for name in neutral if not re.search(rf"\b{name}=", run.output)] == []
-    assert same_weights(interrupted.folder, whole.folder)
+    assert same_bits(interrupted.folder, whole.folder)
 
 
 @pytest.mark.parametrize("changed", [{"MODEL_DIM": 64}, {"NUM_LAYERS": 1}, {"NUM_LAYERS": 3}])

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, shard_bytes
+from conftest import optimizers_of, random_model, shard_bytes
 from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
@@ -175,7 +175,7 @@ def rates_by_name(hp):
     model = tg.GPT(hp)
     names = {p: name for name, p in model.named_parameters()}
     rates = {}
-    for optimizer in tg.build_optimizers(model, hp):
+    for optimizer in optimizers_of(model, hp):
         for group in optimizer.param_groups:
             assert group["lr"] == group["base_lr"]
             for p in group["params"]:
@@ -221,14 +221,14 @@ def test_equal_rates_merge_no_parameters_wrongly():
 
 def test_square_matrices_do_not_mix_with_others_of_another_shape():
     hp = settings(MLP_MULT=1, NUM_KV_HEADS=2)  # now all matrices of a block are square
-    for group in tg.build_optimizers(tg.GPT(hp), hp)[1].param_groups:
+    for group in optimizers_of(tg.GPT(hp), hp)[1].param_groups:
         assert len({p.shape for p in group["params"]}) == 1
 
 
 def test_adam_equals_a_plain_reference_for_three_steps():
     hp = settings(BETA1=0.8, BETA2=0.9, ADAM_EPS=1e-3, SCALAR_LR=0.1)
     model = random_model(hp)
-    adam, _ = tg.build_optimizers(model, hp)
+    adam, _ = optimizers_of(model, hp)
     p = model.blocks[1].mlp_scale
     w = p.detach().double().numpy().copy()
     m, v, rng = np.zeros_like(w), np.zeros_like(w), np.random.default_rng(0)

@@ -21,6 +21,7 @@ from conftest import (
     load_weights,
     run_cli,
     run_main,
+    same_bits,
     shard_bytes,
     tiny_settings,
 )
@@ -102,25 +103,6 @@ def scored(finished, dataset, tmp_path_factory) -> Finished:
     outcome = run_cli(environ, copy_to=root / "elsewhere", cwd=root)
     assert outcome.rc == 0, outcome.stderr
     return Finished(outcome, root / "logs", root / "elsewhere" / "train_gpt.py")
-
-
-@pytest.fixture
-def run(tiny_env, tmp_path):
-    """Run train_gpt.main in this process, with changed settings; the run's folder."""
-
-    def start(name: str = "tiny", **changed: object) -> Path:
-        texts = {key: str(value) for key, value in changed.items()}
-        run_main(tiny_env | {"RUN_ID": name} | texts)
-        return tmp_path / "logs" / name
-
-    return start
-
-
-def same_bits(a: Path, b: Path) -> bool:
-    """Whether two runs ended on exactly the same weights."""
-    first, second = load_weights(a), load_weights(b)
-    assert first.keys() == second.keys()
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 # ---- log lines

@@ -15,7 +15,7 @@ import faults
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, load_weights, run_main, shard_bytes, tiny_settings
+from conftest import SCRIPT, load_weights, same_bits, shard_bytes, tiny_settings
 
 from train_gpt import UserError
 
@@ -40,18 +40,6 @@ CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 
 
 
 @pytest.fixture
-def run(tiny_env, tmp_path):
-    """Run train_gpt.main in this process, with changed settings; the run's folder."""
-
-    def start(name: str = "tiny", **changed: object) -> Path:
-        texts = {key: str(value) for key, value in changed.items()}
-        run_main(tiny_env | {"RUN_ID": name} | texts)
-        return tmp_path / "logs" / name
-
-    return start
-
-
-@pytest.fixture
 def faulty(run, monkeypatch):
     """The same with a fault, which is gone afterwards."""
 
@@ -71,13 +59,6 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 def losses(folder: Path) -> dict[int, float]:
     return {event["step"]: event["train_loss"] for event in events(folder, "train")}
-
-
-def same_bits(a: Path, b: Path) -> bool:
-    """Whether two runs ended on exactly the same weights."""
-    first, second = load_weights(a), load_weights(b)
-    assert first.keys() == second.keys()
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def assert_close(a: Path, b: Path) -> None:

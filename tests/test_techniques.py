@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import load_weights, random_model, run_main, shard_bytes
+from conftest import load_weights, optimizers_of, random_model, run_main, shard_bytes
 
 import train_gpt as tg
 
@@ -672,7 +672,7 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay(values, tied):
     hp = settings(**{**values, **RATES, "TIE_EMBEDDINGS": tied})
     model, found = tg.GPT(hp), {}
     names = {p: name for name, p in model.named_parameters()}
-    for optimizer in tg.build_optimizers(model, hp):
+    for optimizer in optimizers_of(model, hp):
         for group in optimizer.param_groups:
             for p in group["params"]:
                 assert names[p] not in found
@@ -683,7 +683,7 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay(values, tied):
 
 def test_decay_is_off_by_default():
     hp = settings(**STACK)
-    for optimizer in tg.build_optimizers(tg.GPT(hp), hp):
+    for optimizer in optimizers_of(tg.GPT(hp), hp):
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
 
 
@@ -703,7 +703,7 @@ def test_adam_decays_the_weight_itself(name, decay, lr):
     """w ← w - lr·decay·w - lr·m̂/(√v̂ + ε), and the decay has no part in m and v."""
     hp = settings(SMEAR_GATE=1, **BIGRAM, **DECAYS)
     model = random_model(hp)
-    adam, _ = tg.build_optimizers(model, hp)
+    adam, _ = optimizers_of(model, hp)
     p = dict(model.named_parameters())[name]
     w = p.detach().double().numpy().copy()
     m, v, rng = np.zeros_like(w), np.zeros_like(w), np.random.default_rng(0)
