@@ -5,7 +5,6 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 py=.venv/bin/python
-sample=records/track_non_record_16mb/2026-11-20_Sample_CPU
 
 make_venv() {
   [ -f .venv/made ] && return
@@ -44,12 +43,12 @@ fi
 [ $# -eq 0 ] || { echo "run.sh: '$*' is not known; see the top of run.sh" >&2; exit 1; }
 
 "$py" data/prepare.py --sample
-inputs=$(cat train_gpt.py "$sample/config.env" data/datasets/sample_sp1024/manifest.json | cksum)
+inputs=$(cat train_gpt.py data/sample.env data/datasets/sample_sp1024/manifest.json | cksum)
 if [ "$(cat logs/sample/finished 2>/dev/null)" = "$inputs" ]; then
   echo "run.sh: the sample run is finished; remove logs/sample to train again"
 else
   rm -rf logs/sample logs/sample.txt
-  CONFIG="$sample/config.env" RUN_ID=sample OUT_DIR=logs "$py" train_gpt.py
+  CONFIG=data/sample.env RUN_ID=sample OUT_DIR=logs "$py" train_gpt.py
   echo "$inputs" > logs/sample/finished
 fi
 "$py" records/summary.py logs/sample
