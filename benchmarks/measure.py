@@ -1,0 +1,219 @@
+"""What benchmarks/run.py measures inside a process: model FLOPs, matmul speed, parts of a step.
+
+    SETTING=... python benchmarks/measure.py ceiling | breakdown | evaluation OUT.json
+
+Settings come from the environment. run.py starts these; alone or under torchrun they work too.
+Of train_gpt.py they use what `main` uses, Trainer's step, feed, forward and optimizers, and score.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg
+
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast")
+COLLECTIVES += ("reduce_scatter", "reduce_scatter_tensor")
+
+
+def flops_per_token(hp: tg.Hyperparameters, forward_only: bool = False) -> float:
+    """Model FLOPs of training on one token: 3·(2·W + 2·L·D·(T + 1)), a third of it forward.
+
+    W are the weights a token is multiplied with: in each of the L layers D² for q, D² for the
+    output, 2·D·Dkv for k and v, 2·D·H for the MLP; V·D for the head; BigramHash's expanding matrix.
+    Attention is causal: position t has t keys, on the mean (T + 1)/2, and a key costs 2·D for its
+    score and 2·D for its value. Backward has two products for each one forward. Elementwise work,
+    table lookups, the optimizer and whatever is computed again are not counted.
+    """
+    dim, kv_dim = hp.model_dim, hp.model_dim // hp.num_heads * hp.num_kv_heads
+    layer = 2 * dim * dim + 2 * dim * kv_dim + 2 * dim * int(hp.mlp_mult * dim)
+    bigram = hp.bigram_dim * dim if hp.bigram_buckets else 0
+    weights = hp.num_layers * layer + hp.vocab_size * dim + bigram
+    forward = 2 * weights + 2 * hp.num_layers * dim * (hp.train_seq_len + 1)
+    return forward if forward_only else 3 * forward
+
+
+def synchronize(run: tg.Run) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if run.device.type != "cpu":
+        getattr(torch, run.device.type).synchronize()
+
+
+def matmul_tflops(run: tg.Run, rows: int, inner: int, cols: int) -> float:
+    """The best TFLOP/s of five bursts of at least 0.1 s of x·Wᵀ in the run's dtype."""
+    x, w = (torch.randn(n, inner, device=run.device, dtype=run.dtype) for n in (rows, cols))
+    count, best = 1, 0.0
+    done = 0
+    while done < 5:
+        synchronize(run)
+        start = time.perf_counter()
+        for _ in range(count):
+            x @ w.T
+        synchronize(run)
+        seconds = time.perf_counter() - start
+        if seconds < 0.1:
+            count *= 2
+            continue
+        done, best = done + 1, max(best, 2e-12 * rows * inner * cols * count / seconds)
+    return best
+
+
+def ceiling(hp: tg.Hyperparameters) -> dict[str, Any]:
+    """The fastest matrix product of several shapes, on the run's device and in its dtype."""
+    run, dim = tg.Run(hp), hp.model_dim
+    rows, side = (65536, 8192) if run.device.type == "cuda" else (4096, 2048)
+    shapes = [(rows, dim, 4 * dim), (rows, 4 * dim, dim), (side, side, side)]
+    speeds = {"x".join(map(str, shape)): matmul_tflops(run, *shape) for shape in shapes}
+    shape = max(speeds, key=speeds.get)
+    about = {"device": run.device.type, "dtype": str(run.dtype), "threads": torch.get_num_threads()}
+    return {"tflops": speeds[shape], "shape": shape, "shapes": speeds, **about}
+
+
+class Stopwatch:
+    """Seconds by part; a part inside another one counts as itself alone."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait, self.seconds, self.calls = wait, Counter(), Counter()
+        self.open, self.last = [], 0.0
+
+    def mark(self) -> None:
+        """Give the time since the last mark to the part that is open."""
+        self.wait()
+        now = time.perf_counter()
+        if self.open:
+            self.seconds[self.open[-1]] += now - self.last
+        self.last = now
+
+    def timed(self, part: str, function: Callable) -> Callable:
+        """`function`, whose time counts as that of `part`."""
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.mark()
+            self.open.append(part)
+            self.calls[part] += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.mark()
+                self.open.pop()
+
+        return wrapped
+
+    def feed(self, feed: Any) -> Any:
+        """An iterator over `feed`, the wait for which counts as data."""
+        following = self.timed("data", feed.__next__)
+        return iter(lambda: following(), object())
+
+
+def prepare(hp: tg.Hyperparameters, training: bool) -> tuple[tg.Run, Any, Any, Any]:
+    """What train_gpt.main sets up: the run, the validation, the forward pass, a primed trainer."""
+    run = tg.Run(hp)
+    stream = tg.TokenStream("train", run) if training else None
+    val = tg.Validation(run)
+    run.start()
+    model = tg.GPT(run.hp, run.dtype).to(run.device)
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
+    trainer = tg.Trainer(model, forward, stream, run) if training else None
+    if trainer:
+        trainer.prime()
+    return run, val, forward, trainer
+
+
+def free_running(trainer: tg.Trainer, run: tg.Run, steps: int) -> tuple[float, float]:
+    """Seconds of so many steps left to themselves, and of the host's wait for data in them."""
+    watch = Stopwatch(lambda: None)
+    with mock.patch.object(trainer, "feed", watch.feed(trainer.feed)):
+        synchronize(run)
+        start = time.perf_counter()
+        for step in range(steps):
+            trainer.step(step, 0.0)
+        synchronize(run)
+    return time.perf_counter() - start, watch.seconds["data"]
+
+
+def breakdown(hp: tg.Hyperparameters) -> dict[str, Any]:
+    """Seconds of each part of ITERATIONS steps, waiting for the device before and after each part;
+    beside it the same number of steps without any waiting, and one pass of evaluation."""
+    run, val, forward, trainer = prepare(hp, training=True)
+    trainer.step(0, 0.0)
+    alone, stall = free_running(trainer, run, hp.iterations)
+    watch, steps = Stopwatch(lambda: synchronize(run)), []
+    parts = [(dist, name, "communication") for name in COLLECTIVES]
+    parts += [(trainer, "forward", "forward"), (torch.Tensor, "backward", "backward")]
+    parts += [(optimizer, "step", "optimizer") for optimizer in trainer.optimizers]
+    with contextlib.ExitStack() as patches:
+        for owner, name, part in parts:
+            new = watch.timed(part, getattr(owner, name))
+            patches.enter_context(mock.patch.object(owner, name, new))
+        patches.enter_context(mock.patch.object(trainer, "feed", watch.feed(trainer.feed)))
+        step = watch.timed("other", trainer.step)
+        for number in range(hp.iterations):
+            before = watch.seconds.copy()
+            step(number, 0.0)
+            steps.append({part: s - before[part] for part, s in watch.seconds.items()})
+    unseen = {"data", "forward", "backward", "optimizer"} - set(watch.calls)
+    tg.require(not unseen, f"Trainer.step no longer calls what is timed as {unseen}: see breakdown")
+    return {
+        "steps": steps,
+        "free_step_s": alone / hp.iterations,
+        "free_data_share": stall / alone,
+        "evaluation_s": passes(forward, val, run),
+        "evaluation_tokens": len(val.tokens) - 1,
+    }
+
+
+def passes(forward: Any, val: Any, run: tg.Run) -> float:
+    """Seconds of the second of two passes over the validation tokens: the first may compile."""
+    for _ in range(2):
+        synchronize(run)
+        start = time.perf_counter()
+        tg.score(forward, val, run)
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def evaluation(hp: tg.Hyperparameters) -> dict[str, Any]:
+    """Seconds of one pass over the validation tokens: plain, in windows of EVAL_STRIDE (default
+    64), and the same with each document by itself."""
+    run, val, forward, _ = prepare(hp, training=False)
+    stride = hp.eval_stride or 64
+    cases = {"plain": (0, 0), "sliding": (stride, 0), "documents": (stride, 1)}
+    seconds = {}
+    for name, (step, isolated) in cases.items():
+        run.hp = dataclasses.replace(hp, eval_stride=step, eval_doc_isolated=isolated)
+        seconds[name] = passes(forward, val, run)
+    context = hp.eval_seq_len or hp.train_seq_len
+    return {"seconds": seconds, "tokens": len(val.tokens) - 1, "stride": stride, "context": context}
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, and write the result of rank 0."""
+    kinds = {f.__name__: f for f in (ceiling, breakdown, evaluation)}
+    tg.require(len(arguments) == 2 and arguments[0] in kinds, __doc__)
+    kind, out = arguments
+    hp = tg.load_settings(os.environ, check_places=kind != "ceiling")
+    result = kinds[kind](hp)
+    if os.environ.get("RANK", "0") == "0":
+        Path(out).write_text(json.dumps(result), encoding="utf-8")
+    if dist.is_initialized():
+        dist.barrier()
+        os._exit(0)  # as train_gpt.py does: gloo's threads now and then abort a regular exit
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (tg.UserError, OSError) as problem:
+        sys.exit(f"measure.py: error: {problem}")
