@@ -27,9 +27,11 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import struct
 import sys
+import sysconfig
 import time
 import uuid
 import zlib
@@ -76,7 +78,7 @@ class Hyperparameters:
     out_dir: str = setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>")
     device: str = setting("auto", "auto, cuda, mps, cpu", "auto: the first of these that is there")
     zero_level: int = setting(0, "0, 1", "1: divide the optimizers' work and state over the ranks")
-    compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: on CUDA only")
+    compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: CUDA; on CPUs large steps")
     attention: str = setting("auto", "auto, sdpa, cudnn, fa2, fa3, fa4", "auto: the fastest here")
     val_batch_size: int = setting(524288, "[1, inf)", "tokens per validation batch, all ranks")
     val_loss_every: int = setting(1000, "[0, inf)", "validate every N steps; 0: at the end only")
@@ -323,7 +325,11 @@ class Run:
         bf16 = {"auto": fast, "bf16": True, "fp32": False}[hp.dtype]
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.forward_rows = (hp.micro_batch_tokens or FORWARD_TOKENS[kind]) // hp.train_seq_len or 1
-        self.compile = kind == "cuda" if hp.compile == "auto" else hp.compile == "1"
+        # Compiling takes a minute, at the first time: on a CPU that pays for large steps alone.
+        large = hp.train_batch_tokens * hp.num_layers * hp.model_dim**2 > 10**10
+        tools = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
+        auto = kind == "cuda" or (kind == "cpu" and large and tools and not hp.eval_only)
+        self.compile = bool(hp.compile == "1" or (hp.compile == "auto" and auto))
 
     def start(self) -> None:
         """Seed the generators, meet the other ranks, and open the logs with what a rerun needs."""
@@ -335,12 +341,12 @@ class Run:
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
         if self.world_size > 1:
-            (store, rank, size), env = next(dist.rendezvous("env://")), os.environ.get
+            (store, rank, world), env = next(dist.rendezvous("env://")), os.environ.get
             # torchrun shows ranks it restarts the addresses of the dead (PyTorch issue 135712).
             one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")  # counts the restarts for all
             store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "") * one_node, store)
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+            kind = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(kind, world_size=world, rank=rank, store=store)
         if self.rank == 0:
             self.text = open(f"{self.dir}.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             self.metrics = open(self.dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
@@ -465,8 +471,8 @@ class TokenStream:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.total = int(self.ends[-1])
         self.read(0, min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1)
-        first = self.read(0, min(self.total, SCAN_TOKENS, 2**20))
-        self.digest = f"{self.total} tokens, crc32 of the first {zlib.crc32(first):08x}"
+        crc = zlib.crc32(self.read(0, min(self.total, 2**20)))
+        self.digest = f"{self.total} tokens, crc32 of the first {crc:08x}"
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count), uint16 (count,). Raises UserError at an impossible id."""
@@ -875,14 +881,12 @@ def score(model: nn.Module, val: Validation, run: Run) -> tuple[np.ndarray, dict
             ours = (at >= scored) & (at < stop)
             inputs, targets = (tokens[(at + i).clamp(max=count)].long() for i in (0, 1))
             nll[torch.where(ours, at, count)] = model(inputs, torch.where(ours, targets, IGNORE))
-    nll = nll[:-1]
     if run.world_size > 1:
         dist.all_reduce(nll)  # each element is set on one rank and zero on the others
-    nll = nll.cpu().numpy()
+    nll = nll[:-1].cpu().numpy()
     nats = float(nll.sum(dtype=np.float64))
     mean = nats / (len(val.tokens) - len(streams))
-    losses = {"val_loss": mean, "val_bpb": nats / math.log(2) / val.text_bytes}
-    return nll, losses
+    return nll, {"val_loss": mean, "val_bpb": nats / math.log(2) / val.text_bytes}
 
 
 def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
@@ -902,11 +906,7 @@ def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
 PREAMBLE, MAGIC, VERSION = struct.Struct("<6sHII"), b"BIRDIE", 2
 KEEP_FLOAT_NUMEL = 65536  # smaller matrices stay fp16: they cost little and are worth precision
 RANS_BITS = 14  # precision of probabilities
-
-
-def rans_lanes(symbols: int) -> int:
-    """How many states take turns: enough for numpy's speed, with under 0.1% of the size."""
-    return min(max(1, symbols // 8192), 2048)
+RANS_LANE = 8192  # symbols for each state, of at most 2048: fast, and under 0.1% of the size
 
 
 def rans_encode(arrays: list[np.ndarray]) -> bytes:
@@ -914,7 +914,7 @@ def rans_encode(arrays: list[np.ndarray]) -> bytes:
     (arXiv 1311.2540) with a table of frequencies f (sum 2^14, cumulated c) for each array. A lane
     is a state x in [2^16, 2^32): x ← (x // f)·2^14 + x mod f + c, after a word of 16 bits has left
     if x ≥ f·2^18. Decoding runs backwards, so encoding starts at the end."""
-    width, words = rans_lanes(sum(a.size for a in arrays)), []
+    width, words = min(max(1, sum(a.size for a in arrays) // RANS_LANE), 2048), []
     lanes = np.full(width, 1 << 16, np.uint32)
     for array in reversed(arrays):
         symbols = array.ravel().astype(np.int16) + 128
@@ -940,7 +940,8 @@ def rans_encode(arrays: list[np.ndarray]) -> bytes:
 
 def rans_decode(data: bytes, sizes: list[int]) -> np.ndarray:
     """The int8 arrays of these sizes that rans_encode coded, as one. Raises ValueError."""
-    words, pieces, width = np.frombuffer(data, "<u2"), [], rans_lanes(sum(sizes))
+    words, pieces = np.frombuffer(data, "<u2"), []
+    width = min(max(1, sum(sizes) // RANS_LANE), 2048)
     lanes, at = words[: 2 * width].view("<u4").astype(np.uint32), 2 * width
     for size in sizes:
         low, count = words[at : at + 2].tolist()
@@ -1159,9 +1160,9 @@ def write_checkpoint(state: dict[str, Any], run: Run) -> None:
     """Write what `Trainer.state` gave, and delete the oldest. A full disk costs but a warning."""
     path, buffer = run.dir / f"checkpoint_{state['step']:07d}.pt", io.BytesIO()
     torch.save(state, buffer)
-    digest = hashlib.sha256(buffer.getbuffer()).digest()
+    content = buffer.getbuffer()
     try:
-        atomic_write(path, lambda f: f.writelines((digest, buffer.getbuffer())))
+        atomic_write(path, lambda f: f.writelines((hashlib.sha256(content).digest(), content)))
     except OSError as error:
         return run.log(f"warning: no checkpoint of step {state['step']}: {error}")
     for old in checkpoints(run)[run.hp.save_total_limit :]:

@@ -738,3 +738,32 @@ def test_shards_are_read_one_after_another(run, tmp_path, dataset):
     """Two shards train as one that holds the tokens of both."""
     both = run("both")
     assert same_bits(both, run("one", DATA_PATH=one_shard(tmp_path, dataset, dataset.train)))
+
+
+LARGE = {"train_batch_tokens": 16384, "num_layers": 9, "model_dim": 512, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "compiler", "compiled"),
+    [
+        ({}, "/usr/bin/g++", True),
+        ({}, None, False),
+        ({"train_batch_tokens": 4096, "num_layers": 4, "model_dim": 256}, "/usr/bin/g++", False),
+        ({"eval_only": 1}, "/usr/bin/g++", False),
+        ({"compile": "0"}, "/usr/bin/g++", False),
+        ({"compile": "1", "num_layers": 1, "model_dim": 64}, None, True),
+    ],
+    ids=["large", "no compiler", "small", "only to score", "told not to", "told to"],
+)
+def test_cpus_compile_large_steps(changed, compiler, compiled, monkeypatch, tmp_path):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(train_gpt.sysconfig, "get_path", lambda name: str(tmp_path))
+    hp = train_gpt.Hyperparameters(**LARGE | changed)
+    assert train_gpt.Run(hp).compile is compiled
+
+
+def test_cpus_without_python_headers_do_not_compile(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(train_gpt.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert not train_gpt.Run(train_gpt.Hyperparameters(**LARGE)).compile
