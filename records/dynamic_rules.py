@@ -72,7 +72,7 @@ class Plan:
     middle_bases: int = 2
     middle_variants: int = 24
     sum_tokens: int = 400_000  # in streams that differ in one id
-    claim: int = 2**18  # the most tokens that a claim is checked on
+    claim: int = 2**20  # the most tokens that a claim is checked on
     seconds: float = 270.0
     patience: float = 600.0  # for any start; slow ones get more
 
