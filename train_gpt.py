@@ -10,8 +10,7 @@ whole submission; it runs on CUDA, Apple MPS and plain CPUs, on one process or m
     EVAL_ONLY=1 ARTIFACT=a.artifact python train_gpt.py   score an artifact, nothing else
     python train_gpt.py --help | --settings               all settings | those of this run
 
-Read it from top to bottom: the order is that of a run. Shapes: B batch, T time, D model dim,
-H heads, Dh head dim, V vocabulary, N tokens.
+Shapes: B batch, T time, D model dim, H heads, Dh head dim, V vocabulary, N tokens.
 """
 
 import contextlib
@@ -337,6 +336,9 @@ class Run:
             self.lock_run()
         torch.manual_seed(self.hp.seed)
         cuda = self.device.type == "cuda"
+        # Compiled for a CPU, the embedding's gradient is otherwise summed in any order.
+        torch.use_deterministic_algorithms(self.device.type == "cpu")
+        torch.utils.deterministic.fill_uninitialized_memory = False
         if cuda:
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
@@ -396,8 +398,7 @@ class Run:
         """Rank 0's seconds, if asked after the device's work; tells all ranks of signals to any."""
         if synchronize and self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
-        seconds = time.perf_counter() if self.rank == 0 else 0.0
-        now = torch.tensor([seconds, self.signal], dtype=torch.float64)
+        now = torch.DoubleTensor([time.perf_counter() * (self.rank == 0), self.signal])
         if self.world_size > 1:
             dist.all_reduce(now, dist.ReduceOp.MAX)
         self.stop = int(now[1])
@@ -1358,17 +1359,16 @@ class Trainer:
         """Take WARMUP_STEPS steps, which compile every kernel, and undo all that they did. Where
         the memory does not suffice, halve the micro-batches: sums over a batch stay the same."""
         saved, step, planned = self.copies(self.params), 0, self.run.forward_rows
-        with torch.random.fork_rng(devices=[]):
-            while step < self.run.hp.warmup_steps:
-                try:
-                    self.step(step, 0.0)
-                    step += 1
-                except RuntimeError as error:
-                    if not re.search("out of memory|allocate memory", str(error)):
-                        raise
-                    self.run.forward_rows = self.batch[0].size(1) // 2
-                    require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
-                    self.feed = batches(self.stream, self.run, step)
+        while step < self.run.hp.warmup_steps:
+            try:
+                self.step(step, 0.0)
+                step += 1
+            except RuntimeError as error:
+                if not re.search("out of memory|allocate memory", str(error)):
+                    raise
+                self.run.forward_rows = self.batch[0].size(1) // 2
+                require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
+                self.feed = batches(self.stream, self.run, step)
         rows = torch.tensor(self.run.forward_rows)
         if self.run.world_size > 1:  # validation, too, is divided by it
             dist.all_reduce(rows, dist.ReduceOp.MIN)

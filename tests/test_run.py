@@ -8,6 +8,7 @@ import math
 import random
 import re
 import shutil
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -767,3 +768,18 @@ def test_cpus_without_python_headers_do_not_compile(monkeypatch, tmp_path):
     monkeypatch.setattr(train_gpt.shutil, "which", lambda name: "/usr/bin/g++")
     monkeypatch.setattr(train_gpt.sysconfig, "get_path", lambda name: str(tmp_path))
     assert not train_gpt.Run(train_gpt.Hyperparameters(**LARGE)).compile
+
+
+HEADER = Path(sysconfig.get_path("include"), "Python.h")
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and HEADER.exists()), reason="no C++ compiler")
+def test_compiled_runs_on_a_cpu_end_on_the_same_bits(tiny_env):
+    """In two threads, which otherwise add to the embedding's gradient in any order."""
+    large = {"COMPILE": "1", "TRAIN_BATCH_TOKENS": "4096", "OMP_NUM_THREADS": "2"}
+    ends = []
+    for name in ("first", "second"):
+        env = tiny_env | large | {"RUN_ID": name, "ITERATIONS": "8"}
+        assert run_cli(env).rc == 0
+        ends.append(Path(env["OUT_DIR"], name))
+    assert same_bits(*ends)
