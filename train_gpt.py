@@ -338,7 +338,6 @@ class Run:
         cuda = self.device.type == "cuda"
         # Compiled for a CPU, the embedding's gradient is otherwise summed in any order.
         torch.use_deterministic_algorithms(self.device.type == "cpu")
-        torch.utils.deterministic.fill_uninitialized_memory = False
         if cuda:
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
@@ -472,7 +471,7 @@ class TokenStream:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.total = int(self.ends[-1])
         self.read(0, min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1)
-        crc = zlib.crc32(self.read(0, min(self.total, 2**20)))
+        crc = zlib.crc32(self.read(0, min(self.total, SCAN_TOKENS, 2**20)))
         self.digest = f"{self.total} tokens, crc32 of the first {crc:08x}"
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -1359,16 +1358,17 @@ class Trainer:
         """Take WARMUP_STEPS steps, which compile every kernel, and undo all that they did. Where
         the memory does not suffice, halve the micro-batches: sums over a batch stay the same."""
         saved, step, planned = self.copies(self.params), 0, self.run.forward_rows
-        while step < self.run.hp.warmup_steps:
-            try:
-                self.step(step, 0.0)
-                step += 1
-            except RuntimeError as error:
-                if not re.search("out of memory|allocate memory", str(error)):
-                    raise
-                self.run.forward_rows = self.batch[0].size(1) // 2
-                require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
-                self.feed = batches(self.stream, self.run, step)
+        with torch.random.fork_rng(devices=[]):
+            while step < self.run.hp.warmup_steps:
+                try:
+                    self.step(step, 0.0)
+                    step += 1
+                except RuntimeError as error:
+                    if not re.search("out of memory|allocate memory", str(error)):
+                        raise
+                    self.run.forward_rows = self.batch[0].size(1) // 2
+                    require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
+                    self.feed = batches(self.stream, self.run, step)
         rows = torch.tensor(self.run.forward_rows)
         if self.run.world_size > 1:  # validation, too, is divided by it
             dist.all_reduce(rows, dist.ReduceOp.MIN)
