@@ -176,7 +176,18 @@ def load_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: holds a {type(raw).__name__}; it must be an object, {{...}}")
+    if depth(raw) > 32:
+        raise ValueError(f"{path}: is nested {depth(raw)} deep; nothing that a record states is")
     return raw
+
+
+def depth(value: Any) -> int:
+    """How deep lists and objects are nested in a JSON value."""
+    count, level = 0, [value]
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        level = [child for v in level for child in (v.values() if isinstance(v, dict) else v)]
+        count += 1
+    return count
 
 
 def read_submission(folder: Path) -> Submission:

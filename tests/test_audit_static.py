@@ -500,7 +500,8 @@ def our_bytes(folder: Folder, stated: int, tokens: int = 3186) -> tuple[str, str
 
 
 def test_bytes_that_our_log_states_are_recounted(folder):
-    assert our_bytes(folder, 7000)[0] == "PASS"
+    state, evidence = our_bytes(folder, 7000)
+    assert (state, "are of 7,000 bytes" in evidence) == ("PASS", True)
 
 
 def test_one_byte_more_than_our_log_states_fails(folder):

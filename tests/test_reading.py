@@ -351,3 +351,11 @@ def test_seeds_keep_their_numbers(tmp_path_factory, bpbs):
     read = submission(folder, seed_results={str(i): {"val_bpb": b} for i, b in enumerate(bpbs)})
     found = [read.seeds[str(i)]["val_bpb"] for i in range(len(bpbs))]
     assert statistics.fmean(found) == statistics.fmean(bpbs)
+
+
+@pytest.mark.parametrize("deep", [33, 900, 100_000])
+def test_json_that_is_nested_without_end_is_refused(folder, deep):
+    text = '{"name": ' + "[" * deep + "]" * deep + "}"
+    (folder / "submission.json").write_text(text)
+    with pytest.raises(ValueError, match=r"nested|not JSON"):
+        reading.read_submission(folder)
