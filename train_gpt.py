@@ -342,12 +342,12 @@ class Run:
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
         if self.world_size > 1:
-            (store, rank, world), env = next(dist.rendezvous("env://")), os.environ.get
+            store, env = next(dist.rendezvous("env://"))[0], os.environ.get
             # torchrun shows ranks it restarts the addresses of the dead (PyTorch issue 135712).
             one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")  # counts the restarts for all
             store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "") * one_node, store)
-            kind = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(kind, world_size=world, rank=rank, store=store)
+            place = {"rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, **place)
         if self.rank == 0:
             self.text = open(f"{self.dir}.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             self.metrics = open(self.dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
@@ -471,8 +471,6 @@ class TokenStream:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.total = int(self.ends[-1])
         self.read(0, min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1)
-        crc = zlib.crc32(self.read(0, min(self.total, SCAN_TOKENS, 2**20)))
-        self.digest = f"{self.total} tokens, crc32 of the first {crc:08x}"
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count), uint16 (count,). Raises UserError at an impossible id."""
@@ -1237,6 +1235,8 @@ class Trainer:
             for optimizer in self.optimizers:
                 tensors |= optimizer.state.get(self.params[name], {})
         self.bad_in_a_row, self.late = torch.zeros((), device=run.device), []
+        crc = zlib.crc32(stream.read(0, min(stream.total, SCAN_TOKENS, 2**20)))
+        self.data = f"{stream.total} tokens, crc32 of the first {crc:08x}"
 
     def view(self, name: str, buffer: Tensor) -> Tensor:
         """The part of a buffer that belongs to a parameter."""
@@ -1329,7 +1329,7 @@ class Trainer:
             shares = [{}] * self.parts if self.part == 0 else None
             dist.gather_object(params, shares)
             params = {name: t for share in shares or [] for name, t in share.items()}
-        settings = setting_texts(self.run.hp) | {"DATA": self.stream.digest}
+        settings = setting_texts(self.run.hp) | {"DATA": self.data}
         progress = {"step": step, "elapsed": elapsed, "random": torch.get_rng_state()}
         return {**progress, "settings": settings, "params": params}
 
@@ -1433,7 +1433,7 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> Path:
     if run.rank == 0:
         forecast(model, run)
     trainer.prime()
-    resumed = find_checkpoint(run, stream.digest) if run.hp.resume and run.rank == 0 else None
+    resumed = find_checkpoint(run, trainer.data) if run.hp.resume and run.rank == 0 else None
     train(trainer, val, run, *trainer.resume(resumed))
     if run.stopped:
         run.log(f"to go on: RUN_ID={run.dir.name} RESUME=auto")

@@ -463,8 +463,10 @@ def draw_scaling(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for axis, heights, label in zip(axes[:, column], rows, ("ms a step", "MiB"), strict=True):
             axis.plot(values, heights, "o-", color="#4c72b0")
             axis.set(xlabel=title, ylabel=label)
+            axis.margins(y=0.1)
+            axis.autoscale_view()
             axis.set_ylim(bottom=0)
-            axis.set_xticks(values, map(str, values))
+            axis.set_xticks(values, map(str, values), rotation=45)
             axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

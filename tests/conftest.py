@@ -1,6 +1,7 @@
 """What the test files share: train_gpt as a module, a tiny dataset, and ways to run the script."""
 
 import io
+import json
 import os
 import random
 import shutil
@@ -261,6 +262,13 @@ def server(tmp_path_factory) -> Iterator[Server]:
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The raw weights that a run left in its folder."""
     return torch.load(folder / "final_model.pt", weights_only=True)
+
+
+def events(folder: Path, kind: str = "") -> list[dict]:
+    """The events in a run's metrics, or those of a kind."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    return [event for event in found if not kind or event["event"] == kind]
 
 
 def same_bits(a: Path, b: Path) -> bool:

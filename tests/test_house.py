@@ -51,11 +51,11 @@ def test_the_readme_has_the_table_of_settings():
     assert f"<!-- settings -->\n{train_gpt.settings_table()}\n<!-- /settings -->" in readme
 
 
-CONFIGS = sorted((ROOT / "records").rglob("config.env"))
+CONFIGS = [ROOT / "data" / "sample.env", *sorted((ROOT / "records").rglob("config.env"))]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
-def test_the_configuration_of_a_record_is_valid(path):
+def test_the_configurations_of_the_sample_and_the_records_are_valid(path):
     train_gpt.load_settings({"CONFIG": str(path)}, check_places=False)
 
 

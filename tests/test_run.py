@@ -19,6 +19,7 @@ import torch
 from conftest import (
     Dataset,
     Outcome,
+    events,
     load_weights,
     run_cli,
     run_main,
@@ -54,12 +55,6 @@ class Finished:
     @property
     def log(self) -> str:
         return (self.out / "tiny.txt").read_text(encoding="utf-8")
-
-
-def events(folder: Path, kind: str) -> list[dict]:
-    """The events of a kind in a run's metrics."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Runs that lose nothing: numbers that go bad, too little memory, ranks that die or stand still."""
 
 import itertools
-import json
 import os
 import re
 import shutil
@@ -15,9 +14,9 @@ import faults
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, load_weights, same_bits, shard_bytes, tiny_settings
+from conftest import SCRIPT, events, load_weights, same_bits, shard_bytes, tiny_settings
 
-from train_gpt import UserError
+from train_gpt import Run, UserError, load_settings
 
 # The rates are those of every step alike, so that a step more or less changes nothing else. All
 # kinds of updates are on.
@@ -49,12 +48,6 @@ def faulty(run, monkeypatch):
             return run(name, **changed)
 
     return start
-
-
-def events(folder: Path, kind: str) -> list[dict]:
-    """The events of a kind in a run's metrics."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -346,6 +339,38 @@ def test_a_rank_that_is_killed_takes_the_job_down_within_a_minute(dataset, tmp_p
     code, text = job.end(seconds=60)
     assert code not in (0, None)
     assert "SIGKILL" in text
+
+
+@pytest.fixture
+def meet(dataset, tmp_path, monkeypatch):
+    """Let rank 0 of two meet the other at one store; the store that it is given for that."""
+    kept, given = torch.distributed.HashStore(), []
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(kept, 0, 2)]))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *_, store, **__: given.append(store)
+    )
+    env = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+
+    def start(attempt: int, local_world_size: int) -> torch.distributed.Store:
+        here = {"TORCHELASTIC_RESTART_COUNT": attempt, "LOCAL_WORLD_SIZE": local_world_size}
+        for name, value in (env | here).items():
+            monkeypatch.setenv(name, str(value))
+        run_id = {"RUN_ID": f"attempt{attempt}"}
+        run = Run(load_settings(tiny_settings(dataset, tmp_path, **run_id)))
+        run.start()
+        return given.pop()
+
+    return start
+
+
+def test_restarted_ranks_do_not_see_what_dead_ones_told(meet):
+    meet(0, local_world_size=2).set("address", "of a dead rank")
+    assert not meet(1, local_world_size=2).check(["address"])
+
+
+def test_nodes_that_count_restarts_apart_still_meet(meet):
+    meet(0, local_world_size=1).set("address", "of the other node's rank")
+    assert meet(1, local_world_size=1).check(["address"])
 
 
 @linux

@@ -2,13 +2,12 @@
 
 import copy
 import itertools
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_weights, optimizers_of, random_model, run_main, shard_bytes
+from conftest import events, load_weights, optimizers_of, random_model, run_main, shard_bytes
 
 import train_gpt as tg
 
@@ -826,11 +825,6 @@ def test_priming_leaves_no_trace_in_the_average(data_folder):
 
 def test_without_decay_nothing_is_averaged(data_folder):
     assert make_trainer(data_folder).average is None
-
-
-def events(folder):
-    """The events in a run's metrics."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_average_is_what_a_run_exports_and_validates(tiny_env, tmp_path):
