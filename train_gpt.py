@@ -18,6 +18,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -34,7 +35,7 @@ import sysconfig
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -78,12 +79,14 @@ class Hyperparameters:
     device: str = setting("auto", "auto, cuda, mps, cpu", "auto: the first of these that is there")
     zero_level: int = setting(0, "0, 1", "1: divide the optimizers' work and state over the ranks")
     compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: CUDA; on CPUs large steps")
-    attention: str = setting("auto", "auto, sdpa, cudnn, fa2, fa3, fa4", "auto: the fastest here")
+    attention: str = setting(
+        "auto", "auto, sdpa, amx, cudnn, fa2, fa3, fa4", "auto: the fastest here"
+    )
     val_batch_size: int = setting(524288, "[1, inf)", "tokens per validation batch, all ranks")
     val_loss_every: int = setting(1000, "[0, inf)", "validate every N steps; 0: at the end only")
     train_log_every: int = setting(200, "[0, inf)", "log every N steps and steps 1-10; 0: never")
     micro_batch_tokens: int = setting(0, "[0, inf)", "tokens per forward pass; 0: by the device")
-    warmup_steps: int = setting(20, "[0, inf)", "steps that prime the kernels and are undone")
+    warmup_steps: int = setting(20, "[0, inf)", "steps that prime the kernels and change nothing")
     save_every: int = setting(0, "[0, inf)", "checkpoint every N steps and at the end; 0: off")
     save_total_limit: int = setting(2, "[1, inf)", "checkpoints that are kept")
     resume: str = setting("", "", "auto: from RUN_ID's newest whole checkpoint; or from this file")
@@ -417,15 +420,18 @@ def later(number: Tensor) -> Callable[[], float]:
 
 def choose_attention(run: Run) -> str:
     """Point scaled_dot_product_attention at the kernel ATTENTION names, or the fastest; its name.
-    FlashAttention 3 and 4 are packages, the others come with PyTorch. Raises UserError."""
-    fast, problem = run.device.type == "cuda" and run.dtype == torch.bfloat16, ""
-    head_dim = run.hp.model_dim // run.hp.num_heads
-    flash = fast and head_dim % 8 == 0 and head_dim <= 128
+    FlashAttention 3 and 4 are packages, amx is a folder beside this file. Raises UserError."""
+    place = run.device.type if run.dtype == torch.bfloat16 else "fp32"
+    head_dim, problem = run.hp.model_dim // run.hp.num_heads, ""
+    flash = place == "cuda" and head_dim % 8 == 0 and head_dim <= 128
     major = torch.cuda.get_device_capability()[0] if flash else 0
-    best = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn"), 10: ("fa4", "cudnn")}.get(major, ())
+    best = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn"), 10: ("fa4", "cudnn")}.get(major, ("amx",))
     for kernel in (*best, "sdpa") if run.hp.attention == "auto" else (run.hp.attention,):
+        needs = {"sdpa": place, "amx": "cpu"}.get(kernel, "cuda")
         try:
-            require(fast or kernel == "sdpa", "needs CUDA and DTYPE=bf16")
+            require(place == needs, f"needs DEVICE={needs} and DTYPE=bf16")
+            if kernel == "amx":
+                importlib.import_module("amx_attention").activate(head_dim)
             if kernel in ("fa3", "fa4"):
                 torch.nn.attention.activate_flash_attention_impl(kernel.upper())
             if kernel == "cudnn":
@@ -451,15 +457,13 @@ def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
     return sorted(Path(hp.data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
 
 
-def map_shard(path: Path) -> np.ndarray:
-    """Memory-map a shard's tokens, uint16 (N,). Raises UserError if it is not a whole shard."""
+def shard_size(path: Path) -> int:
+    """The number of a shard's tokens. Raises UserError if it is not a whole shard."""
     magic, version, count = map(int, [*np.fromfile(path, "<i4", 3), 0, 0, 0][:3])
     require((magic, version) == SHARD_MAGIC, f"{path}: not a token shard: no {SHARD_MAGIC} in it")
     whole = count > 0 and path.stat().st_size == SHARD_HEADER_BYTES + 2 * count
     require(whole, f"{path}: truncated or damaged: not as long as {count} tokens; get it again")
-    if count < 2**20:  # a map would keep the file open, of which there can be thousands
-        return np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES)
-    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
+    return count
 
 
 class TokenStream:
@@ -467,19 +471,23 @@ class TokenStream:
 
     def __init__(self, split: str, run: Run, ids: int = 0) -> None:
         self.paths, self.ids = shard_paths(run.hp, split), ids or run.hp.vocab_size
-        self.shards = [map_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.sizes = [shard_size(path) for path in self.paths]
+        self.ends = np.cumsum(self.sizes)
         self.total = int(self.ends[-1])
-        self.read(0, min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1)
+        scan = min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1
+        for start in range(0, scan, 2**22):
+            self.read(start, min(2**22, scan - start))
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count), uint16 (count,). Raises UserError at an impossible id."""
         pieces, end = [], start + count
         while start < end:
             index = int(np.searchsorted(self.ends, start % self.total, "right"))
-            offset = start % self.total - int(self.ends[index]) + len(self.shards[index])
-            piece = self.shards[index][offset:][: end - start]
-            worst, at = int(piece.max()), f"{self.paths[index]}, token {offset + piece.argmax()}"
+            offset = start % self.total - int(self.ends[index]) + self.sizes[index]
+            path, most = self.paths[index], min(end - start, self.sizes[index] - offset)
+            piece = np.fromfile(path, "<u2", most, offset=SHARD_HEADER_BYTES + 2 * offset)
+            require(len(piece) == most, f"{path}: has become shorter; get it again")
+            worst, at = int(piece.max()), f"{path}, token {offset + piece.argmax()}"
             require(worst < self.ids, f"{at}: id {worst}, VOCAB_SIZE={self.ids}")
             pieces.append(piece)
             start += len(piece)
@@ -829,7 +837,7 @@ class Validation:
         self.note = f"val_tokens:{len(self.tokens)} val_bytes:{decoded} byte_audit:ok"
         if shard_paths(run.hp, "val_bytes"):
             sidecar = TokenStream("val_bytes", run, 2**16)
-            same = [*map(len, sidecar.shards)] == [*map(len, stream.shards)]
+            same = sidecar.sizes == stream.sizes
             require(same, f"{sidecar.paths[0]}: the sidecars are not as long as their shards")
             sizes = np.concatenate([sidecar.read(*span) for span in spans])
             wrong = sizes[self.tokens == BOS].any() or not sizes[scored].any()
@@ -1243,9 +1251,9 @@ class Trainer:
         p, at = self.params[name], self.places[name][1]
         return buffer.view(-1)[at : at + p.numel()].view_as(p)
 
-    def step(self, step: int, elapsed: float) -> Tensor:
-        """Update the weights from the next global batch; its mean loss in nats, fp32 (). If loss
-        or gradient is not finite, only `bad_in_a_row` changes; no rank waits to know."""
+    def step(self, step: int, elapsed: float, dry: bool = False) -> Tensor:
+        """Update the weights from the next global batch; its mean loss in nats, fp32 (). If `dry`,
+        or loss or gradient is not finite, only `bad_in_a_row` changes; no rank waits to know."""
         hp = self.run.hp
         self.grads.zero_()
         self.batch = next(self.feed)
@@ -1256,7 +1264,7 @@ class Trainer:
         ours = self.grads[self.part]
         square = self.reduce(ours)
         loss = ours[-1].clone()
-        bad = ~(square + loss).isfinite()
+        bad = ~(square + loss).isfinite() | dry
         if hp.grad_clip_norm:
             ours *= (hp.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
         ours.masked_fill_(bad, 0)
@@ -1317,14 +1325,10 @@ class Trainer:
         found += [f"gradient of {n}" for n, p in backwards if not p.grad.isfinite().all()]
         return found[0] if found else f"nothing in the batch of rank {self.run.rank}"
 
-    def copies(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """Copies of all tensors of these parameters, on the CPU."""
-        kept = {name: self.tensors[name].items() for name in names}
-        return {name: {k: t.detach().cpu().clone() for k, t in kept[name]} for name in kept}
-
     def state(self, step: int, elapsed: float) -> dict[str, Any]:
-        """All that the rest of the run depends on; on rank 0, of all parts."""
-        params = self.copies(n for n, (part, _) in self.places.items() if part == self.run.rank)
+        """A copy of all that the rest of the run depends on; on rank 0, of all parts."""
+        ours = {n: self.tensors[n] for n in self.params if self.places[n][0] == self.run.rank}
+        params = {n: {k: t.detach().cpu().clone() for k, t in ours[n].items()} for n in ours}
         if self.parts > 1:
             shares = [{}] * self.parts if self.part == 0 else None
             dist.gather_object(params, shares)
@@ -1343,25 +1347,23 @@ class Trainer:
         theirs = {name: kept["weights"].shape for name, kept in state["params"].items()}
         ours = {name: p.shape for name, p in self.params.items()}
         require(theirs == ours, "RESUME: the checkpoint is of a model of another shape")
-        self.load(state["params"])
+        for name, kept in state["params"].items():
+            for key, t in self.tensors[
+                name
+            ].items():  # an average that is new starts as the weights
+                t.detach().copy_(kept.get(key, kept["weights"]))
         torch.set_rng_state(state["random"])
         self.feed = batches(self.stream, self.run, state["step"])
         return state["step"], state["elapsed"]
 
-    def load(self, params: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over weights, averages and optimizer state; weights for an average not there."""
-        for name in self.params:
-            for key, t in self.tensors[name].items():
-                t.detach().copy_(params[name].get(key, params[name]["weights"]))
-
     def prime(self) -> None:
-        """Take WARMUP_STEPS steps, which compile every kernel, and undo all that they did. Where
-        the memory does not suffice, halve the micro-batches: sums over a batch stay the same."""
-        saved, step, planned = self.copies(self.params), 0, self.run.forward_rows
+        """Take WARMUP_STEPS steps that compile every kernel and change nothing. Where the memory
+        does not suffice, halve the micro-batches: sums over a batch stay the same."""
+        step, planned = 0, self.run.forward_rows
         with torch.random.fork_rng(devices=[]):
             while step < self.run.hp.warmup_steps:
                 try:
-                    self.step(step, 0.0)
+                    self.step(step, 0.0, dry=True)
                     step += 1
                 except RuntimeError as error:
                     if not re.search("out of memory|allocate memory", str(error)):
@@ -1375,9 +1377,7 @@ class Trainer:
         if rows < planned:
             self.run.forward_rows = int(rows)
             self.run.log(f"out of memory: going on with {rows} sequences at a time")
-        self.load(saved)
-        self.bad_in_a_row.zero_()
-        self.late.clear()
+        self.bad_in_a_row, self.late = self.bad_in_a_row * 0, []
         self.feed = batches(self.stream, self.run)
 
 

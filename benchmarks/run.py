@@ -17,9 +17,9 @@ Step times are differences of train_time between logged lines, without the first
 quartiles over all rounds. Logging every step makes a GPU wait for each, alike in A and B. MFU is
 measure.flops_per_token over the ceiling: the fastest matrix product in the run's dtype and with its
 threads, measured around each round, times the processes. Seconds to the first step are from the
-start of the process to its line. Host memory is the sum of the peaks of all its processes (VmHWM
-in /proc every 0.05 s, so what is shared counts in each, torchrun counts too, and there is none off
-Linux); GPU memory is what the script prints as peak memory allocated, and what nvidia-smi sees,
+start of the process to its line. Host memory is the largest sum, at one time, of the peaks of its
+living processes (VmHWM in /proc every 0.05 s, so what is shared counts in each, torchrun and
+compilers count too, and there is none off Linux); GPU memory is what the script prints as peak memory allocated, and what nvidia-smi sees,
 once a second, above its reading before, on the fullest GPU.
 """
 
@@ -129,30 +129,32 @@ class MemoryWatch(threading.Thread):
     def __init__(self, pid: int, before: list[str]) -> None:
         super().__init__(daemon=True)
         self.pid, self.before, self.done = pid, [float(m) for m in before], threading.Event()
-        self.host, self.gpu = {}, None
+        self.host, self.gpu = 0.0, None
         self.start()
 
     def run(self) -> None:
         """Look every 0.05 s, at the GPUs every second."""
         count = 0
         while not self.done.wait(0.05):
-            self.look(self.pid)
+            self.host = max(self.host, self.look(self.pid))
             if self.before and count % 20 == 0:
                 now = [float(m) for m in smi("memory.used")]
                 rise = max(b - a for a, b in zip(self.before, now, strict=True))
                 self.gpu = max(self.gpu or 0.0, rise)
             count += 1
 
-    def look(self, pid: int) -> None:
-        """Note the peak so far of a process and of its children. What wait4 tells would be no less
-        than this tool's own memory, since a new process starts as a copy of it."""
+    def look(self, pid: int) -> float:
+        """MiB of the peak so far of a process, and of those of its children that still live. What
+        wait4 tells would be no less than this tool's own memory, since a new process starts as a
+        copy of it."""
+        total = 0.0
         with suppress(OSError):
             status = Path(f"/proc/{pid}/status").read_text()
             if found := re.search(r"VmHWM:\s+(\d+) kB", status):
-                self.host[pid] = int(found[1]) / 1024
+                total += int(found[1]) / 1024
             for path in Path(f"/proc/{pid}/task").glob("*/children"):
-                for child in path.read_text().split():
-                    self.look(int(child))
+                total += sum(self.look(int(child)) for child in path.read_text().split())
+        return total
 
     def end(self) -> None:
         """Stop looking."""
@@ -187,7 +189,7 @@ def execute(script: Path, arguments: list[str], settings: Settings, nproc: int) 
             tail = "\n  ".join([line for _, line in lines][-3:] + errors.read().splitlines()[-15:])
             code, said = process.returncode, tail or "nothing"
             raise BenchmarkError(f"{script} ended with exit code {code}. It said:\n  {said}")
-    host = sum(watch.host.values()) or None
+    host = watch.host or None
     wall = time.perf_counter() - start
     return {"lines": lines, "host_mib": host, "smi_gpu_mib": watch.gpu, "wall_s": wall}
 

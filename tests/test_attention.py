@@ -1,5 +1,6 @@
 """ATTENTION: the kernel that scaled_dot_product_attention is pointed at, on machines not here."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -67,10 +68,11 @@ def test_a_named_kernel_that_is_missing_is_an_error(machine, name):
 def test_a_cpu_has_none_of_them(name):
     environ = {"DEVICE": "cpu", "ATTENTION": name, "DTYPE": "bf16"}
     run = tg.Run(tg.load_settings(environ, check_places=False))
-    with pytest.raises(tg.UserError, match=f"ATTENTION={name}: needs CUDA"):
+    with pytest.raises(tg.UserError, match=f"ATTENTION={name}: needs DEVICE=cuda and DTYPE=bf16"):
         tg.choose_attention(run)
 
 
-def test_a_cpu_uses_what_pytorch_has():
-    run = tg.Run(tg.load_settings({"DEVICE": "cpu"}, check_places=False))
+def test_a_cpu_uses_what_pytorch_has_without_the_folder_of_the_kernel(monkeypatch):
+    monkeypatch.setitem(sys.modules, "amx_attention", None)
+    run = tg.Run(tg.load_settings({"DEVICE": "cpu", "DTYPE": "bf16"}, check_places=False))
     assert tg.choose_attention(run) == "sdpa"

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import struct
 import tempfile
 from pathlib import Path
@@ -49,23 +50,36 @@ def write_shards(folder, sizes, split="train"):
     return tokens
 
 
-# ---- map_shard
+# ---- shard_size
 
 
-def test_map_shard_reads_what_struct_reads(tmp_path):
-    path = write_shard(tmp_path / "a.bin", [0, 1, 255, 256, 65535, 7])
-    data = path.read_bytes()
-    tokens = tg.map_shard(path)
-    assert tokens.tolist() == list(struct.unpack("<6H", data[1024:]))
+def test_a_shard_is_read_as_struct_reads_it(tmp_path):
+    path = write_shard(tmp_path / "fineweb_train_000000.bin", [0, 1, 255, 256, 65535, 7])
+    assert tg.shard_size(path) == 6
+    tokens = tg.TokenStream("train", make_run(tmp_path), ids=2**16).read(0, 6)
+    assert tokens.tolist() == list(struct.unpack("<6H", path.read_bytes()[1024:]))
     assert tokens.dtype == np.uint16
 
 
-def test_map_shard_maps_and_does_not_copy(tmp_path):
-    """A large one; of small ones there may be more than files can be open."""
-    shard = tg.map_shard(write_shard(tmp_path / "a.bin", [1] * 2**20))
-    assert isinstance(shard, np.memmap)
-    with pytest.raises(ValueError, match="read-only"):
-        shard[0] = 9
+def test_a_shard_that_becomes_shorter_is_an_error(tmp_path):
+    """It is read while the run goes on."""
+    path = write_shard(tmp_path / "fineweb_train_000000.bin", [1] * 50)
+    stream = tg.TokenStream("train", make_run(tmp_path))
+    os.truncate(path, 1024 + 60)
+    assert stream.read(0, 30).tolist() == [1] * 30
+    with pytest.raises(tg.UserError, match=r"fineweb_train_000000.bin: has become shorter"):
+        stream.read(20, 20)
+
+
+def test_the_scan_reads_all_of_a_long_shard(tmp_path, monkeypatch):
+    """It does so in pieces, each of which is forgotten."""
+    most, read = [], tg.TokenStream.read
+    monkeypatch.setattr(tg.TokenStream, "read", lambda *a: (most.append(a[1:]), read(*a))[1])
+    header = struct.pack("<256i", 20240520, 1, 5 * 2**20, *[0] * 253)
+    path = tmp_path / "fineweb_train_000000.bin"
+    path.write_bytes(header + np.ones(5 * 2**20, "<u2").tobytes())
+    tg.TokenStream("train", make_run(tmp_path))
+    assert most == [(0, 2**22), (2**22, 2**20)]
 
 
 BAD_SHARDS = {
@@ -85,11 +99,11 @@ BAD_SHARDS = {
 
 
 @pytest.mark.parametrize("data", BAD_SHARDS.values(), ids=BAD_SHARDS.keys())
-def test_map_shard_refuses_what_is_no_whole_shard(tmp_path, data):
+def test_what_is_no_whole_shard_is_refused(tmp_path, data):
     path = tmp_path / "bad_shard.bin"
     path.write_bytes(data)
     with pytest.raises(tg.UserError, match="bad_shard"):
-        tg.map_shard(path)
+        tg.shard_size(path)
 
 
 # ---- which files are shards
