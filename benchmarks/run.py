@@ -19,8 +19,9 @@ measure.flops_per_token over the ceiling: the fastest matrix product in the run'
 threads, measured around each round, times the processes. Seconds to the first step are from the
 start of the process to its line. Host memory is the largest sum, at one time, of the peaks of its
 living processes (VmHWM in /proc every 0.05 s, so what is shared counts in each, torchrun and
-compilers count too, and there is none off Linux); GPU memory is what the script prints as peak memory allocated, and what nvidia-smi sees,
-once a second, above its reading before, on the fullest GPU.
+compilers count too, and there is none off Linux); GPU memory is what the script prints as peak
+memory allocated, and what nvidia-smi sees, once a second, above its reading before, on the fullest
+GPU.
 """
 
 import argparse
