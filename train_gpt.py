@@ -244,7 +244,7 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
         (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
         (hp.resume == "auto" and not hp.run_id, "{RESUME}: needs RUN_ID, the run to go on with"),
         (hp.run_id in (".", "..") or "/" in hp.run_id, "{RUN_ID}: must be a plain file name"),
-        (hp.fit_budget == "sigma" and hp.quant_clip != "sigma", "{FIT_BUDGET}: {QUANT_CLIP}"),
+        (hp.fit_budget == "sigma" != hp.quant_clip, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
         (not getattr(torch, hp.device, torch.cpu).is_available(), "{DEVICE}: PyTorch has none"),
     ]
     if check_places:
