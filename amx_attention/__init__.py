@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
-FLAGS = ("-O3", "-std=c++17", "-march=sapphirerapids", "-fopenmp", "-shared", "-fPIC")
+CPU = "-mamx-tile -mamx-bf16 -mavx512bf16 -mavx512bw -mavx512dq -mavx512vl -mfma"
+FLAGS = ("-O3", "-std=c++17", *CPU.split(), "-fopenmp", "-shared", "-fPIC")
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 LARGEST = 2**26  # elements of a head: a thread holds 28 bytes for one
 
