@@ -215,8 +215,7 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
         elif near or name in config:
             meant = f"did you mean {near[0]}?" if near else "see --help"
             problems.append(f"{name}={text}: no such setting; {meant}")
-    hp = Hyperparameters(**values)
-    problems += broken_rules(hp, check_places)
+    problems += broken_rules(hp := Hyperparameters(**values), check_places)
     require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
     return hp
 
@@ -530,10 +529,11 @@ def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
 
 
 class Matrix(nn.Linear):
-    """A linear map whose fp32 weights are cast to the dtype of what they multiply."""
+    """A linear map of fp32 weights, cast where used; `gains` of the outputs scale the weights."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, gains: Tensor | None = None) -> Tensor:
+        weight = self.weight if gains is None else gains[:, None] * self.weight
+        return F.linear(x, weight.to(x.dtype))
 
 
 def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
@@ -569,17 +569,17 @@ class Attention(nn.Module):
         self.c_k, self.c_v = (Matrix(dim, kv_dim, bias=False) for _ in range(2))
         self.q_gain = nn.Parameter(torch.full((self.heads, 1, 1), hp.qk_gain_init))
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, gains: Tensor) -> Tensor:
         B, T, D = x.shape
         q, k, v = (c(x).view(B, T, -1, D // self.heads) for c in (self.c_q, self.c_k, self.c_v))
         q, k, v = (y.transpose(1, 2) for y in (rms_norm(q), rms_norm(k), v))
-        q, k = rotate(q, rotary) * self.q_gain.to(x.dtype), rotate(k, rotary)
+        q, k = rotate(q * self.q_gain.to(x.dtype), rotary), rotate(k, rotary)
         gqa = self.kv_heads != self.heads
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         if self.exclusive:
             own, grouped = F.normalize(v, dim=-1).unsqueeze(2), y.unflatten(1, (self.kv_heads, -1))
             y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2)
-        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+        return self.proj(y.transpose(1, 2).reshape(B, T, D), gains)
 
 
 class Block(nn.Module):
@@ -600,9 +600,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, rotary: Tensor) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x, self.scale), rotary)
+        x = x + self.attn(rms_norm(x, self.scale), rotary, self.attn_scale)
         hidden = self.act(self.fc(rms_norm(x, self.scale))).square()
-        return x + self.mlp_scale.to(x.dtype) * self.proj(hidden)
+        return x + self.proj(hidden, self.mlp_scale)
 
 
 class BigramHash(nn.Module):

@@ -49,10 +49,10 @@ def around_steps(patch: Patch, before: Callable, after: Callable) -> None:
     """Call before(trainer, step) and after(trainer, step) around every training step."""
     step = train_gpt.Trainer.step
 
-    def watched(self, number, elapsed):
+    def watched(self, number, elapsed, **options):
         NOW.step = number
         before(self, number)
-        loss = step(self, number, elapsed)
+        loss = step(self, number, elapsed, **options)
         after(self, number)
         return loss
 

@@ -405,10 +405,10 @@ def fake_clock(monkeypatch):
     clock = SimpleNamespace(now=50.0, steps=[])
     step, score = train_gpt.Trainer.step, train_gpt.score
 
-    def timed_step(self, number, elapsed):
+    def timed_step(self, number, elapsed, **options):
         clock.steps.append((number, elapsed))
         clock.now += 1.0
-        return step(self, number, elapsed)
+        return step(self, number, elapsed, **options)
 
     def timed_score(*arguments):
         clock.now += 100.0
@@ -612,9 +612,9 @@ def test_warmup_leaves_no_trace_in_the_random_state(run, monkeypatch):
     """Nor would it if a step drew random numbers, as later features may."""
     step, draws = train_gpt.Trainer.step, []
 
-    def random_step(self, number, elapsed):
+    def random_step(self, number, elapsed, **options):
         draws.append(torch.rand(()).item())
-        return step(self, number, elapsed)
+        return step(self, number, elapsed, **options)
 
     monkeypatch.setattr(train_gpt.Trainer, "step", random_step)
     run("cold", WARMUP_STEPS=0)
