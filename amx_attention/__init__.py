@@ -80,8 +80,8 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from that of `out`; all bf16."""
-    grads = [q.new_empty([*x.shape[:1], *x.shape[2:0:-1], x.size(3)]) for x in (q, k, v)]
-    dq, dk, dv = (g.transpose(1, 2) for g in grads)
+    layout = (0, 2, 1, 3)  # neighbours in memory as PyTorch promises them to the compiler
+    dq, dk, dv = (torch.empty_permuted(x.shape, layout, dtype=x.dtype) for x in (q, k, v))
     dout = dout if dout.stride(3) == 1 else dout.contiguous()  # that of a sum is one number
     call(load().amx_attention_backward, dout, q, k, v, out, lse, dq, dk, dv)
     return dq, dk, dv
@@ -92,8 +92,8 @@ def ours_or_theirs(ours: Any, theirs: Any, given: int, keys: Any, *args: Any, **
     if it does what the others, (dropout, causal) and mask and scale, ask for; else `theirs`."""
     q, k, v = args[:3] if given == 3 else args[1:4]
     plain = args[given:] == (0.0, True) and not [x for x in more.values() if x is not None]
-    B, H, T, D = q.shape
-    like = k.shape == v.shape == (B, k.size(1), T, D) and H % k.size(1) == 0
+    B, _, T, D = q.shape
+    like = k.shape == v.shape == (B, k.size(1), T, D)
     like = like and all(x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (q, k, v))
     if plain and like and D % 32 == 0 and 0 < T * D <= LARGEST:
         return ours(*args[:given])
