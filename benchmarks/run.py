@@ -3,6 +3,7 @@
     python benchmarks/run.py --config X.env [NAME=VALUE ...] [--steps 20] [--rounds 2] [--nproc 8]
     python benchmarks/run.py --config X.env --vs other.py [--vs-env NAME=VALUE | --vs-env Y.env]
     python benchmarks/run.py --config X.env --breakdown      parts of a step
+    python benchmarks/run.py --config X.env --evaluation     plain passes and sliding windows
     python benchmarks/run.py --config X.env --scaling        context, width, depth, processes
     python benchmarks/run.py --gpu                           all of the above on one GPU, 8 minutes
 
@@ -522,6 +523,15 @@ def gpu(args: argparse.Namespace, save: Any) -> str:
     return gpu_table(found)
 
 
+def evaluation_rows(found: dict[str, Any]) -> list[str]:
+    """What ways of scoring cost, in rows of a table of two columns."""
+    rates, stride = found["tokens_per_s"], found["stride"]
+    titles = {"plain": "plain pass", "sliding": f"windows, stride {stride}"}
+    titles |= {"documents": f"documents apart, stride {stride}", "loop": "windows one at a time"}
+    cost = {n: f"{number(rates['plain'] / rate)} plain passes" for n, rate in rates.items()}
+    return [f"{titles[n]} | {number(rate)} tokens/s, {cost[n]} |" for n, rate in rates.items()]
+
+
 def gpu_table(found: dict[str, Any]) -> str:
     """The rows of --gpu."""
     lines = ["| what | measured |", "|---|---|"]
@@ -537,12 +547,7 @@ def gpu_table(found: dict[str, Any]) -> str:
     parts, scored = found["breakdown"], found["evaluation"]
     lines.append(f"| baseline: optimizer, of a step | {parts['percent']['optimizer']:.1f}% |")
     lines.append(f"| baseline: wait for data, of a step | {100 * parts['free_data_share']:.2f}% |")
-    seconds, stride = scored["seconds"], scored["stride"]
-    titles = {"plain": "plain pass", "sliding": f"windows, stride {stride}"}
-    titles["documents"] = f"documents apart, stride {stride}"
-    for name, title in titles.items():
-        ratio = f"{number(seconds[name])} s, {seconds[name] / seconds['plain']:.2f} plain passes"
-        lines.append(f"| PR 369, {scored['tokens']:,} tokens: {title} | {ratio} |")
+    lines += [f"| PR 369: {row}" for row in evaluation_rows(scored)]
     return "\n".join([*lines, f"| all of this | {number(found['seconds'])} s |"])
 
 
@@ -608,7 +613,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--nproc", type=int, default=1, help="processes of each run, by torchrun (1)")
     add("--out", **path, help="JSON of all results; by default in benchmarks/results")
     modes = parser.add_mutually_exclusive_group()
-    for name in ("breakdown", "scaling", "gpu"):
+    for name in ("breakdown", "evaluation", "scaling", "gpu"):
         modes.add_argument(f"--{name}", dest="mode", action="store_const", const=name)
     add("--quick", action="store_true", help="--scaling: two points of each kind")
     args = parser.parse_intermixed_args(arguments)
@@ -641,6 +646,10 @@ def main(arguments: list[str]) -> None:
         if args.mode == "breakdown":
             found = breakdown(sides[0], args.nproc)
             table = breakdown_table(found)
+        elif args.mode == "evaluation":
+            found = worker("evaluation", sides[0].settings)
+            rows = [f"| {row}" for row in evaluation_rows(found)]
+            table = "\n".join(["| scoring | measured |", "|---|---|", *rows])
         elif args.mode == "scaling":
             found = scaling(sides[0], args.nproc, args.quick)
             draw_scaling(found, out.with_suffix(".png"))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -279,11 +280,38 @@ def test_the_rows_of_a_gpu_come_from_a_small_model_too(here, fake, tmp_path, mon
     small = ["BIGRAM_BUCKETS=64", "XSA_LAST_N=1", "EVAL_STRIDE=8", "EVAL_SEQ_LEN=64"]
     found = found_by([*here, *small, "--gpu"], tmp_path / "g.json")
     assert {"baseline", "pr369", "breakdown", "evaluation"} <= found.keys()
-    seconds = found["evaluation"]["seconds"]
-    assert seconds["sliding"] > seconds["plain"]
+    rates = found["evaluation"]["tokens_per_s"]
+    assert rates["sliding"] < rates["plain"]
     said = capsys.readouterr().out
-    assert f"stride 8 | {benchmark.number(seconds['documents'])} s" in said
+    assert f"apart, stride 8 | {benchmark.number(rates['documents'])} tokens/s" in said
     assert f"| {found['breakdown']['percent']['optimizer']:.1f}% |" in said
+
+
+def test_ways_of_scoring_are_compared(here, tmp_path, monkeypatch, capsys):
+    scored, score = [], tg.score
+
+    def watched(model, val, run):
+        scored.append((run.hp.eval_stride, run.hp.eval_doc_isolated, run.forward_rows))
+        return score(model, val, run)
+
+    monkeypatch.setattr(tg, "score", watched)
+    found = found_by([*here, "EVAL_STRIDE=8", "--evaluation"], tmp_path / "e.json")
+    rows = scored[0][2]
+    assert rows > 1
+    cases = [(0, 0, rows), (8, 0, rows), (8, 1, rows), (8, 0, 1)]
+    assert scored == [case for case in cases for _ in range(2)]
+    costs = {n: found["tokens_per_s"]["plain"] / rate for n, rate in found["tokens_per_s"].items()}
+    said = capsys.readouterr().out
+    assert f"one at a time | {benchmark.number(found['tokens_per_s']['loop'])} tokens/s, " in said
+    assert f", {benchmark.number(costs['sliding'])} plain passes |" in said
+
+
+def test_the_first_tokens_are_a_stream_of_their_own():
+    val = SimpleNamespace(tokens=np.arange(90), starts=np.array([0, 40, 90]), text_bytes=7)
+    part = measure.first_tokens(val, 50)
+    assert part.tokens.tolist() == list(range(50))
+    assert part.starts.tolist() == [0, 50]
+    assert (len(val.tokens), part.text_bytes) == (90, 7)
 
 
 def test_a_gpu_is_asked_for_where_there_is_none(tmp_path, monkeypatch):
