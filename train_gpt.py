@@ -1348,9 +1348,8 @@ class Trainer:
         ours = {name: p.shape for name, p in self.params.items()}
         require(theirs == ours, "RESUME: the checkpoint is of a model of another shape")
         for name, kept in state["params"].items():
-            for key, t in self.tensors[
-                name
-            ].items():  # an average that is new starts as the weights
+            for key, t in self.tensors[name].items():
+                # An average that was not kept then starts as the weights.
                 t.detach().copy_(kept.get(key, kept["weights"]))
         torch.set_rng_state(state["random"])
         self.feed = batches(self.stream, self.run, state["step"])

@@ -183,12 +183,14 @@ inline __m512 exp2_ps(__m512 x) {
   return _mm512_scalef_ps(y, n);
 }
 
+// Halves of a register in turn: of 32 bf16, numbers 0, 16, 1, 17, ...
+const __m512i WEAVE = _mm512_or_si512(
+    LANES, _mm512_slli_epi32(_mm512_add_epi32(LANES, _mm512_set1_epi32(16)), 16));
+
 // Two rows of 16 as 16 pairs.
 inline void store_pairs(pair* out, __m512 first, __m512 second) {
-  static const __m512i weave = _mm512_or_si512(
-      LANES, _mm512_slli_epi32(_mm512_add_epi32(LANES, _mm512_set1_epi32(16)), 16));
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(weave, both));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(WEAVE, both));
 }
 
 // Which of the queries m to m + 15 see key n.
@@ -340,6 +342,18 @@ void backward_queries(Rows<bf16> dout, Rows<bf16> q, Rows<bf16> out, Rows<float>
   write_transposed(dq_t, n.padded, nullptr, n.T, n.D, dq);
 }
 
+// Let the threads do work(b, g) for all heads of keys, with tiles of their own.
+template <class Work>
+void each_head(int B, int G, Work work) {
+#pragma omp parallel
+  {
+    Tiles tiles;
+#pragma omp for collapse(2) schedule(static)
+    for (int b = 0; b < B; b++)
+      for (int g = 0; g < G; g++) work(b, g);
+  }
+}
+
 }  // namespace
 
 // ===================================== CALLED FROM PYTHON =====================================
@@ -355,22 +369,16 @@ extern "C" void amx_attention_forward(bf16* q, bf16* k, bf16* v, bf16* out, floa
   const Tensor<bf16> tq{q, strides}, tk{k, strides + 3}, tv{v, strides + 6}, to{out, strides + 9};
   const Tensor<float> tl{lse, strides + 12};
   const Shape n(T, D);
-#pragma omp parallel
-  {
-    Tiles tiles;
-#pragma omp for collapse(2) schedule(static)
-    for (int b = 0; b < B; b++)
-      for (int g = 0; g < G; g++) {
-        Scratch memory(10 * n.size() + 6 * BLOCK * BLOCK + 4 * BLOCK * D + 1024);
-        bf16 *keys = memory.take<bf16>(n.size()), *rows = memory.take<bf16>(n.size());
-        bf16* values = memory.take<bf16>(n.size());
-        copy_rows(tk.head(b, g), n, keys);
-        copy_rows(tv.head(b, g), n, rows);
-        transpose(rows, n, values);
-        for (int h = g * H / G; h < (g + 1) * H / G; h++)
-          forward_queries(tq.head(b, h), keys, values, to.head(b, h), tl.head(b, h), n, memory);
-      }
-  }
+  each_head(B, G, [&](int b, int g) {
+    Scratch memory(10 * n.size() + 6 * BLOCK * BLOCK + 4 * BLOCK * D + 1024);
+    bf16 *keys = memory.take<bf16>(n.size()), *rows = memory.take<bf16>(n.size());
+    bf16* values = memory.take<bf16>(n.size());
+    copy_rows(tk.head(b, g), n, keys);
+    copy_rows(tv.head(b, g), n, rows);
+    transpose(rows, n, values);
+    for (int h = g * H / G; h < (g + 1) * H / G; h++)
+      forward_queries(tq.head(b, h), keys, values, to.head(b, h), tl.head(b, h), n, memory);
+  });
 }
 
 extern "C" void amx_attention_backward(bf16* dout, bf16* q, bf16* k, bf16* v, bf16* out, float* lse,
@@ -381,26 +389,20 @@ extern "C" void amx_attention_backward(bf16* dout, bf16* q, bf16* k, bf16* v, bf
   const Tensor<bf16> tdv{dv, strides + 24};
   const Tensor<float> tl{lse, strides + 15};
   const Shape n(T, D);
-#pragma omp parallel
-  {
-    Tiles tiles;
-#pragma omp for collapse(2) schedule(static)
-    for (int b = 0; b < B; b++)
-      for (int g = 0; g < G; g++) {
-        Scratch memory(28 * n.size() + 8 * n.padded + 14 * BLOCK * BLOCK + 2048);
-        Keys keys{memory.take<bf16>(n.size()), memory.take<bf16>(n.size()),
-                  memory.take<bf16>(n.size()), memory.take<float>(n.size()),
-                  memory.take<float>(n.size())};
-        copy_rows(tk.head(b, g), n, keys.k);
-        copy_rows(tv.head(b, g), n, keys.v);
-        transpose(keys.k, n, keys.k_t);
-        memset(keys.dk, 0, 4 * n.size());
-        memset(keys.dv, 0, 4 * n.size());
-        for (int h = g * H / G; h < (g + 1) * H / G; h++)
-          backward_queries(tg.head(b, h), tq.head(b, h), to.head(b, h), tl.head(b, h),
-                           tdq.head(b, h), keys, n, memory);
-        write_rows(keys.dk, n, tdk.head(b, g));
-        write_rows(keys.dv, n, tdv.head(b, g));
-      }
-  }
+  each_head(B, G, [&](int b, int g) {
+    Scratch memory(28 * n.size() + 8 * n.padded + 14 * BLOCK * BLOCK + 2048);
+    Keys keys{memory.take<bf16>(n.size()), memory.take<bf16>(n.size()),
+              memory.take<bf16>(n.size()), memory.take<float>(n.size()),
+              memory.take<float>(n.size())};
+    copy_rows(tk.head(b, g), n, keys.k);
+    copy_rows(tv.head(b, g), n, keys.v);
+    transpose(keys.k, n, keys.k_t);
+    memset(keys.dk, 0, 4 * n.size());
+    memset(keys.dv, 0, 4 * n.size());
+    for (int h = g * H / G; h < (g + 1) * H / G; h++)
+      backward_queries(tg.head(b, h), tq.head(b, h), to.head(b, h), tl.head(b, h), tdq.head(b, h),
+                       keys, n, memory);
+    write_rows(keys.dk, n, tdk.head(b, g));
+    write_rows(keys.dv, n, tdv.head(b, g));
+  });
 }

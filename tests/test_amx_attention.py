@@ -19,7 +19,8 @@ def problem() -> str:
     return ""
 
 
-needs_amx = pytest.mark.skipif(bool(problem()), reason=problem())
+PROBLEM = problem()
+needs_amx = pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)
 
 
 @pytest.fixture(autouse=True)
