@@ -157,9 +157,13 @@ class Hyperparameters:
     adam_wd: float = setting(0.0, "[0, inf)", "decoupled weight decay, gains, scales and head")
     embed_wd: float = setting(0.0, "[0, inf)", "decoupled weight decay, embeddings")
     grad_clip_norm: float = setting(0.0, "[0, inf)", "cap on the global gradient norm; 0: off")
+    # No settings: the names of those that were given, and the id that begins a document, as the
+    # tokenizer says. Artifacts that do not tell it were made when it was always 1.
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
+    bos: int = dataclasses.field(default=1, compare=False)
 
 
-FIELDS = {field.name.upper(): field for field in dataclasses.fields(Hyperparameters)}
+FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters) if "valid" in f.metadata}
 # What an artifact carries so that the model can be rebuilt and scored as it was trained.
 MODEL_SETTINGS = [*FIELDS][[*FIELDS].index("TRAIN_SEQ_LEN") : [*FIELDS].index("FIT_BUDGET")]
 # What may differ when a run is resumed: it changes no result, or no more than rounding.
@@ -216,7 +220,8 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
         elif near or name in config:
             meant = f"did you mean {near[0]}?" if near else "see --help"
             problems.append(f"{name}={text}: no such setting; {meant}")
-    problems += broken_rules(hp := Hyperparameters(**values), check_places)
+    hp = Hyperparameters(**values, given=frozenset(name.upper() for name in values))
+    problems += broken_rules(hp, check_places)
     require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
     return hp
 
@@ -449,7 +454,6 @@ SHARD_MAGIC, SHARD_HEADER_BYTES = (20240520, 1), 1024
 SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
 FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
 IGNORE = -100  # target of a padding position: the default ignore_index of cross_entropy
-BOS = 1  # begins every document, in all published vocabularies
 
 
 def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
@@ -629,6 +633,7 @@ class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.dtype, self.softcap, self.skips = dtype, hp.logit_softcap, hp.num_layers // 2
+        self.bos = hp.bos
         self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
         self.bigram = BigramHash(hp) if hp.bigram_buckets else None
         self.smear = nn.Parameter(torch.zeros(hp.model_dim)) if hp.smear_gate else None
@@ -653,7 +658,7 @@ class GPT(nn.Module):
         rotary = (self.short if self.short.size(1) >= T else self.long)[:, :T]
         x = self.tok_emb(inputs)
         if self.bigram is not None or self.smear is not None:
-            starts = (inputs == BOS).index_fill(1, inputs.new_zeros(1), True)
+            starts = (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
         if self.bigram is not None:
             x = x + self.bigram(inputs, starts)
         x = rms_norm(x).to(self.dtype)
@@ -880,7 +885,7 @@ class Validation:
             same = sidecar.sizes == stream.sizes
             require(same, f"{sidecar.paths[0]}: the sidecars are not as long as their shards")
             sizes = np.concatenate([sidecar.read(*span) for span in spans])
-            wrong = sizes[self.tokens == BOS].any() or not sizes[scored].any()
+            wrong = sizes[self.tokens == tokenizer.bos].any() or not sizes[scored].any()
             require(not wrong, f"{sidecar.paths[0]}: counts bytes for BOS, or none at all")
             self.text_bytes = int(sizes[scored].sum(dtype=np.int64))
             self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
@@ -902,7 +907,7 @@ def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
     scores all that it holds, and each next one begins EVAL_STRIDE later, wherever the text ends."""
     length, end, spans = hp.eval_seq_len or hp.train_seq_len, len(tokens) - 1, []
     stride = hp.eval_stride or length
-    starts = np.flatnonzero(tokens[:-1] == BOS) if hp.eval_doc_isolated else []
+    starts = np.flatnonzero(tokens[:-1] == hp.bos) if hp.eval_doc_isolated else []
     for begin, stop in itertools.pairwise(np.unique([0, *starts, end]).tolist()):
         spans.append((begin, min(begin + length, stop), begin))
         for done in range(begin + length, stop, stride):
@@ -1106,7 +1111,7 @@ def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters, pruned: floa
     settings = {name: setting_texts(hp)[name] for name in MODEL_SETTINGS}
     tokenizer = hashlib.sha256(Path(hp.tokenizer_path).read_bytes()).hexdigest()
     table = {name: layout(name, w, hp) for name, w in state.items()}
-    header = {"settings": settings, "tokenizer": tokenizer, "tensors": table}
+    header = {"settings": settings, "tokenizer": tokenizer, "bos": hp.bos, "tensors": table}
     text, arrays = json.dumps(header).encode(), list(itertools.chain(*tensors.values()))
     # The first bytes of all numbers, then the second ones: sign and exponent are often alike.
     floats = [a.reshape(-1, 1).view("u1").T.tobytes() for a in arrays if a.itemsize > 1]
@@ -1130,8 +1135,9 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         header, weights = json.loads(head.read(text_size)), {}
         require([*header["settings"]] == MODEL_SETTINGS, "its settings are not those of a model")
         values = {n: parse_setting(n, text) for n, text in header["settings"].items()}
-        asked = [n for n in values if n[:5] == "EVAL_" and getattr(hp, n.lower())]  # for this score
-        hp = dataclasses.replace(hp, **{n.lower(): v for n, v in values.items() if n not in asked})
+        asked = {name for name in hp.given if name.startswith("EVAL_")}  # for this score
+        theirs = {name.lower(): value for name, value in values.items() if name not in asked}
+        hp = dataclasses.replace(hp, bos=int(header.get("bos", 1)), **theirs)
         scoring = {"train_batch_tokens": hp.train_seq_len, "micro_batch_tokens": 0}
         problems = broken_rules(dataclasses.replace(hp, **scoring), check_places=False)
         require(not problems, "; ".join(problems))
@@ -1507,6 +1513,8 @@ def main(arguments: list[str]) -> int | None:
     run = Run(load_artifact(artifact, hp)[0] if hp.eval_only else hp)
     stream = None if hp.eval_only else TokenStream("train", run)
     val = Validation(run)
+    if not hp.eval_only:  # an artifact tells what it was trained with
+        run.hp = dataclasses.replace(run.hp, bos=val.bos)
     run.start()
     model = GPT(run.hp, run.dtype).to(run.device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
