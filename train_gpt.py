@@ -33,6 +33,7 @@ import signal
 import struct
 import sys
 import sysconfig
+import threading
 import time
 import uuid
 import zlib
@@ -189,7 +190,11 @@ def parse_setting(name: str, text: str) -> Any:
 def read_dotenv(path: str) -> dict[str, str]:
     """Read NAME=VALUE words in the quoting of a shell, with # comments. Raises UserError."""
     try:
-        text = re.sub(r"(?<=\S)#", "\0", Path(path).read_text(encoding="utf-8"))  # no comment
+        # Editors on Windows put a byte-order mark first; a path may be of any bytes.
+        content = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+        if "\0" in content:
+            raise ValueError("it has NUL characters; save it as UTF-8")
+        text = re.sub(r"(?<=\S)#", "\0", content)  # within a word, it begins no comment
         words = [word.replace("\0", "#") for word in shlex.split(text, comments=True)]
         if wrong := [word for word in words if "=" not in word or word.startswith("CONFIG=")]:
             raise ValueError(f"{wrong[0]!r}: expected NAME=VALUE, spaces quoted, and not CONFIG")
@@ -221,21 +226,70 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
             meant = f"did you mean {near[0]}?" if near else "see --help"
             problems.append(f"{name}={text}: no such setting; {meant}")
     hp = Hyperparameters(**values, given=frozenset(name.upper() for name in values))
-    problems += broken_rules(hp, check_places)
+    problems += launcher_problems(environ) + broken_rules(hp, check_places)
     require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
     return hp
+
+
+# What a launcher such as torchrun tells each process of a job, and what it is without one.
+LAUNCHER = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+MEETING = ("MASTER_ADDR", "MASTER_PORT")  # where rank 0 waits for the others
+
+
+def launched(name: str, environ: Mapping[str, str]) -> int:
+    """Read a launcher's variable; its default if it is missing or no number."""
+    text = environ.get(name, "")
+    return int(text) if text.isdecimal() else LAUNCHER[name]
+
+
+def launcher_problems(environ: Mapping[str, str]) -> list[str]:
+    """Say what is wrong with a launcher's variables: most often, they were left by another job."""
+    given = {name: environ[name] for name in (*LAUNCHER, "LOCAL_WORLD_SIZE") if environ.get(name)}
+    advice = "start the job with torchrun, or unset what is left of another one"
+    for name, text in given.items():
+        if not text.isdecimal():
+            return [f"{name}={text}: expected a whole number; {advice}"]
+    rank, world, local = (launched(name, environ) for name in LAUNCHER)
+    here = int(given.get("LOCAL_WORLD_SIZE", max(world, local + 1)))
+    missing = [name for name in (*LAUNCHER, *MEETING) if not environ.get(name)]
+    port = environ.get("MASTER_PORT", "")
+    port_ok = port.isdecimal() and 0 < int(port) < 2**16
+    rules = [
+        (world < 1, f"WORLD_SIZE={world}: expected 1 or more"),
+        (rank >= world > 0, f"RANK={rank}: must be under WORLD_SIZE={world}"),
+        (world > 1 and missing, f"WORLD_SIZE={world}: needs {', '.join(missing)} too"),
+        (world > 1 and port and not port_ok, f"MASTER_PORT={port}: expected a port, 1 to 65535"),
+        (local > rank, f"LOCAL_RANK={local}: must not be over RANK={rank}"),
+        (local >= here, f"LOCAL_RANK={local}: must be under LOCAL_WORLD_SIZE={here}"),
+        (here > max(world, local + 1), f"LOCAL_WORLD_SIZE={here}: over WORLD_SIZE={world}"),
+    ]
+    return [f"{text}; {advice}" for broken, text in rules if broken]
+
+
+def is_plain_name(name: str) -> bool:
+    """Tell whether a name can be that of a file and stand in one line of a log."""
+    return name not in (".", "..") and not re.search(r"[/\x00-\x1f\x7f]", name)
 
 
 def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
     """What is wrong between settings that are each valid, and with the places that they name."""
     seq, batch, micro = hp.train_seq_len, hp.train_batch_tokens, hp.micro_batch_tokens
     context, head_dim = hp.eval_seq_len or seq, hp.model_dim // hp.num_heads
-    least, rope = context * int(os.environ.get("WORLD_SIZE", "1")), hp.rope_dims or head_dim
+    least, rope = context * launched("WORLD_SIZE", os.environ), hp.rope_dims or head_dim
+    uneven = hp.model_dim % hp.num_heads
+    odd_rope = hp.rope_dims and (rope % 2 or rope > head_dim)
+    width = f"{{MODEL_DIM}}: over {{NUM_HEADS}} makes heads of {head_dim} channels"
+    local = launched("LOCAL_RANK", os.environ)
+    visible = torch.cuda.device_count() if hp.device in ("auto", "cuda") else 0
     rules = [
-        (hp.model_dim % hp.num_heads, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
-        (head_dim % 2, "{MODEL_DIM}: over {NUM_HEADS} must be even (rotary)"),
-        (rope % 2 or rope > head_dim, "{ROPE_DIMS}: must be even, and at most the head's width"),
-        (hp.rope_scaling == "ntk" and rope == 2, "{ROPE_SCALING}: ntk needs {ROPE_DIMS} over 2"),
+        (uneven, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
+        (head_dim % 2 and not uneven, width + "; rotary positions need an even number"),
+        (odd_rope, f"{{ROPE_DIMS}}: must be even, and at most a head's {head_dim} channels"),
+        (0 < visible <= local, f"LOCAL_RANK={local}: there are {visible} CUDA devices"),
+        (
+            hp.rope_scaling == "ntk" and rope == 2,
+            "{ROPE_SCALING}: ntk needs over 2 rotated channels",
+        ),
         (hp.mlp_mult * hp.model_dim < 1, "{MLP_MULT}: under one channel at {MODEL_DIM}"),
         (hp.bigram_buckets == 1, "{BIGRAM_BUCKETS}: use 0, or 2 and more"),
         (hp.xsa_last_n > hp.num_layers, "{XSA_LAST_N}: over {NUM_LAYERS}"),
@@ -248,7 +302,7 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
         (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
         (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
         (hp.resume == "auto" and not hp.run_id, "{RESUME}: needs RUN_ID, the run to go on with"),
-        (hp.run_id in (".", "..") or "/" in hp.run_id, "{RUN_ID}: must be a plain file name"),
+        (not is_plain_name(hp.run_id), "{RUN_ID}: must be a plain file name"),
         (hp.fit_budget == "sigma" != hp.quant_clip, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
         (not getattr(torch, hp.device, torch.cpu).is_available(), "{DEVICE}: PyTorch has none"),
     ]
@@ -295,6 +349,50 @@ def settings_dotenv(hp: Hyperparameters) -> str:
 
 
 # ===================================== RUN CONTEXT =====================================
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # save, and stop; SIGUSR1: stop, and export
+FAILED = 1000  # over all signals: a rank cannot go on
+PATIENCE = 5.0  # seconds after which a wait for other ranks is told
+
+
+@functools.cache
+def read_once(path: str) -> bytes:
+    """Read a file at its first use. What a run was started with counts to its end, although the
+    script or the tokenizer may be edited or removed meanwhile."""
+    return Path(path).read_bytes()
+
+
+def say(line: str) -> None:
+    """Print a line. A console that cannot be written, be it a closed pipe or terminal or a full
+    disk, loses the line and ends nothing."""
+    with contextlib.suppress(OSError):
+        print(line)
+    flush_console()
+
+
+def flush_console() -> None:
+    """Write what is to be printed. What cannot be is dropped: it would fail again at each line, and
+    at the exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            console, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, 1)
+            sys.stdout.flush()
+            os.dup2(console, 1)
+            os.close(console)
+            os.close(nothing)
+
+
+def any_console(arguments: list[str]) -> None:
+    """Let the console take any text: what its encoding lacks is printed as an escape. A file of
+    settings is UTF-8, and has the bytes of paths as they are."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when the process started
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    if arguments == ["--settings"]:
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -318,9 +416,9 @@ class Run:
     """A process's place in the job (rank, device, dtype) and, on rank 0, the job's logs."""
 
     def __init__(self, hp: Hyperparameters) -> None:
-        env = os.environ.get
-        self.rank, self.local_rank = int(env("RANK", "0")), int(env("LOCAL_RANK", "0"))
-        self.hp, self.world_size = hp, int(env("WORLD_SIZE", "1"))
+        self.hp = hp
+        place = (launched(name, os.environ) for name in LAUNCHER)
+        self.rank, self.world_size, self.local_rank = place
         self.signal = self.stop = self.stopped = 0  # what this process was sent; what all know of
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
         there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
@@ -350,12 +448,7 @@ class Run:
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
         if self.world_size > 1:
-            store, env = next(dist.rendezvous("env://"))[0], os.environ.get
-            # torchrun shows ranks it restarts the addresses of the dead (PyTorch issue 135712).
-            one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")  # counts the restarts for all
-            store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "") * one_node, store)
-            place = {"rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, **place)
+            self.meet()
         if self.rank == 0:
             self.text = open(f"{self.dir}.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             self.metrics = open(self.dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
@@ -365,7 +458,31 @@ class Run:
             line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
             line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size} "
             line += f"attention:{attention}"
-            self.log(line, "start", versions=line, settings=dataclasses.asdict(self.hp))
+            settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
+            self.log(line, "start", versions=line, settings=settings)
+
+    def meet(self) -> None:
+        """Form a group with the other ranks. Raises UserError if they do not come."""
+        env = os.environ.get
+        where = f"{env('MASTER_ADDR')}:{env('MASTER_PORT')}"
+        waiting = f"rank {self.rank} waits for the other {self.world_size - 1} ranks at {where}"
+        advice = "each needs its own RANK and the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        patience = PATIENCE * (2 if self.local_rank else 1)  # the first of a node speaks first
+        timer = threading.Timer(patience, say, [f"{waiting}; {advice}"])
+        timer.daemon = True
+        timer.start()
+        try:
+            store = next(dist.rendezvous("env://"))[0]
+            # torchrun shows ranks it restarts the addresses of the dead (PyTorch issue 135712).
+            one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")  # counts the restarts for all
+            store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "") * one_node, store)
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            place = {"rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group(backend, store=store, **place)
+        except RuntimeError as error:  # of which those of torch.distributed are kinds
+            raise UserError(f"{waiting}, and cannot meet them: {error}") from None
+        finally:
+            timer.cancel()
 
     def lock_run(self) -> None:
         """Make the run's folder this process's own. Raises UserError if a live process has it."""
@@ -1551,7 +1668,9 @@ if __name__ == "__main__":
             os._exit(code or 0)  # gloo's threads now and then abort a regular exit
         sys.exit(code)
     except (UserError, OSError) as problem:
-        # Before they meet, the ranks of a node find the same problems: one of them speaks.
-        speaks = dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
-        time.sleep(0 if speaks else 2)
-        sys.exit(f"{Path(__file__).name}: error: {problem}" if speaks else 1)
+        # Before they meet, the ranks of a node find the same problems. The first one speaks; the
+        # others do if no launcher has ended them by then.
+        flush_console()
+        first = os.environ.get("LOCAL_RANK", "0") in ("", "0")
+        time.sleep(0 if first or dist.is_initialized() else 2)
+        sys.exit(f"{Path(__file__).name}: error: {problem}" if str(problem) else 1)

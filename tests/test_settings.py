@@ -1,5 +1,6 @@
 """Settings: precedence, defaults, validity, typos, relations, dotenv files, --settings, --help."""
 
+import dataclasses
 import itertools
 import os
 import re
@@ -154,7 +155,7 @@ def test_default(name):
 
 
 def test_there_are_no_undocumented_settings():
-    assert {field.upper() for field in vars(resolve({}))} == set(DEFAULTS)
+    assert set(train_gpt.FIELDS) == set(DEFAULTS)
 
 
 def test_environment_wins_over_config_and_config_over_default(tmp_path):
@@ -404,16 +405,16 @@ def test_an_exact_name_is_no_typo_of_its_neighbour():
 
 UNRELATED = """
 PATH HOME LANG SHELL TERM USER PWD EDITOR HOSTNAME LC_ALL TMPDIR DISPLAY PYTHONPATH
-VIRTUAL_ENV OMP_NUM_THREADS CUDA_VISIBLE_DEVICES RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE
-MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_RANK TORCHELASTIC_RUN_ID TORCHELASTIC_MAX_RESTARTS
-NCCL_DEBUG NCCL_IB_DISABLE PYTORCH_CUDA_ALLOC_CONF TORCH_LOGS WANDB_API_KEY HF_TOKEN HF_HOME
-AWS_SECRET_ACCESS_KEY CI GITHUB_ACTIONS PYTEST_CURRENT_TEST LD_LIBRARY_PATH SSH_AUTH_SOCK _ A
-EXPORT_DIR NUM_WORKERS MODEL DATA TOKENIZER LR BATCH_SIZE
+VIRTUAL_ENV OMP_NUM_THREADS CUDA_VISIBLE_DEVICES MASTER_ADDR MASTER_PORT GROUP_RANK ROLE_RANK
+TORCHELASTIC_RUN_ID TORCHELASTIC_MAX_RESTARTS NCCL_DEBUG NCCL_IB_DISABLE
+PYTORCH_CUDA_ALLOC_CONF TORCH_LOGS WANDB_API_KEY HF_TOKEN HF_HOME AWS_SECRET_ACCESS_KEY CI
+GITHUB_ACTIONS PYTEST_CURRENT_TEST LD_LIBRARY_PATH SSH_AUTH_SOCK _ A EXPORT_DIR NUM_WORKERS
+MODEL DATA TOKENIZER LR BATCH_SIZE
 """
 
 
 def test_unrelated_environment_variables_pass():
-    environ = dict.fromkeys(UNRELATED.split(), "x") | {"WORLD_SIZE": "1"}
+    environ = dict.fromkeys(UNRELATED.split(), "x")
     assert resolve(environ) == resolve({})
 
 
@@ -557,10 +558,25 @@ def test_a_config_file_that_is_a_folder_is_named(tmp_path):
     assert f"CONFIG={tmp_path}" in problems({"CONFIG": str(tmp_path)})
 
 
-def test_a_config_file_that_is_no_utf8_is_named(tmp_path):
+def test_a_path_in_a_config_file_may_be_of_any_bytes(tmp_path):
     path = tmp_path / "latin1.env"
     path.write_bytes("DATA_PATH=café".encode("latin-1"))
-    assert f"CONFIG={path}" in problems({"CONFIG": str(path)})
+    assert os.fsencode(resolve({"CONFIG": str(path)}).data_path) == b"caf\xe9"
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "windows.env"
+    path.write_bytes("SEED=5\r\nNUM_LAYERS=3\r\n".encode("utf-8-sig"))
+    hp = resolve({"CONFIG": str(path)})
+    assert (hp.seed, hp.num_layers) == (5, 3)
+
+
+def test_a_config_file_in_utf16_is_named(tmp_path):
+    path = tmp_path / "utf16.env"
+    path.write_bytes("SEED=5\n".encode("utf-16"))
+    message = problems({"CONFIG": str(path)})
+    assert f"CONFIG={path}" in message
+    assert "UTF-8" in message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
@@ -572,7 +588,30 @@ def test_a_config_file_that_may_not_be_read_is_named(tmp_path):
 
 def test_an_empty_config_file_changes_nothing(tmp_path):
     environ = config(tmp_path, "")
-    assert vars(resolve(environ)) == {**vars(resolve({})), "config": environ["CONFIG"]}
+    assert resolve(environ) == dataclasses.replace(resolve({}), config=environ["CONFIG"])
+
+
+# ---- what nobody set is not what is wrong
+
+
+def test_an_odd_head_width_is_told_by_what_makes_it():
+    message = problems({"MODEL_DIM": "60", "NUM_HEADS": "4", "NUM_KV_HEADS": "2"})
+    assert "MODEL_DIM=60: over NUM_HEADS=4 makes heads of 15 channels" in message
+    assert "ROPE_DIMS" not in message
+
+
+def test_a_head_of_one_pair_under_ntk_is_told_without_rope_dims():
+    message = problems({"MODEL_DIM": "8", "NUM_HEADS": "4", "ROPE_SCALING": "ntk"})
+    assert "ROPE_SCALING=ntk" in message
+    assert "ROPE_DIMS" not in message
+
+
+def test_a_local_rank_without_a_device_is_named(monkeypatch):
+    monkeypatch.setattr(train_gpt.torch.cuda, "device_count", lambda: 1)
+    job = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a"}
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    message = problems(job | {"MASTER_PORT": "1"})
+    assert "LOCAL_RANK=1: there are 1 CUDA devices" in message
 
 
 # ---- --settings and --help
