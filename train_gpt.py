@@ -396,9 +396,11 @@ def any_console(arguments: list[str]) -> None:
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let `write` fill a temporary file, sync it, and rename it to `path`: all of it or nothing."""
+    """Let `write` fill a temporary file, sync it, and rename it to `path`: all of it or nothing.
+    The folder is made again if it has been removed."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -450,9 +452,13 @@ class Run:
         if self.world_size > 1:
             self.meet()
         if self.rank == 0:
-            self.text = open(f"{self.dir}.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-            self.metrics = open(self.dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            source = Path(__file__).read_text(encoding="utf-8")
+            # Names of files may be of any bytes: these are written as they are.
+            options = {"mode": "a", "encoding": "utf-8", "errors": "surrogateescape"}
+            self.text, self.metrics = (
+                open(path, buffering=1, **options)  # noqa: SIM115
+                for path in (f"{self.dir}.txt", self.dir / "metrics.jsonl")
+            )
+            source = read_once(__file__).decode()
             print(source, "=" * 100, settings_dotenv(self.hp), sep="\n", file=self.text)
             device = torch.cuda.get_device_name() if cuda else self.device.type
             line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
@@ -512,7 +518,7 @@ class Run:
     def log(self, line: str, event: str = "", **fields: Any) -> None:
         """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
         if self.rank == 0:
-            print(line, flush=True)
+            say(line)
             with contextlib.suppress(OSError):  # a full disk
                 print(line, file=self.text)
                 if event:
@@ -891,7 +897,7 @@ class Tokenizer:
 
     def __init__(self, hp: Hyperparameters) -> None:
         try:
-            self.sp = sp = SentencePieceProcessor(model_proto=Path(hp.tokenizer_path).read_bytes())
+            self.sp = sp = SentencePieceProcessor(model_proto=read_once(hp.tokenizer_path))
         except Exception as error:
             raise UserError(f"{hp.tokenizer_path}: not a SentencePiece model: {error}") from None
         ids, self.pieces = range(len(sp)), [sp.id_to_piece(i) for i in range(len(sp))]
@@ -1226,7 +1232,7 @@ def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters, pruned: floa
     bad = [name for name, arrays in tensors.items() if not np.isfinite(arrays[0]).all()]
     require(not bad, f"no artifact: values not finite or over 65504 in {', '.join(bad)}")
     settings = {name: setting_texts(hp)[name] for name in MODEL_SETTINGS}
-    tokenizer = hashlib.sha256(Path(hp.tokenizer_path).read_bytes()).hexdigest()
+    tokenizer = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest()
     table = {name: layout(name, w, hp) for name, w in state.items()}
     header = {"settings": settings, "tokenizer": tokenizer, "bos": hp.bos, "tensors": table}
     text, arrays = json.dumps(header).encode(), list(itertools.chain(*tensors.values()))
@@ -1278,7 +1284,7 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         digest = header["tokenizer"]
     except Exception as error:  # crafted content can raise anything
         raise UserError(f"{path}: malformed, or not for these settings: {error}") from None
-    same = hashlib.sha256(Path(hp.tokenizer_path).read_bytes()).hexdigest() == digest
+    same = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest() == digest
     require(same, f"{hp.tokenizer_path}: not the tokenizer that {path} was trained with")
     return hp, weights
 
@@ -1292,7 +1298,7 @@ def scheme(hp: Hyperparameters) -> str:
 
 def forecast(model: GPT, run: Run) -> None:
     """Log the artifact's size for the initial weights, with Gaussian ones where they are zero."""
-    noise, code = torch.Generator().manual_seed(0), Path(__file__).stat().st_size
+    noise, code = torch.Generator().manual_seed(0), len(read_once(__file__))
     state = model.state_dict()
     for name in [name for name, w in state.items() if not w.any()]:
         state[name] = torch.randn(state[name].shape, generator=noise)
@@ -1306,7 +1312,7 @@ def fit_artifact(model: GPT, run: Run) -> bytes:
     which stays empty: "sigma" searches log2 k, of which a unit is a bit a weight by the size law;
     "prune", if there is too much, the share of levels to set to 0. What was done is logged."""
     hp, state, cap = run.hp, model.state_dict(), run.hp.artifact_max_bytes
-    most, sigma = cap - Path(__file__).stat().st_size, hp.fit_budget == "sigma"
+    most, sigma = cap - len(read_once(__file__)), hp.fit_budget == "sigma"
     slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
     x, low, high = (math.log2(hp.quant_sigma), 2.0, 12.0) if sigma else (0.0, 0.0, 1.0)
     x, tried = min(max(x, low), high), {}
@@ -1622,10 +1628,10 @@ def main(arguments: list[str]) -> int | None:
     """Train, export and score a model, or only score one; the exit code if a signal ended it."""
     require(arguments in ([], ["--help"], ["--settings"]), f"{arguments}: see --help")
     if arguments == ["--help"]:
-        return print(__doc__, settings_table(), sep="\n")
+        return print(__doc__, settings_table(), sep="\n", flush=True)
     hp = load_settings(os.environ, check_places=not arguments)
     if arguments == ["--settings"]:
-        return print(settings_dotenv(hp))
+        return print(settings_dotenv(hp), flush=True)
     artifact = Path(hp.artifact)
     run = Run(load_artifact(artifact, hp)[0] if hp.eval_only else hp)
     stream = None if hp.eval_only else TokenStream("train", run)
@@ -1652,7 +1658,7 @@ def main(arguments: list[str]) -> int | None:
         run.log(f"final_{name}_roundtrip_exact {text}")
         if hp.save_nll:
             save_nll(nll, val, hp)
-        code, size = (path.stat().st_size for path in (Path(__file__), artifact))
+        code, size = len(read_once(__file__)), artifact.stat().st_size
         cap = hp.artifact_max_bytes
         sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": cap}
         line = f"Total submission size {name}: {code + size} bytes ({code} code, {size} artifact)"
@@ -1661,12 +1667,16 @@ def main(arguments: list[str]) -> int | None:
 
 
 if __name__ == "__main__":
+    any_console(sys.argv[1:])
     try:
         code = main(sys.argv[1:])
         if dist.is_initialized():
             dist.barrier()
             os._exit(code or 0)  # gloo's threads now and then abort a regular exit
         sys.exit(code)
+    except BrokenPipeError:
+        flush_console()
+        sys.exit(1)  # nobody reads what was asked for
     except (UserError, OSError) as problem:
         # Before they meet, the ranks of a node find the same problems. The first one speaks; the
         # others do if no launcher has ended them by then.
