@@ -504,7 +504,8 @@ class Run:
             left.unlink()
 
     def listen(self) -> None:
-        """Note signals that ask to stop, for `clock`, and exit at once at the second one."""
+        """Note signals that ask to stop, for `clock`, and exit at once at the second one. Those
+        that are ignored, as nohup and a shell's background jobs ask, stay so."""
 
         def note(number: int, _: Any) -> None:
             if self.signal and time.monotonic() > self.noted + 2:  # torchrun repeats what it gets
@@ -512,8 +513,13 @@ class Run:
             if not self.signal:
                 self.signal, self.noted = number, time.monotonic()
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, note)
+        for number in (*ENDING, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, note)
+
+    def fail(self, problem: str) -> None:
+        """Let all ranks stop at their next look at the clock, as after a signal."""
+        self.problem, self.signal, self.noted = problem, FAILED, time.monotonic()
 
     def log(self, line: str, event: str = "", **fields: Any) -> None:
         """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
@@ -532,7 +538,7 @@ class Run:
         if self.world_size > 1:
             dist.all_reduce(now, dist.ReduceOp.MAX)
         self.stop = int(now[1])
-        self.stopped = self.stop in (signal.SIGTERM, signal.SIGINT)
+        self.stopped = self.stop in (*ENDING, FAILED)
         return now[0].item()
 
 
