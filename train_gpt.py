@@ -542,6 +542,43 @@ class Run:
         return now[0].item()
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that a device, or the machine, has too little memory."""
+    return bool(re.search("out of memory|allocate memory", str(error)))
+
+
+class Compiled:
+    """A compiled model; where compiling turns out not to work, the model itself: the compiler does
+    not run, its folder of temporary files is full or may hold no programs, or a limit is passed."""
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        self.model, self.run, self.forward = model, run, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        try:
+            if self.forward is None:
+                self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
+            return self.forward(*inputs)
+        except Exception as error:  # compilers raise what they like
+            self.give_up(error)
+        return self.forward(*inputs)
+
+    def give_up(self, error: Exception) -> None:
+        """Go on without the compiler. Raises the error if it is not the compiler's to mend, and
+        UserError with COMPILE=1."""
+        if self.forward is self.model or is_out_of_memory(error):
+            raise error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = [line for line in lines[1:] if re.search("error:|not permitted|No space", line)]
+        why = "; ".join([*lines[:1], *told[:1]]) or type(error).__name__
+        require(self.run.hp.compile == "auto", f"COMPILE=1: it does not work here: {why}")
+        self.run.log(f"warning: COMPILE=auto does not work here, going on without: {why}")
+        self.forward = self.model
+
+
+Forward = Callable[[Tensor, Tensor], Tensor]  # of a batch's inputs and targets: the NLL
+
+
 def later(number: Tensor) -> Callable[[], float]:
     """A function that gives a number on the device, without waiting for what follows it there."""
     host = number.to("cpu", non_blocking=number.is_cuda)
@@ -1046,7 +1083,7 @@ def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
 
 
 @torch.no_grad()
-def score(model: nn.Module, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
+def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
     """NLL in nats of each token but the first, float32 (N - 1,), 0 for the first of later streams;
     its mean, and bits per byte. Each token is scored once, and alike on any number of ranks."""
     hp, count, streams = run.hp, len(val.tokens) - 1, [*itertools.pairwise(val.starts)]
@@ -1410,7 +1447,7 @@ class Trainer:
     gradients of another. With ZERO_LEVEL=1 (ZeRO, arXiv 1910.02054) these have a part a rank, which
     sums the gradients of it alone and updates its weights. A part's last element is the loss."""
 
-    def __init__(self, model: GPT, forward: nn.Module, stream: TokenStream, run: Run) -> None:
+    def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
         self.model, self.forward, self.stream, self.run = model, forward, stream, run
         self.params, self.feed = dict(model.named_parameters()), batches(stream, run)
         self.parts, self.part = (run.world_size, run.rank) if run.hp.zero_level else (1, 0)
@@ -1646,7 +1683,7 @@ def main(arguments: list[str]) -> int | None:
         run.hp = dataclasses.replace(run.hp, bos=val.bos)
     run.start()
     model = GPT(run.hp, run.dtype).to(run.device)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
+    forward = Compiled(model, run) if run.compile else model
     run.log(val.note)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     if stream:

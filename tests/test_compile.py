@@ -1,0 +1,126 @@
+"""COMPILE=auto where compiling does not work, and COMPILE=1 there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO
+
+import train_gpt
+from train_gpt import Compiled, Hyperparameters, Run, UserError
+
+
+def compiled(choice: str, monkeypatch, failure: Exception | None = None) -> Compiled:
+    """A model that doubles, under a compiler that fails, or compiles it to one that triples."""
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail if failure else (lambda x: 3 * x))
+    return Compiled(lambda x: 2 * x, Run(Hyperparameters(device="cpu", compile=choice)))
+
+
+FAILURES = {
+    "a compiler": RuntimeError("CppCompileError: C++ compile error"),
+    "a full disk": OSError(28, "No space left on device"),
+    "a limit": ValueError("recompile_limit reached"),
+    "no words": AssertionError(),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_auto_goes_on_without_and_says_why_once(failure, monkeypatch, capsys):
+    model = compiled("auto", monkeypatch, FAILURES[failure])
+    monkeypatch.setattr(Run, "log", lambda _, line, *__: print(line))
+    assert [model(torch.tensor(1)).item() for _ in range(3)] == [2, 2, 2]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: COMPILE=auto does not work here, going on without: ")
+    assert (str(FAILURES[failure]) or "AssertionError") in line
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_1_is_one_clear_error(failure, monkeypatch):
+    with pytest.raises(UserError, match="COMPILE=1: it does not work here: "):
+        compiled("1", monkeypatch, FAILURES[failure])(torch.tensor(1))
+
+
+@pytest.mark.parametrize("choice", ["auto", "1"])
+def test_what_works_is_used(choice, monkeypatch):
+    assert compiled(choice, monkeypatch)(torch.tensor(1)).item() == 3
+
+
+def test_too_little_memory_is_not_the_compilers_fault(monkeypatch):
+    """Priming halves the micro-batches then, and compiles again."""
+    model = compiled("auto", monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        model(torch.tensor(1))
+
+
+def test_an_error_of_the_model_itself_is_not_swallowed(monkeypatch):
+    model = compiled("auto", monkeypatch, RuntimeError("shapes"))
+    model.model = lambda _: 1 / 0
+    monkeypatch.setattr(Run, "log", lambda *_: None)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.tensor(1))
+
+
+def test_a_gradient_that_cannot_be_compiled_is_found_in_priming(run, monkeypatch, capsys):
+    """The forward pass has been compiled by then."""
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, _):
+            raise RuntimeError("CppCompileError: C++ compile error")
+
+    def compile_(model, **_):
+        return lambda *inputs: Backward.apply(model(*inputs))
+
+    plain = run("plain", WARMUP_STEPS=1)
+    monkeypatch.setattr(torch, "compile", compile_)
+    start = Run.__init__
+
+    def with_compiler(self, hp):
+        start(self, hp)
+        self.compile = True
+
+    monkeypatch.setattr(Run, "__init__", with_compiler)
+    folder = run("fallen", COMPILE="auto", WARMUP_STEPS=1)
+    assert "going on without: CppCompileError" in capsys.readouterr().out
+    first, second = (
+        torch.load(place / "final_model.pt", weights_only=True) for place in (plain, folder)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+REAL = """
+import torch
+from train_gpt import Compiled, Hyperparameters, Run
+run = Run(Hyperparameters(device="cpu", compile="auto"))
+run.rank = 1
+model = Compiled(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), run)
+run.log = print
+print(model(torch.ones(2, 4)).shape)
+"""
+
+
+def test_a_real_compiler_that_does_not_run(tmp_path):
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CXX": "/bin/false"}
+    env |= {"PYTHONPATH": str(REPO), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", REAL]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    warning, shape = done.stdout.splitlines()
+    assert "going on without" in warning
+    assert shape == "torch.Size([2, 4])"
+
+
+def test_out_of_memory_is_known_by_its_words():
+    words = ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"]
+    assert [train_gpt.is_out_of_memory(RuntimeError(text)) for text in words] == [True, True]
+    assert not train_gpt.is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
