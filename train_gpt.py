@@ -422,6 +422,8 @@ class Run:
         place = (launched(name, os.environ) for name in LAUNCHER)
         self.rank, self.world_size, self.local_rank = place
         self.signal = self.stop = self.stopped = 0  # what this process was sent; what all know of
+        self.end: Path | None = None  # a checkpoint for as long as there is no score
+        self.problem = ""  # why this process cannot go on, if it has set `signal` to FAILED
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
         there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
         kind = next(there) if hp.device == "auto" else hp.device
@@ -529,6 +531,24 @@ class Run:
                 print(line, file=self.text)
                 if event:
                     print(json.dumps({"event": event, **fields}), file=self.metrics)
+
+    def recover(self) -> None:
+        """Take back `fail`, on whichever rank it was."""
+        self.signal = self.signal % FAILED
+        self.stop = self.stopped = 0
+
+    def first(self, action: Callable[[], Any]) -> Any:
+        """What a function returns on rank 0, None on the others. Raises UserError on all ranks if
+        it does on rank 0, with the words there alone."""
+        result = None
+        try:
+            result = action() if self.rank == 0 else None
+        except (OSError, UserError) as error:
+            self.fail(str(error))
+        self.clock()
+        require(self.stop != FAILED, self.problem)
+        self.stopped = False  # a signal is not for what must be done whole
+        return result
 
     def clock(self, synchronize: bool = False) -> float:
         """Rank 0's seconds, if asked after the device's work; tells all ranks of signals to any."""
@@ -643,6 +663,7 @@ class TokenStream:
         self.paths, self.ids = shard_paths(run.hp, split), ids or run.hp.vocab_size
         self.sizes = [shard_size(path) for path in self.paths]
         self.ends = np.cumsum(self.sizes)
+        self.identity = ""  # what all the tokens are, however they lie in shards, once it is known
         self.total = int(self.ends[-1])
         scan = min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1
         for start in range(0, scan, 2**22):
@@ -662,6 +683,20 @@ class TokenStream:
             pieces.append(piece)
             start += len(piece)
         return np.concatenate(pieces)
+
+    def identify(self) -> None:
+        """Begin to find out `identity`, beside what follows: a checkpoint needs it, and the end of
+        a run may leave no time to read all the data."""
+
+        def read_all() -> None:
+            digest = hashlib.sha256()
+            with contextlib.suppress(OSError, UserError):  # what cannot be read, training will tell
+                for start in range(0, self.total, 2**22):
+                    digest.update(self.read(start, min(2**22, self.total - start)))
+                self.identity = f"{self.total} tokens, sha256 {digest.hexdigest()}"
+
+        self.identifying = threading.Thread(target=read_all, daemon=True)
+        self.identifying.start()
 
 
 def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tensor]]:
@@ -1386,7 +1421,7 @@ def fit_artifact(model: GPT, run: Run) -> bytes:
 
 def write_checkpoint(state: dict[str, Any], run: Run) -> None:
     """Write what `Trainer.state` gave, and delete the oldest. A full disk costs but a warning."""
-    path, buffer = run.dir / f"checkpoint_{state['step']:07d}.pt", io.BytesIO()
+    path, buffer = run.dir / checkpoint_name(state["step"]), io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getbuffer()
     try:
@@ -1397,34 +1432,78 @@ def write_checkpoint(state: dict[str, Any], run: Run) -> None:
         old.unlink()
 
 
+def checkpoint_name(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"checkpoint_{step:07d}.pt"
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step that a checkpoint's name tells; 0 if it is no checkpoint's name."""
+    found = re.fullmatch(r"checkpoint_(\d+)\.pt", path.name)
+    return int(found[1]) if found else 0
+
+
 def checkpoints(run: Run) -> list[Path]:
-    """The checkpoints in the run's folder, the newest first."""
-    return sorted(run.dir.glob("checkpoint_*.pt"), key=lambda path: -path.stat().st_mtime_ns)
+    """The checkpoints in the run's folder, that of the latest step first. The times of files tell
+    nothing: a copy, a restore or a wrong clock changes them."""
+    found = filter(checkpoint_step, run.dir.glob("checkpoint_*.pt"))
+    return sorted(found, key=checkpoint_step, reverse=True)
 
 
-def find_checkpoint(run: Run, data: str) -> dict[str, Any] | None:
+def set_aside(run: Run, step: int, resumed: Path | None) -> None:
+    """Rename what the training that starts at `step` does not go on from, so that it is neither
+    taken for this training's nor deleted in its place."""
+    ours = resumed and resumed.resolve()
+    later = [p for p in checkpoints(run) if checkpoint_step(p) >= step and p.resolve() != ours]
+    for path in later:
+        path.replace(path.with_name(f"old_{path.name}"))
+    if later:
+        names = ", ".join(path.name for path in later)
+        run.log(f"set aside, as old_checkpoint_*.pt: {names}, not gone on from")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint. Raises an Exception of any kind if it is none, or of another step
+    than its name says."""
+    content = memoryview(path.read_bytes())
+    require(hashlib.sha256(content[32:]).digest() == content[:32], "truncated or damaged")
+    state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    step = checkpoint_step(path)
+    require(step in (0, state["step"]), f"it holds step {state['step']}")
+    return {**state, "settings": {**state["settings"]}}
+
+
+def find_checkpoint(run: Run, stream: TokenStream) -> dict[str, Any] | None:
     """The state that RESUME asks for; None if that is auto, and there is none. Raises UserError if
     it cannot be read, or was made under settings, or with training data, that matter."""
     hp, auto, state = run.hp, run.hp.resume == "auto", None
     for path in checkpoints(run) if auto else [Path(hp.resume)]:
         try:
-            content = memoryview(path.read_bytes())
-            require(hashlib.sha256(content[32:]).digest() == content[:32], "truncated or damaged")
-            loaded = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-            then, state = {**loaded["settings"]}, loaded
+            state = read_checkpoint(path)
             break
         except Exception as error:  # crafted content can raise anything
             require(auto, f"{path}: not a checkpoint: {error}")
             run.log(f"warning: {path}: not a checkpoint: {error}; trying the one before it")
     if state is None:
         return run.log("resume:auto no checkpoint; starting at step 0")
-    now = setting_texts(hp) | {"DATA": data}
+    stream.identifying.join()
+    then, now = state["settings"], setting_texts(hp) | {"DATA": stream.identity}
+    if not then.get("DATA"):
+        run.log(f"warning: {path}: not known with what training data it was made")
+        then["DATA"] = now["DATA"]
     changed = {n: f"\n  {n}={then.get(n)}, now {now[n]}" for n in now if then.get(n) != now[n]}
     grave = "".join(line for name, line in changed.items() if name not in NEUTRAL_SETTINGS)
     what = f"{path}: other settings made it, set them back or set RESUME_CHANGED=1:{grave}"
     require(not grave or hp.resume_changed, what)
     run.log(f"resume:{path} step:{state['step']}{''.join(changed.values())}")
-    return state
+    whole = state.get("whole", True)
+    what = "it has no optimizer state: its training was over, and only its settings can finish it"
+    require(whole or not grave, f"{path}: {what}{grave}")
+    run.end = path if auto and not whole else None
+    exported = (run.dir / "final_model.artifact").exists()
+    if state.get("stop") == signal.SIGUSR1 and not grave and not (whole and exported):
+        run.signal = signal.SIGUSR1  # training had been ended; what is left is the export
+    return state | {"path": path}
 
 
 # ===================================== TRAINING =====================================
@@ -1449,7 +1528,7 @@ class Trainer:
 
     def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
         self.model, self.forward, self.stream, self.run = model, forward, stream, run
-        self.params, self.feed = dict(model.named_parameters()), batches(stream, run)
+        self.params = dict(model.named_parameters())
         self.parts, self.part = (run.world_size, run.rank) if run.hp.zero_level else (1, 0)
         self.places, width = place({n: p.numel() for n, p in self.params.items()}, self.parts)
         self.weights, self.grads = torch.zeros(2, self.parts, width, device=run.device)
@@ -1465,20 +1544,35 @@ class Trainer:
             for optimizer in self.optimizers:
                 tensors |= optimizer.state.get(self.params[name], {})
         self.bad_in_a_row, self.late = torch.zeros((), device=run.device), []
-        crc = zlib.crc32(stream.read(0, min(stream.total, SCAN_TOKENS, 2**20)))
-        self.data = f"{stream.total} tokens, crc32 of the first {crc:08x}"
+        self.feed_from(0)
 
     def view(self, name: str, buffer: Tensor) -> Tensor:
         """The part of a buffer that belongs to a parameter."""
         p, at = self.params[name], self.places[name][1]
         return buffer.view(-1)[at : at + p.numel()].view_as(p)
 
+    def feed_from(self, step: int) -> None:
+        """Read the batches from a step on."""
+        self.feed, self.upcoming = batches(self.stream, self.run, step), None
+
+    def fetch(self) -> None:
+        """Have the next batch ready. If it cannot be read, as when a shard has been removed, all
+        ranks are asked to stop: the steps before it are not lost."""
+        self.upcoming = None
+        try:
+            self.upcoming = next(self.feed, None)  # it ends after an error
+        except (OSError, UserError) as error:
+            self.run.fail(f"the training data cannot be read any more: {error}")
+
     def step(self, step: int, elapsed: float, dry: bool = False) -> Tensor:
         """Update the weights from the next global batch; its mean loss in nats, fp32 (). If `dry`,
         or loss or gradient is not finite, only `bad_in_a_row` changes; no rank waits to know."""
         hp = self.run.hp
         self.grads.zero_()
-        self.batch = next(self.feed)
+        if self.upcoming is None:
+            self.fetch()
+        require(self.upcoming is not None, self.run.problem)
+        self.batch = self.upcoming
         for inputs, targets in self.batch:
             loss = self.forward(inputs, targets).sum() / hp.train_batch_tokens
             loss.backward()
@@ -1503,6 +1597,7 @@ class Trainer:
             self.average.lerp_(self.weights, (1 - hp.ema_decay) * (~bad).float())
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
         self.late.append((step, later(self.bad_in_a_row), self.batch))
+        self.fetch()
         return loss
 
     def reduce(self, ours: Tensor) -> Tensor:
@@ -1547,17 +1642,23 @@ class Trainer:
         found += [f"gradient of {n}" for n, p in backwards if not p.grad.isfinite().all()]
         return found[0] if found else f"nothing in the batch of rank {self.run.rank}"
 
-    def state(self, step: int, elapsed: float) -> dict[str, Any]:
-        """A copy of all that the rest of the run depends on; on rank 0, of all parts."""
-        ours = {n: self.tensors[n] for n in self.params if self.places[n][0] == self.run.rank}
-        params = {n: {k: t.detach().cpu().clone() for k, t in ours[n].items()} for n in ours}
+    def state(self, step: int, elapsed: float, whole: bool = True) -> dict[str, Any]:
+        """A copy of all that the rest of the run depends on, or unless `whole` of what it does at
+        the end of training; on rank 0, of all parts."""
+        params = {}
+        for name in self.params:
+            if self.places[name][0] == self.run.rank:
+                tensors = self.tensors[name].items()
+                kept = {k: t for k, t in tensors if whole or k in ("weights", "average")}
+                params[name] = {k: t.detach().cpu().clone() for k, t in kept.items()}
         if self.parts > 1:
             shares = [{}] * self.parts if self.part == 0 else None
             dist.gather_object(params, shares)
             params = {name: t for share in shares or [] for name, t in share.items()}
-        settings = setting_texts(self.run.hp) | {"DATA": self.data}
-        progress = {"step": step, "elapsed": elapsed, "random": torch.get_rng_state()}
-        return {**progress, "settings": settings, "params": params}
+        settings = setting_texts(self.run.hp) | {"DATA": self.stream.identity}
+        progress = {"step": step, "elapsed": elapsed, "stop": int(self.run.stop), "whole": whole}
+        random = torch.get_rng_state()
+        return {**progress, "random": random, "settings": settings, "params": params}
 
     def resume(self, state: dict[str, Any] | None) -> tuple[int, float]:
         """Go on from rank 0's state, if it has one: the step, and the seconds trained so far."""
@@ -1572,9 +1673,10 @@ class Trainer:
         for name, kept in state["params"].items():
             for key, t in self.tensors[name].items():
                 # An average that was not kept then starts as the weights.
-                t.detach().copy_(kept.get(key, kept["weights"]))
+                missing = kept["weights"] if key == "average" else t
+                t.detach().copy_(kept.get(key, missing))
         torch.set_rng_state(state["random"])
-        self.feed = batches(self.stream, self.run, state["step"])
+        self.feed_from(state["step"])
         return state["step"], state["elapsed"]
 
     def prime(self) -> None:
@@ -1587,11 +1689,13 @@ class Trainer:
                     self.step(step, 0.0, dry=True)
                     step += 1
                 except RuntimeError as error:
-                    if not re.search("out of memory|allocate memory", str(error)):
+                    if is_out_of_memory(error):
+                        self.halve(error, step)
+                    elif isinstance(self.forward, Compiled):  # its gradient cannot be compiled
+                        self.forward.give_up(error)
+                        self.feed_from(step)
+                    else:
                         raise
-                    self.run.forward_rows = self.batch[0].size(1) // 2
-                    require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
-                    self.feed = batches(self.stream, self.run, step)
         rows = torch.tensor(self.run.forward_rows)
         if self.run.world_size > 1:  # validation, too, is divided by it
             dist.all_reduce(rows, dist.ReduceOp.MIN)
@@ -1599,72 +1703,172 @@ class Trainer:
             self.run.forward_rows = int(rows)
             self.run.log(f"out of memory: going on with {rows} sequences at a time")
         self.bad_in_a_row, self.late = self.bad_in_a_row * 0, []
-        self.feed = batches(self.stream, self.run)
+        self.feed_from(0)
+
+    def halve(self, error: RuntimeError, step: int) -> None:
+        """Go on from a step with micro-batches of half the size. Raises UserError if that is 0."""
+        self.run.forward_rows = self.batch[0].size(1) // 2
+        require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
+        self.feed_from(step)
 
 
-def train(trainer: Trainer, val: Validation, run: Run, step: int, elapsed: float) -> None:
-    """Train from `step` on until ITERATIONS, the wallclock cap by rank 0's clock, or a signal. The
-    clock stands in validation, and while a checkpoint is copied to be written beside the steps."""
+def report(event: str, losses: dict[str, float], step: int, elapsed: float, run: Run) -> None:
+    """Log the losses of a step, `elapsed` seconds into training."""
+    values = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
+    ms, rate = 1e3 * elapsed, step * run.hp.train_batch_tokens / max(elapsed, 1e-9)
+    times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms tok_s:{rate:.0f}"
+    times_event = {"step": step, "train_time_ms": ms, "tokens_per_second": rate}
+    line = f"step:{step}/{run.hp.iterations} {values} {times}"
+    run.log(line, event, **times_event, **losses)
+
+
+def train(
+    trainer: Trainer, val: Validation, run: Run, step: int, elapsed: float
+) -> tuple[int, float]:
+    """Train from `step` on until ITERATIONS, the wallclock cap by rank 0's clock, or a signal: the
+    last step, and the seconds. The clock stands in validation, and while a checkpoint is copied to
+    be written beside the steps. With SAVE_EVERY=0 the end of training is kept in one too, without
+    the optimizers' state: if what follows fails, RESUME=auto repeats that alone."""
     hp, start, saved, writing = run.hp, run.clock(synchronize=True) - elapsed, step, None
-
-    def report(event: str, losses: dict[str, float]) -> None:
-        values = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
-        ms, rate = 1e3 * elapsed, step * hp.train_batch_tokens / max(elapsed, 1e-9)
-        times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms tok_s:{rate:.0f}"
-        times_event = {"step": step, "train_time_ms": ms, "tokens_per_second": rate}
-        run.log(f"step:{step}/{hp.iterations} {values} {times}", event, **times_event, **losses)
-
     with ThreadPoolExecutor(1) as writer:
         while True:
             capped = 0 < hp.max_wallclock_seconds <= elapsed
             last = capped or step >= hp.iterations or run.stop == signal.SIGUSR1
-            due = hp.save_every and (last or step % hp.save_every == 0)
+            if last and run.stop == FAILED:
+                run.recover()  # no more data is needed
+            due = last or (hp.save_every and step % hp.save_every == 0)
             if (due or run.stopped) and step > saved:
                 elapsed, saved = run.clock(synchronize=True) - start, step
-                state = trainer.state(step, elapsed)
+                if run.rank == 0 and not run.stopped:
+                    trainer.stream.identifying.join()
+                whole = bool(hp.save_every) or not last
+                run.end = run.dir / checkpoint_name(step) if not whole else None
+                state = trainer.state(step, elapsed, whole)
                 if run.rank == 0:
                     writing = writing and writing.result()
                     writing = writer.submit(write_checkpoint, state, run)
                 start = run.clock() - elapsed
-            if run.stopped:
+            if run.stopped or last:
                 break
-            if last and trainer.average is not None:  # what is exported is what is validated
-                trainer.weights.copy_(trainer.average)
-            if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
+            if hp.val_loss_every and step % hp.val_loss_every == 0:
                 elapsed = run.clock(synchronize=True) - start
-                report("val", score(trainer.forward, val, run)[1])
+                report("val", score(trainer.forward, val, run)[1], step, elapsed, run)
                 start = run.clock(synchronize=True) - elapsed
-            if last:
-                run.stopped = False  # too late for a signal: what follows writes all that there is
-                break
             loss = trainer.step(step, elapsed)
             step, elapsed = step + 1, run.clock() - start
             trainer.look_back(4 if run.device.type == "cuda" else 0)
             if hp.train_log_every and (step <= 10 or step % hp.train_log_every == 0):
-                report("train", {"train_loss": loss.item()})
+                report("train", {"train_loss": loss.item()}, step, elapsed, run)
         trainer.look_back(0)
-    if why := signal.Signals(run.stop).name if run.stop else "wallclock_cap" * capped:
+    return step, elapsed
+
+
+def keep_room(run: Run, model: GPT) -> Path:
+    """Take room on the disk for artifact and raw weights, until they are written: a disk that gets
+    full in hours of training must not cost them. Raises UserError if there is none now."""
+    room = run.dir / ".room.partial"
+    need = 2**16 + 6 * sum(p.numel() for p in model.parameters())  # at most 2 + 4 bytes each
+    try:
+        with open(room, "wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, need)
+            else:
+                file.write(bytes(need))
+    except OSError as error:
+        room.unlink(missing_ok=True)
+        free = shutil.disk_usage(run.dir).free
+        what = f"artifact and weights need up to {need} bytes, {free} are free"
+        raise UserError(
+            f"{run.dir}: {error.strerror}: {what}; make room there, or set OUT_DIR"
+        ) from None
+    return room
+
+
+def export(model: GPT, run: Run, room: Path) -> None:
+    """Write artifact and raw weights, each even if the other cannot be. Raises UserError that says
+    how to go on."""
+    raw = io.BytesIO()  # torch.save would hide what the disk says
+    torch.save({name: w.clone() for name, w in model.state_dict().items()}, raw)
+    room.unlink(missing_ok=True)
+    contents = {
+        "final_model.artifact": lambda file: file.write(fit_artifact(model, run)),
+        "final_model.pt": lambda file: file.write(raw.getbuffer()),
+    }
+    written, problems = [path.name for path in checkpoints(run)[:1]], []
+    for name, write in contents.items():
+        try:
+            atomic_write(run.dir / name, write)
+            written.append(name)
+        except (OSError, UserError) as error:
+            problems.append(f"{name}: {error}")
+    free = f"{shutil.disk_usage(run.dir).free} bytes are free in {run.dir}"
+    advice = f"put it right, and finish with {how_to_go_on(run)}"
+    kept = f"kept: {', '.join(written) or 'nothing'}"
+    what = f"training is over, but its result is not all written: {'; '.join(problems)}"
+    require(not problems, f"{what}; {kept}; {free}; {advice}")
+
+
+def how_to_go_on(run: Run) -> str:
+    """The settings that let a run go on from its newest checkpoint."""
+    return f"RUN_ID={shlex.quote(run.dir.name)} RESUME=auto"
+
+
+def prepare(trainer: Trainer, run: Run) -> tuple[dict[str, Any] | None, Path]:
+    """Before training, on rank 0: the state to resume, if any, and the room kept on the disk."""
+    trainer.stream.identify()
+    forecast(trainer.model, run)
+    state = find_checkpoint(run, trainer.stream) if run.hp.resume else None
+    set_aside(run, state["step"] if state else 0, state and state.pop("path"))
+    return state, keep_room(run, trainer.model)
+
+
+def log_data(stream: TokenStream, run: Run) -> None:
+    """Log how much training data there is, and how often it will be read."""
+    hp = run.hp
+    run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
+    planned = hp.iterations * hp.train_batch_tokens / stream.total
+    line = f"epochs_planned:{planned:.2f}"
+    if planned >= 2:
+        capped = " at most; MAX_WALLCLOCK_SECONDS may end it before" * (
+            hp.max_wallclock_seconds > 0
+        )
+        line += f" warning: each training token is read {planned:.1f} times{capped}"
+    run.log(line)
+
+
+def log_end(stream: TokenStream, run: Run, step: int, elapsed: float) -> None:
+    """Log why training ended before ITERATIONS, and how often the data was read if over once."""
+    why = "wallclock_cap" * (step < run.hp.iterations)
+    if run.stop:
+        why = signal.Signals(run.stop).name if run.stop < FAILED else "failure"
+    if why:
         run.log(f"stopping_early: {why} train_time:{1e3 * elapsed:.0f}ms step:{step}")
+    epochs = step * run.hp.train_batch_tokens / stream.total
+    if epochs > 1:
+        run.log(f"epochs:{epochs:.2f}")
 
 
 def train_and_export(trainer: Trainer, val: Validation, run: Run) -> Path:
     """Train, and write raw weights and artifact, whose path it is; after a signal, a checkpoint."""
-    artifact, model, stream = run.dir / "final_model.artifact", trainer.model, trainer.stream
-    run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
-    if run.rank == 0:
-        forecast(model, run)
-    trainer.prime()
-    resumed = find_checkpoint(run, trainer.data) if run.hp.resume and run.rank == 0 else None
-    train(trainer, val, run, *trainer.resume(resumed))
-    if run.stopped:
-        run.log(f"to go on: RUN_ID={run.dir.name} RESUME=auto")
-    elif run.rank == 0:
-        state = {name: w.clone() for name, w in model.state_dict().items()}
-        buffer = io.BytesIO()  # torch.save would hide what the disk says
-        torch.save(state, buffer)
-        atomic_write(run.dir / "final_model.pt", lambda f: f.write(buffer.getbuffer()))
-        atomic_write(artifact, lambda f: f.write(fit_artifact(model, run)))
-    return artifact
+    model, stream = trainer.model, trainer.stream
+    log_data(stream, run)
+    with contextlib.ExitStack() as at_end:
+        resumed, room = run.first(lambda: prepare(trainer, run)) or (None, None)
+        if room:
+            at_end.callback(room.unlink, missing_ok=True)
+        trainer.prime()
+        step, elapsed = train(trainer, val, run, *trainer.resume(resumed))
+        log_end(stream, run, step, elapsed)
+        if run.stopped:
+            run.log(f"to go on: {how_to_go_on(run)}")
+            run.clock()  # no rank leaves, and lets a launcher end the others, before all is written
+            require(run.stop != FAILED, run.problem)
+            return Path()
+        if trainer.average is not None:  # what is exported is what is validated
+            trainer.weights.copy_(trainer.average)
+        run.first(lambda: export(model, run, room))
+    report("val", score(trainer.forward, val, run)[1], step, elapsed, run)
+    return run.dir / "final_model.artifact"
 
 
 def main(arguments: list[str]) -> int | None:
@@ -1706,6 +1910,8 @@ def main(arguments: list[str]) -> int | None:
         sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": cap}
         line = f"Total submission size {name}: {code + size} bytes ({code} code, {size} artifact)"
         run.log(line, "final", **final, **sizes)
+        if run.end:
+            run.end.unlink(missing_ok=True)
         require(code + size <= cap, f"{line}, over ARTIFACT_MAX_BYTES={cap}; all is saved")
 
 

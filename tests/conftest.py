@@ -4,11 +4,12 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
-from programs import Server
+from programs import TECHNIQUES, Program, Server, loss_lines
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "train_gpt.py"
@@ -31,6 +32,7 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
 
+BACKWARD = "torch.Tensor.backward"  # once in priming, then once a step
 VOCAB = 512
 BOS = 1
 WORDS_TEXT = """
@@ -284,3 +286,93 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes] | None]:
         str(path): (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+# ---- runs that are interrupted
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """The steps of which a folder has checkpoints."""
+    return sorted(int(re.findall(r"\d+", path.name)[0]) for path in folder.glob("checkpoint_*"))
+
+
+def error(run: Program) -> str:
+    """The message of a run that has refused to go on, as a user should see it."""
+    assert run.returncode == 1, run.output
+    assert "Traceback" not in run.output
+    found = re.search(r"^train_gpt\.py: error: (.*)", run.output, re.M | re.S)
+    assert found, run.output
+    return found[1]
+
+
+class Place:
+    """A folder for the runs of a test, and the settings that they share."""
+
+    def __init__(self, server: Server, dataset, out: Path) -> None:
+        self.server, self.out = server, out
+        self.settings = tiny_settings(dataset, out, **TECHNIQUES, SAVE_EVERY=3, RUN_ID="run")
+
+    @property
+    def folder(self) -> Path:
+        return self.out / "run"
+
+    @property
+    def log(self) -> str:
+        return (self.out / "run.txt").read_text(encoding="utf-8")
+
+    def env(self, **changed: object) -> dict[str, str]:
+        return self.settings | {name: str(value) for name, value in changed.items()}
+
+    def start(self, *faults: dict, **changed: object) -> Program:
+        return self.server.start(self.env(**changed), *faults)
+
+    def run(self, *faults: dict, **changed: object) -> Program:
+        return self.start(*faults, **changed).wait()
+
+    def resume(self, *faults: dict, **changed: object) -> Program:
+        return self.run(*faults, **{"RESUME": "auto"} | changed)
+
+
+def at(nth: int, do: str, where: str = BACKWARD, part: str = "") -> dict:
+    """What happens before the nth call of a function."""
+    return {"at": where, "nth": nth, "do": do, "part": part}
+
+
+def assert_ended_like(place: Place, whole: Place, *runs: Program) -> None:
+    """The last of these runs must have ended as `whole`, with the same losses on the way."""
+    assert runs[-1].returncode == 0, runs[-1].output
+    assert same_bits(place.folder, whole.folder)
+    lines, printed = loss_lines(whole.output), "".join(run.output for run in runs)
+    assert sorted(loss_lines(printed)) == sorted(lines)
+
+
+@pytest.fixture
+def place(server, dataset, tmp_path) -> Place:
+    """An empty place."""
+    return Place(server, dataset, tmp_path / "logs")
+
+
+@pytest.fixture(scope="session")
+def whole(server, dataset, tmp_path_factory) -> Place:
+    """A run that no signal has disturbed."""
+    place = Place(server, dataset, tmp_path_factory.mktemp("undisturbed"))
+    run = place.run(SAVE_EVERY=0)
+    assert run.returncode == 0, run.output
+    place.output = run.output
+    return place
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """Make a disk of some bytes; skips where that is not permitted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def make(size: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no disk can be mounted here")
+        return folder
+
+    yield make
+    subprocess.run(["umount", str(folder)], capture_output=True)

@@ -207,6 +207,8 @@ def become_the_script(request: dict) -> None:
     for fault in request["faults"]:
         if fault["do"] == "tick":
             tick()
+        elif fault["do"].startswith("ignore "):
+            signal.signal(signal.Signals[fault["do"].removeprefix("ignore ")], signal.SIG_IGN)
         elif fault["do"].startswith("limit "):
             limit = int(fault["do"].removeprefix("limit "))
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

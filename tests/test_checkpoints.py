@@ -8,73 +8,24 @@ import pickle
 import random
 import re
 import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import same_bits, shard_bytes, tiny_settings
-from programs import TECHNIQUES, Program, Server, loss_lines
+from conftest import Place, assert_ended_like, checkpoints, error, same_bits, shard_bytes
+from programs import Program, loss_lines
 
 SECRET = "hunter2-91c07e"
 KILL = "SIGKILL"
-
-
-def checkpoints(folder: Path) -> list[int]:
-    """The steps of which a folder has checkpoints."""
-    return sorted(int(re.findall(r"\d+", path.name)[0]) for path in folder.glob("checkpoint_*"))
 
 
 def checkpoint(folder: Path, step: int) -> Path:
     """The checkpoint of a step."""
     (path,) = folder.glob(f"checkpoint_*{step:04d}.pt")
     return path
-
-
-def error(run: Program) -> str:
-    """The message of a run that has refused to go on, as a user should see it."""
-    assert run.returncode == 1, run.output
-    assert "Traceback" not in run.output
-    found = re.search(r"^train_gpt\.py: error: (.*)", run.output, re.M | re.S)
-    assert found, run.output
-    return found[1]
-
-
-class Place:
-    """A folder for the runs of a test, and the settings that they share."""
-
-    def __init__(self, server: Server, dataset, out: Path) -> None:
-        self.server, self.out = server, out
-        self.settings = tiny_settings(dataset, out, **TECHNIQUES, SAVE_EVERY=3, RUN_ID="run")
-
-    @property
-    def folder(self) -> Path:
-        return self.out / "run"
-
-    @property
-    def log(self) -> str:
-        return (self.out / "run.txt").read_text(encoding="utf-8")
-
-    def env(self, **changed: object) -> dict[str, str]:
-        return self.settings | {name: str(value) for name, value in changed.items()}
-
-    def start(self, *faults: dict, **changed: object) -> Program:
-        return self.server.start(self.env(**changed), *faults)
-
-    def run(self, *faults: dict, **changed: object) -> Program:
-        return self.start(*faults, **changed).wait()
-
-    def resume(self, *faults: dict, **changed: object) -> Program:
-        return self.run(*faults, **{"RESUME": "auto"} | changed)
-
-
-@pytest.fixture
-def place(server, dataset, tmp_path) -> Place:
-    """An empty place."""
-    return Place(server, dataset, tmp_path / "logs")
 
 
 @pytest.fixture(scope="session")
@@ -94,16 +45,8 @@ def interrupted(place, whole) -> Place:
     place.folder.mkdir(parents=True)
     for step in (3, 6):
         path = Path(shutil.copy(checkpoint(whole.folder, step), place.folder))
-        os.utime(path, (step, step))  # in the order in which they were written
+        os.utime(path, (-step % 9, -step % 9))  # a copy, a restore or a wrong clock may do that
     return place
-
-
-def assert_ended_like(place: Place, whole: Place, *runs: Program) -> None:
-    """The last of these runs must have ended as `whole`, with the same losses on the way."""
-    assert runs[-1].returncode == 0, runs[-1].output
-    assert same_bits(place.folder, whole.folder)
-    lines, printed = loss_lines(whole.output), "".join(run.output for run in runs)
-    assert sorted(loss_lines(printed)) == sorted(lines)
 
 
 def assert_nothing_is_broken(place: Place, limit: int = 2) -> None:
@@ -265,6 +208,62 @@ def test_a_broken_newer_checkpoint_does_not_displace_whole_ones(interrupted):
     interrupted.resume(kill, SAVE_EVERY=2, SAVE_TOTAL_LIMIT=1)
     resumed = interrupted.resume(SAVE_EVERY=2, SAVE_TOTAL_LIMIT=1)
     assert "checkpoint_0000004.pt step:4" in resumed.output, resumed.output
+
+
+TIMES = {"backwards": lambda step: 10**9 - step, "all alike": lambda _: 0}
+TIMES |= {"in the future": lambda step: 4 * 10**9 - step}
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_the_times_of_files_say_nothing(times, place, whole):
+    """RESUME=auto takes the latest step, and what is saved then is kept."""
+    place.folder.mkdir(parents=True)
+    for step in (3, 6):
+        path = Path(shutil.copy(checkpoint(whole.folder, step), place.folder))
+        os.utime(path, (TIMES[times](step),) * 2)
+    run = place.resume(SAVE_EVERY=1)
+    assert "checkpoint_0000006.pt step:6" in run.output
+    assert checkpoints(place.folder) == [7, 8]
+
+
+def test_steps_are_numbers_not_words(place, whole):
+    """Steps of eight digits come after those of seven."""
+    place.folder.mkdir(parents=True)
+    for name in ("checkpoint_9999999.pt", "checkpoint_10000000.pt"):
+        (place.folder / name).write_bytes(b"")
+    run = place.resume()
+    assert run.output.index("checkpoint_10000000.pt") < run.output.index("checkpoint_9999999.pt")
+
+
+def test_a_checkpoint_that_holds_another_step_than_its_name_is_not_trusted(interrupted):
+    path = checkpoint(interrupted.folder, 3)
+    path.rename(path.with_name("checkpoint_0000007.pt"))
+    run = interrupted.resume()
+    assert re.search(r"warning: .*checkpoint_0000007\.pt.*it holds step 3", run.output)
+    assert "checkpoint_0000006.pt step:6" in run.output
+
+
+def test_what_a_new_training_does_not_go_on_from_is_set_aside_whole(interrupted, whole):
+    """The same RUN_ID again from step 0: nothing of the interrupted run is lost, or taken for the
+    new one's."""
+    before = {step: checkpoint(interrupted.folder, step).read_bytes() for step in (3, 6)}
+    kill = {"at": "torch.Tensor.backward", "nth": 7, "do": KILL}
+    run = interrupted.run(kill, SEED=1)
+    assert "set aside" in run.output
+    for step, content in before.items():
+        aside = interrupted.folder / f"old_checkpoint_{step:07d}.pt"
+        assert aside.read_bytes() == content
+    assert [step for step in checkpoints(interrupted.folder) if step <= 3] == [3]
+    again = interrupted.run(RESUME=interrupted.folder / "old_checkpoint_0000006.pt")
+    assert "step:6" in again.output
+    assert same_bits(interrupted.folder, whole.folder)
+
+
+def test_resume_of_an_earlier_file_sets_later_ones_aside(interrupted):
+    kill = {"at": "torch.Tensor.backward", "nth": 3, "do": KILL}
+    interrupted.run(kill, RESUME=checkpoint(interrupted.folder, 3), SAVE_EVERY=1)
+    assert checkpoints(interrupted.folder) == [3, 4]
+    assert "checkpoint_0000004.pt step:4" in interrupted.resume(SAVE_EVERY=1).output
 
 
 # ---- broken files
@@ -430,23 +429,30 @@ def test_other_data_are_refused(other, interrupted, dataset, tmp_path):
     assert re.search("data|token", error(interrupted.resume(DATA_PATH=folder)), re.I)
 
 
+def long_data(folder: Path, dataset, changed_at: int | None = None) -> Path:
+    """Training data of more than 2^22 tokens, one of which may be another."""
+    tokens = np.resize(dataset.train, 2**22 + 5000)
+    if changed_at is not None:
+        tokens[changed_at] = tokens[changed_at] % 500 + 5
+    return shards(folder, dataset, tokens)
+
+
+@pytest.mark.parametrize("at", [0, 2**20 + 7, 2**22 + 4999])
+def test_data_that_differ_anywhere_are_refused(at, place, dataset, tmp_path):
+    place.run(DATA_PATH=long_data(tmp_path / "long", dataset), ITERATIONS=3, WARMUP_STEPS=0)
+    other = long_data(tmp_path / "other", dataset, at)
+    message = error(place.resume(DATA_PATH=other, ITERATIONS=3, WARMUP_STEPS=0))
+    assert re.search(r"DATA=.*sha256", message)
+
+
+def test_the_same_tokens_in_other_shards_are_the_same_data(interrupted, whole, dataset, tmp_path):
+    folder = shards(tmp_path / "one", dataset, dataset.train)
+    resumed = interrupted.resume(DATA_PATH=folder)
+    assert resumed.returncode == 0, resumed.output
+    assert same_bits(interrupted.folder, whole.folder)
+
+
 # ---- a full disk
-
-
-@pytest.fixture
-def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
-    """Make a disk of some bytes; skips where that is not permitted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def make(size: int) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("no disk can be mounted here")
-        return folder
-
-    yield make
-    subprocess.run(["umount", str(folder)], capture_output=True)
 
 
 def test_a_disk_that_fills_up_costs_a_warning_and_not_the_run(disk, server, dataset, whole):
@@ -462,15 +468,14 @@ def test_a_disk_that_fills_up_costs_a_warning_and_not_the_run(disk, server, data
 
 @pytest.mark.parametrize("spare", [100_000, 0])
 def test_a_disk_that_is_full_stops_no_training(spare, disk, server, dataset, whole):
-    """With or without room for the lines of the log, from step 5 on; then, at the export, it names
-    the file that does not fit, and the checkpoint of step 3 is still whole."""
+    """With or without room for the lines of the log, from step 5 on. What the export writes has had
+    its room since the start, and the checkpoint of step 3 is still whole."""
     place = Place(server, dataset, disk(4_000_000))
     fill = {"at": "torch.Tensor.backward", "nth": 6, "do": f"fill {place.out} {spare}"}
     run = place.run(fill)
-    assert "step:8/8 val_loss" in run.output, run.output
-    message = error(run)
-    assert str(place.folder / "final_model.pt") in message
-    assert "No space left on device" in message
+    assert "No space left on device" in run.output
+    assert checkpoints(place.folder) == [3]
+    assert_ended_like(place, whole, run)
     (place.out / "ballast").unlink()
     assert_ended_like(place, whole, run, place.resume())
 

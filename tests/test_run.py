@@ -778,3 +778,34 @@ def test_compiled_runs_on_a_cpu_end_on_the_same_bits(tiny_env):
         assert run_cli(env).rc == 0
         ends.append(Path(env["OUT_DIR"], name))
     assert same_bits(*ends)
+
+
+# ---- how often the data is read
+
+
+def epochs_lines(folder: Path) -> list[str]:
+    """What the log says of epochs."""
+    log = folder.with_name(folder.name + ".txt").read_text(encoding="utf-8")
+    console = log[log.rindex("=" * 100) :]
+    return [line for line in console.splitlines() if line.startswith("epochs")]
+
+
+def test_a_run_says_how_often_it_will_read_its_data(run, dataset):
+    planned = 4 * 512 / len(dataset.train)
+    assert epochs_lines(run()) == [f"epochs_planned:{planned:.2f}"]
+
+
+def test_data_that_is_read_many_times_is_warned_of_and_counted(run, dataset):
+    """The smallest of models, for 20 epochs."""
+    steps = 20 * len(dataset.train) // 8192
+    small = {"MODEL_DIM": 8, "NUM_LAYERS": 1, "TRAIN_BATCH_TOKENS": 8192, "ITERATIONS": steps}
+    read = steps * 8192 / len(dataset.train)
+    planned, done = epochs_lines(run(**small, TRAIN_LOG_EVERY=0))
+    assert planned.startswith(f"epochs_planned:{read:.2f} warning: ")
+    assert f"read {read:.1f} times" in planned
+    assert done == f"epochs:{read:.2f}"
+
+
+def test_epochs_are_an_upper_bound_under_a_wallclock_cap(run):
+    (planned,) = epochs_lines(run(ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=0.05))[:1]
+    assert "at most" in planned

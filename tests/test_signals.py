@@ -10,35 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import same_bits
+from conftest import Place, assert_ended_like, at, checkpoints, error, same_bits
 from programs import SCRIPT, Program, Server, loss_lines
-from test_checkpoints import Place, assert_ended_like, checkpoints, error
 
-BACKWARD = "torch.Tensor.backward"  # once in priming, then once a step
 FORWARD = "torch.nn.functional.cross_entropy"  # as listed in test_checkpoints.py
 PAUSE = 2.1  # after which a second signal is not the first one, sent on by a launcher
-ASK = [("SIGTERM", 143), ("SIGINT", 130)]
-
-
-@pytest.fixture
-def place(server, dataset, tmp_path) -> Place:
-    """An empty place."""
-    return Place(server, dataset, tmp_path / "logs")
-
-
-@pytest.fixture(scope="session")
-def whole(server, dataset, tmp_path_factory) -> Place:
-    """A run that no signal has disturbed."""
-    place = Place(server, dataset, tmp_path_factory.mktemp("undisturbed"))
-    run = place.run(SAVE_EVERY=0)
-    assert run.returncode == 0, run.output
-    place.output = run.output
-    return place
-
-
-def at(nth: int, do: str, where: str = BACKWARD, part: str = "") -> dict:
-    """What happens before the nth call of a function."""
-    return {"at": where, "nth": nth, "do": do, "part": part}
+ASK = [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)]
 
 
 # ---- one signal: save and stop
@@ -104,6 +81,36 @@ def test_a_signal_at_any_moment_loses_nothing(moment, save_every, place, whole):
     assert_ended_like(place, whole, *runs)
     taken = re.findall(r"^step:(\d)/8 train_loss", "".join(run.output for run in runs), re.M)
     assert taken == list("12345678")
+
+
+# ---- signals that are ignored
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGTERM"])
+def test_a_signal_that_was_ignored_when_the_run_started_stays_so(name, place, whole):
+    """As under nohup, which is for runs that outlive their terminal, or in a shell's background."""
+    run = place.run({"at": "", "do": f"ignore {name}"}, at(6, name), SAVE_EVERY=0)
+    assert_ended_like(place, whole, run)
+    assert "stopping_early" not in run.output
+
+
+def test_the_terminal_of_a_run_may_be_closed(place, whole, tmp_path):
+    """The console is gone, and the terminal's processes get SIGHUP: the run saves, and goes on."""
+    reader, terminal = os.openpty()
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env |= place.env(ITERATIONS=10**6, SAVE_EVERY=0, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=0)
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    job = subprocess.Popen([sys.executable, str(SCRIPT)], env=env, process_group=0, **streams)
+    os.close(terminal)
+    printed = b""
+    while b"step:3/" not in printed:
+        printed += os.read(reader, 4096)
+    os.close(reader)
+    os.kill(job.pid, signal.SIGHUP)
+    assert job.wait(40) == 129
+    (step,) = checkpoints(place.folder)
+    assert step >= 3
+    assert f"step:{step}" in place.log.splitlines()[-2]
 
 
 # ---- a second signal: exit at once
