@@ -271,8 +271,22 @@ def is_plain_name(name: str) -> bool:
     return name not in (".", "..") and not re.search(r"[/\x00-\x1f\x7f]", name)
 
 
+Rule = tuple[Any, str]  # whether it is broken, and what to say then of the settings in braces
+
+
 def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
     """What is wrong between settings that are each valid, and with the places that they name."""
+    rules = value_rules(hp) + (path_rules(hp) if check_places else [])
+    shown = {name: f"{name}={getattr(hp, name.lower())}" for name in FIELDS}
+    shown["CONTEXT"] = shown["EVAL_SEQ_LEN" if hp.eval_seq_len else "TRAIN_SEQ_LEN"]
+    kind, _, variant = Path(hp.data_path).name.partition("_")
+    fetch = f"get it: python data/download.py --variant {shlex.quote(variant)}"
+    shown["GET"] = fetch if kind == "fineweb10B" else "get it: see data/README.md"
+    return [text.format_map(shown) for broken, text in rules if broken]
+
+
+def value_rules(hp: Hyperparameters) -> list[Rule]:
+    """The rules between settings, and between them and the machine."""
     seq, batch, micro = hp.train_seq_len, hp.train_batch_tokens, hp.micro_batch_tokens
     context, head_dim = hp.eval_seq_len or seq, hp.model_dim // hp.num_heads
     least, rope = context * launched("WORLD_SIZE", os.environ), hp.rope_dims or head_dim
@@ -281,7 +295,7 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
     width = f"{{MODEL_DIM}}: over {{NUM_HEADS}} makes heads of {head_dim} channels"
     local = launched("LOCAL_RANK", os.environ)
     visible = torch.cuda.device_count() if hp.device in ("auto", "cuda") else 0
-    rules = [
+    return [
         (uneven, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
         (head_dim % 2 and not uneven, width + "; rotary positions need an even number"),
         (odd_rope, f"{{ROPE_DIMS}}: must be even, and at most a head's {head_dim} channels"),
@@ -306,28 +320,25 @@ def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
         (hp.fit_budget == "sigma" != hp.quant_clip, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
         (not getattr(torch, hp.device, torch.cpu).is_available(), "{DEVICE}: PyTorch has none"),
     ]
-    if check_places:
-        train, val = hp.eval_only or shard_paths(hp, "train"), shard_paths(hp, "val")
-        out, resume = Path(hp.out_dir).absolute(), Path(hp.resume)
-        out = next(place for place in (out, *out.parents) if place.exists())
-        writable = [p.is_dir() and os.access(p, os.W_OK) for p in (out, Path(hp.save_nll).parent)]
-        nll, kind = Path(hp.save_nll), Path.is_dir if hp.score_streams else Path.is_file
-        nll = not hp.save_nll or (writable[1] and (kind(nll) or not nll.exists()))
-        rules += [
-            (not Path(hp.tokenizer_path).is_file(), "{TOKENIZER_PATH}: no such file; {GET}"),
-            (not train, "{DATA_PATH}: no fineweb_train_*.bin; {GET}"),
-            (not val, "{DATA_PATH}: no fineweb_val_*.bin; {GET}"),
-            (hp.eval_only and not Path(hp.artifact).is_file(), "{ARTIFACT}: no such file"),
-            (hp.resume not in ("", "auto") and not resume.is_file(), "{RESUME}: no such file"),
-            (not writable[0], "{OUT_DIR}: cannot be written to"),
-            (not nll, "{SAVE_NLL}: no file can be made there"),
-        ]
-    shown = {name: f"{name}={getattr(hp, name.lower())}" for name in FIELDS}
-    shown["CONTEXT"] = shown["EVAL_SEQ_LEN" if hp.eval_seq_len else "TRAIN_SEQ_LEN"]
-    kind, _, variant = Path(hp.data_path).name.partition("_")
-    fetch = f"get it: python data/download.py --variant {shlex.quote(variant)}"
-    shown["GET"] = fetch if kind == "fineweb10B" else "get it: see data/README.md"
-    return [text.format_map(shown) for broken, text in rules if broken]
+
+
+def path_rules(hp: Hyperparameters) -> list[Rule]:
+    """The rules for files and folders."""
+    train, val = hp.eval_only or shard_paths(hp, "train"), shard_paths(hp, "val")
+    out, resume = Path(hp.out_dir).absolute(), Path(hp.resume)
+    out = next(place for place in (out, *out.parents) if place.exists())
+    writable = [p.is_dir() and os.access(p, os.W_OK) for p in (out, Path(hp.save_nll).parent)]
+    nll, kind = Path(hp.save_nll), Path.is_dir if hp.score_streams else Path.is_file
+    nll = not hp.save_nll or (writable[1] and (kind(nll) or not nll.exists()))
+    return [
+        (not Path(hp.tokenizer_path).is_file(), "{TOKENIZER_PATH}: no such file; {GET}"),
+        (not train, "{DATA_PATH}: no fineweb_train_*.bin; {GET}"),
+        (not val, "{DATA_PATH}: no fineweb_val_*.bin; {GET}"),
+        (hp.eval_only and not Path(hp.artifact).is_file(), "{ARTIFACT}: no such file"),
+        (hp.resume not in ("", "auto") and not resume.is_file(), "{RESUME}: no such file"),
+        (not writable[0], "{OUT_DIR}: cannot be written to"),
+        (not nll, "{SAVE_NLL}: no file can be made there"),
+    ]
 
 
 def settings_table() -> str:
@@ -419,8 +430,8 @@ class Run:
 
     def __init__(self, hp: Hyperparameters) -> None:
         self.hp = hp
-        place = (launched(name, os.environ) for name in LAUNCHER)
-        self.rank, self.world_size, self.local_rank = place
+        numbers = (launched(name, os.environ) for name in LAUNCHER)
+        self.rank, self.world_size, self.local_rank = numbers
         self.signal = self.stop = self.stopped = 0  # what this process was sent; what all know of
         self.end: Path | None = None  # a checkpoint for as long as there is no score
         self.problem = ""  # why this process cannot go on, if it has set `signal` to FAILED
@@ -513,15 +524,21 @@ class Run:
             if self.signal and time.monotonic() > self.noted + 2:  # torchrun repeats what it gets
                 os._exit(128 + number)
             if not self.signal:
-                self.signal, self.noted = number, time.monotonic()
+                self.ask_to_stop(number)
 
         for number in (*ENDING, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, note)
 
+    def ask_to_stop(self, number: int) -> None:
+        """Let all ranks stop at their next look at the clock, as a signal asks, or FAILED."""
+        self.signal = number
+        self.noted = time.monotonic()
+
     def fail(self, problem: str) -> None:
-        """Let all ranks stop at their next look at the clock, as after a signal."""
-        self.problem, self.signal, self.noted = problem, FAILED, time.monotonic()
+        """Let all ranks stop, since this one cannot go on."""
+        self.problem = problem
+        self.ask_to_stop(FAILED)
 
     def log(self, line: str, event: str = "", **fields: Any) -> None:
         """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
@@ -537,7 +554,7 @@ class Run:
         self.signal = self.signal % FAILED
         self.stop = self.stopped = 0
 
-    def first(self, action: Callable[[], Any]) -> Any:
+    def on_first(self, action: Callable[[], Any]) -> Any:
         """What a function returns on rank 0, None on the others. Raises UserError on all ranks if
         it does on rank 0, with the words there alone."""
         result = None
@@ -1043,8 +1060,8 @@ class Tokenizer:
         does not. Raises UserError if over one in 1000 of the tokens is in such a word."""
         stretch, parts = 2**12, [tokens]
         if len(tokens) > AUDITED_TOKENS:
-            places = np.random.default_rng(0).integers(len(tokens) - stretch, size=256)
-            parts = [tokens[at : at + stretch] for at in places]
+            starts = np.random.default_rng(0).integers(len(tokens) - stretch, size=256)
+            parts = [tokens[at : at + stretch] for at in starts]
         counts = collections.Counter(itertools.chain(*map(self.words, parts)))
         plain = [i for i, piece in enumerate(self.pieces) if piece.isalpha() and self.base[i]][:1]
         before = self.sp.decode(plain)  # at the start of a text, a space may be stripped
@@ -1502,7 +1519,7 @@ def find_checkpoint(run: Run, stream: TokenStream) -> dict[str, Any] | None:
     run.end = path if auto and not whole else None
     exported = (run.dir / "final_model.artifact").exists()
     if state.get("stop") == signal.SIGUSR1 and not grave and not (whole and exported):
-        run.signal = signal.SIGUSR1  # training had been ended; what is left is the export
+        run.ask_to_stop(signal.SIGUSR1)  # training had been ended; what is left is the export
     return state | {"path": path}
 
 
@@ -1853,7 +1870,7 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> Path:
     model, stream = trainer.model, trainer.stream
     log_data(stream, run)
     with contextlib.ExitStack() as at_end:
-        resumed, room = run.first(lambda: prepare(trainer, run)) or (None, None)
+        resumed, room = run.on_first(lambda: prepare(trainer, run)) or (None, None)
         if room:
             at_end.callback(room.unlink, missing_ok=True)
         trainer.prime()
@@ -1866,7 +1883,7 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> Path:
             return Path()
         if trainer.average is not None:  # what is exported is what is validated
             trainer.weights.copy_(trainer.average)
-        run.first(lambda: export(model, run, room))
+        run.on_first(lambda: export(model, run, room))
     report("val", score(trainer.forward, val, run)[1], step, elapsed, run)
     return run.dir / "final_model.artifact"
 
@@ -1903,8 +1920,6 @@ def main(arguments: list[str]) -> int | None:
     if run.rank == 0:
         text, name = " ".join(f"{k}:{v:.8f}" for k, v in final.items()), scheme(run.hp)
         run.log(f"final_{name}_roundtrip_exact {text}")
-        if hp.save_nll:
-            save_nll(nll, val, hp)
         code, size = len(read_once(__file__)), artifact.stat().st_size
         cap = hp.artifact_max_bytes
         sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": cap}
@@ -1912,6 +1927,8 @@ def main(arguments: list[str]) -> int | None:
         run.log(line, "final", **final, **sizes)
         if run.end:
             run.end.unlink(missing_ok=True)
+        if hp.save_nll:
+            save_nll(nll, val, hp)
         require(code + size <= cap, f"{line}, over ARTIFACT_MAX_BYTES={cap}; all is saved")
 
 

@@ -26,8 +26,8 @@ def test_the_file_is_at_most_2100_lines():
     assert SOURCE.count("\n") <= 2100
 
 
-def test_no_function_is_over_60_lines_nor_main_over_50():
-    long = [(n, lines) for n, lines in functions() if lines > (50 if n == "main" else 60)]
+def test_no_function_is_over_50_lines():
+    long = [(n, lines) for n, lines in functions() if lines > 50]
     assert long == []
 
 
