@@ -1,5 +1,6 @@
 """What the test files share: train_gpt as a module, a tiny dataset, and ways to run the script."""
 
+import contextlib
 import io
 import json
 import os
@@ -53,6 +54,42 @@ while press close night real life few stop open seem together next white childre
 WORDS = WORDS_TEXT.split()
 MARKS = ["", "", "", "", "", ",", ".", ";", "!", "?", " -", ":"]
 RARE = ["café", "naïve", "Zürich", "señor", "Ångström", "🙂", "日本", "€5", "±0.3", "Ω", "🚀🚀"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def away_from_the_checkout(tmp_path_factory) -> Iterator[None]:
+    """Fixtures of a wide scope, and programs that they start, begin in an empty folder."""
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, away_from_the_checkout) -> Iterator[None]:
+    """So do tests: no relative path, and no default, finds data, logs or .venv of the checkout."""
+    with contextlib.chdir(tmp_path):
+        yield
+
+
+def tracked() -> list[Path]:
+    """The repository's own files, whatever else lies in the checkout."""
+    git = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    names: list[str | Path] = []
+    with contextlib.suppress(OSError):  # no git
+        done = subprocess.run(git, cwd=REPO, env=env, capture_output=True, check=False)
+        names += filter(None, os.fsdecode(done.stdout).split("\0"))
+    made = {".venv", "datasets", "tokenizers", "logs"}
+    names = names or [p for p in REPO.rglob("*") if made.isdisjoint(p.relative_to(REPO).parts)]
+    return sorted(path for path in (REPO / name for name in names) if path.is_file())
+
+
+def copy_checkout(target: Path) -> Path:
+    """Copy the repository's own files into a folder."""
+    for path in tracked():
+        copy = target / path.relative_to(REPO)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    return target
 
 
 def compose_documents(count: int = 100, seed: int = 0) -> list[str]:

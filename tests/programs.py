@@ -86,7 +86,7 @@ class Server:
         self.folder, self.count = folder, 0
         env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
+        self.process = subprocess.Popen([sys.executable, __file__], env=env, cwd=folder, **pipes)
 
     def ask(self, request: dict[str, object]) -> int | None:
         """Send a request, and return the answer."""

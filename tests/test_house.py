@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import copy_checkout, tracked
 
 import train_gpt
 
@@ -51,7 +52,7 @@ def test_the_readme_has_the_table_of_settings():
     assert f"<!-- settings -->\n{train_gpt.settings_table()}\n<!-- /settings -->" in readme
 
 
-CONFIGS = [ROOT / "data" / "sample.env", *sorted((ROOT / "records").rglob("config.env"))]
+CONFIGS = [path for path in tracked() if path.name in ("sample.env", "config.env")]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
@@ -60,7 +61,15 @@ def test_the_configurations_of_the_sample_and_the_records_are_valid(path):
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
-def test_ruff_is_content(command):
+def test_ruff_is_content(command, tmp_path):
     ruff = shutil.which("ruff", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    done = subprocess.run([ruff, *command, "."], cwd=ROOT, capture_output=True, text=True)
+    copy = copy_checkout(tmp_path / "copy")
+    done = subprocess.run([ruff, *command, "."], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_tests_and_their_programs_start_in_an_empty_folder(server, tmp_path):
+    assert Path.cwd() == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    (server.folder / "own.env").write_text("NUM_LAYERS=none\n")
+    assert "NUM_LAYERS=none" in server.run({"CONFIG": "own.env"}).output
