@@ -40,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 from reading import FAIL, NOT_CHECKED, PASS, Verdict, read_logs
-from streams import BOS, SCRIPT, ByteCounter, Result, Script, read_validation
+from streams import SCRIPT, ByteCounter, Result, Script, read_validation
 
 NEGLIGIBLE = 5e-4  # nats in a mean
 LOUDEST = 0.1  # nats that one NLL may move by rounding: bf16 does not need more
@@ -164,12 +164,17 @@ class Suite:
 
 
 class Writer:
-    """Makes the auditor's text, from the data and from chance that no script can foresee."""
+    """Makes the auditor's text, from the data and from chance that no script can foresee.
 
-    def __init__(self, tokens: np.ndarray, vocabulary: int, seed: int) -> None:
-        self.tokens, self.vocabulary = tokens, vocabulary
+    `bos` is what begins a document; -1 if nothing does.
+    """
+
+    def __init__(self, tokens: np.ndarray, vocabulary: int, bos: int, seed: int) -> None:
+        self.tokens, self.vocabulary, self.bos = tokens, vocabulary, bos
+        self.border = np.array([bos] if bos >= 0 else [], np.uint16)
+        self.kinds = KINDS if bos >= 0 else [kind for kind in KINDS if kind != "border"]
         self.rng = np.random.default_rng(seed)
-        self.borders = np.flatnonzero(tokens == BOS)
+        self.borders = np.flatnonzero(tokens == bos)
 
     def text(self, length: int, start: int | None = None) -> np.ndarray:
         """Running text of the data from a random place, or from a given one."""
@@ -190,7 +195,7 @@ class Writer:
         parts: list[np.ndarray] = []
         while sum(map(len, parts)) < length:
             part = self.document(int(self.rng.integers(8, 41)))
-            parts += [np.array([BOS], np.uint16), part[part != BOS]]
+            parts += [self.border, part[part != self.bos]]
         return np.concatenate(parts)[:length]
 
     def future(self, kind: str, base: np.ndarray, t: int, length: int) -> np.ndarray:
@@ -200,7 +205,7 @@ class Writer:
             "text": lambda: self.text(length),
             "shifted": lambda: np.resize(np.append(base[t + 1 :], base[: t + 1]), length),
             "same": lambda: np.full(length, self.rng.integers(0, self.vocabulary), np.uint16),
-            "border": lambda: np.append(np.uint16(BOS), self.document(length))[:length],
+            "border": lambda: np.append(self.border, self.document(length))[:length],
         }
         new = makers[kind]().astype(np.uint16)
         if t < len(base) and length:
@@ -209,13 +214,13 @@ class Writer:
         return new
 
 
-def sample_places(base: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
+def sample_places(base: np.ndarray, count: int, writer: Writer) -> list[int]:
     """Positions to replace from: half of them at and after borders of documents and at powers of
     two, their multiples and neighbours, where windows and chunks may end; the others anywhere."""
-    n, marked = len(base), []
+    n, marked, rng = len(base), [], writer.rng
     powers = [2**k for k in range(4, 17) if 2**k < n]
     multiples = [m for p in powers[3:] for m in range(2 * p, n, p)]
-    borders = np.flatnonzero(base == BOS).tolist()
+    borders = np.flatnonzero(base == writer.bos).tolist()
     for places in (powers, multiples, borders):
         near = {p + d for p in places for d in (-1, 0, 1)}
         near = sorted(p for p in near if 2 <= p < n)
@@ -237,7 +242,7 @@ def build_causal(writer: Writer, plan: Plan, plain: np.ndarray) -> Suite:
         base = dense[number % 4](plan.dense)
         index = suite.add(base)
         for t in range(2, len(base) + 1):
-            kind = KINDS[(t + number) % len(KINDS)]
+            kind = writer.kinds[(t + number) % len(writer.kinds)]
             new = writer.future(kind, base, t, len(base) - t)
             tail = writer.ids(8) if t == len(base) else new
             suite.add_variant(index, np.append(base[:t], tail), kind)
@@ -245,8 +250,8 @@ def build_causal(writer: Writer, plan: Plan, plain: np.ndarray) -> Suite:
     for number in range(plan.middle_bases):
         base = middle[number % 2](plan.middle)
         index = suite.add(base)
-        for i, t in enumerate(sample_places(base, plan.middle_variants, rng)):
-            kind = KINDS[i % len(KINDS)]
+        for i, t in enumerate(sample_places(base, plan.middle_variants, writer)):
+            kind = writer.kinds[i % len(writer.kinds)]
             short = i % 4 == 3  # cut off soon after t; others keep the length
             new = writer.future(kind, base, t, min(1 + i, 40) if short else len(base) - t)
             suite.add_variant(index, np.append(base[:t], new), kind)
@@ -259,13 +264,12 @@ def build_positions(writer: Writer, fits: Callable[[int, int], bool]) -> Suite:
     phrase, suite = writer.document(7), Suite()
     again = np.concatenate([phrase, phrase[1:], phrase[1:], phrase[1:4]])
     text, bordered = writer.document(60), writer.bordered(80)
-    last = int(np.flatnonzero(bordered[:60] == BOS)[-1])
+    last = max(np.flatnonzero(bordered[:60] == writer.bos), default=0)
     border = bordered[max(0, last - 14) : last + 1]
-    after = np.array([BOS], np.uint16)
     wanted = [
         ("in a repetition", again, 0),
         ("in a repetition of random ids", np.resize(writer.ids(5), 17), 0),
-        ("after BOS", after, 0),
+        ("after BOS", writer.border, 0),
         ("in a repetition", again, 6),
         ("in text", text[:34], 0),
         ("at a border", border, 0),
@@ -273,7 +277,10 @@ def build_positions(writer: Writer, fits: Callable[[int, int], bool]) -> Suite:
         ("before a border", np.append(border, text[1:9]), 3),
         ("late in a repetition", np.concatenate([text, text[1:], text[1:], text[1:20]]), 0),
     ]
+    of_borders = ("after BOS", "at a border", "before a border")
     for what, prefix, more in wanted:
+        if what in of_borders and writer.bos < 0:
+            continue
         first, cost = len(suite.streams), writer.vocabulary * (len(prefix) + 1 + more)
         if not fits(suite.tokens + cost, first + writer.vocabulary):
             continue
@@ -622,7 +629,7 @@ def check(
         counter.count(tokens)
     except (OSError, ValueError, RuntimeError) as error:
         return [Verdict(rule, NOT_CHECKED, " ".join(str(error).split())) for rule in RULES]
-    audit = Audit(script, counter, Writer(tokens, counter.size, seed), plan)
+    audit = Audit(script, counter, Writer(tokens, counter.size, counter.bos, seed), plan)
     most = 4 * plan.plain + 2 * plan.claim + 2 * plan.causal_tokens + plan.sum_tokens
     print(
         f"dynamic audit, seed {seed}: at most 9 starts of {folder / SCRIPT} ({script.apart}) on "
@@ -631,6 +638,8 @@ def check(
     )
     audit.all(folder, data)
     runs = f"{audit.starts} starts, {audit.tokens} tokens, {audit.spent:.0f} s; {script.apart}"
+    if counter.bos < 0:
+        runs += "; the tokenizer has no BOS, so nothing was tried at borders of documents"
     audit.say("runs", True, f"{runs}; seed {seed}")
     for rule in RULES:
         broken = [name for name in NEEDS.get(rule, RULES[:2]) if audit.failed(name)]

@@ -19,7 +19,6 @@ import numpy as np
 import sentencepiece as spm
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-BOS = 1
 SCRIPT = "train_gpt.py"
 FINAL = re.compile(rb"^final_\S*exact val_loss:(\S+) val_bpb:(\S+)", re.MULTILINE)
 # What a script may see of the auditor's environment: where programs and the device are.
@@ -55,19 +54,22 @@ def read_validation(folder: Path, most: int) -> np.ndarray:
 
 
 class ByteCounter:
-    """UTF-8 bytes of what tokens decode to, by decoding them: no table of the pieces' lengths."""
+    """UTF-8 bytes of what tokens decode to, by decoding them: no table of the pieces' lengths.
+
+    `bos` is the id that begins a document; -1 if the tokenizer has none.
+    """
 
     def __init__(self, tokenizer: Path) -> None:
         self.plain, self.size, self.sp = [], 260, None
-        if (
-            tokenizer.suffix == ".json"
-        ):  # the published byte-level vocabulary: 4 controls, 256 bytes
-            if json.loads(tokenizer.read_bytes())["config"]["byte_offset"] != 4:
+        if tokenizer.suffix == ".json":  # the published byte-level one: 4 controls, 256 bytes
+            config = json.loads(tokenizer.read_bytes())["config"]
+            if config["byte_offset"] != 4:
                 raise ValueError(f"{tokenizer}: an unknown layout of byte tokens")
+            self.bos = int(config.get("bos_id", 1))
             self.edge, self.byte = np.arange(260) < 4, np.arange(260) >= 4
             return
         self.sp = sp = spm.SentencePieceProcessor(model_file=str(tokenizer))
-        self.size, ids = len(sp), range(len(sp))
+        self.size, self.bos, ids = len(sp), sp.bos_id(), range(len(sp))
         edges = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
         self.edge, self.byte = np.array(edges), np.array([sp.is_byte(i) for i in ids])
         # A word before what is decoded: at the start of a text a space may be stripped.

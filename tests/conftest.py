@@ -115,9 +115,13 @@ def compose_documents(count: int = 100, seed: int = 0) -> list[str]:
     return documents
 
 
-def train_tokenizer(path: Path, documents: Iterable[str], vocab_size: int = VOCAB) -> Path:
-    """Train a SentencePiece BPE with the challenge's options (techniques.md 1.5)."""
+def train_tokenizer(
+    path: Path, documents: Iterable[str], vocab_size: int = VOCAB, **changed: object
+) -> Path:
+    """Train a SentencePiece BPE with the challenge's options (techniques.md 1.5), but for those
+    that are changed."""
     model = io.BytesIO()
+    ids = {"pad_id": 0, "bos_id": BOS, "eos_id": 2, "unk_id": 3}
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(documents),
         model_writer=model,
@@ -128,13 +132,10 @@ def train_tokenizer(path: Path, documents: Iterable[str], vocab_size: int = VOCA
         split_digits=True,
         normalization_rule_name="nmt_nfkc",
         add_dummy_prefix=False,
-        pad_id=0,
-        bos_id=BOS,
-        eos_id=2,
-        unk_id=3,
         hard_vocab_limit=False,
         num_threads=1,
         minloglevel=2,
+        **ids | changed,
     )
     assert len(spm.SentencePieceProcessor(model_proto=model.getvalue())) == vocab_size
     path.write_bytes(model.getvalue())

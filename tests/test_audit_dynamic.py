@@ -52,6 +52,7 @@ TRAINER = Plan(
     seconds=3600,
 )
 SUMLESS = dataclasses.replace(PLAN, sum_tokens=0)  # that takes half of the time
+BORDERS = dataclasses.replace(SUMLESS, dense=60, middle_variants=0)
 VOCABULARY = 340
 # In the one file that a record may have, what the speakers import is above them.
 AS_MODULE = '\n\nimport sys\n\nsys.modules["speaker"] = sys.modules[__name__]\n\n'
@@ -60,11 +61,12 @@ AS_MODULE = '\n\nimport sys\n\nsys.modules["speaker"] = sys.modules[__name__]\n\
 class Field:
     """A tokenizer, validation data, and an artifact that fits them: bigram counts."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, **special: int) -> None:
         documents = compose_documents(60)
-        self.tokenizer = train_tokenizer(root / "tiny.model", documents, VOCABULARY)
+        self.tokenizer = train_tokenizer(root / "tiny.model", documents, VOCABULARY, **special)
         self.sp = streams.spm.SentencePieceProcessor(model_file=str(self.tokenizer))
-        encoded = [np.array([BOS, *ids], np.uint16) for ids in self.sp.encode(documents)]
+        start = [self.sp.bos_id()] if self.sp.bos_id() >= 0 else []
+        encoded = [np.array([*start, *ids], np.uint16) for ids in self.sp.encode(documents)]
         self.texts, self.documents = documents[:20], encoded[:20]
         self.val = np.concatenate(self.documents)
         self.data = root / "data"
@@ -117,6 +119,46 @@ def test_cheats_are_caught_by_the_rule_that_they_break_and_by_no_other(field, tm
     record = write_record(tmp_path / "record", f"cheats/{name}", **places)
     states = audit(field, record, plan=PLAN if name.startswith(("norm", "fixed")) else SUMLESS)
     assert [rule for rule in RULES if states[rule] == "FAIL"] == [name.split("_")[0]]
+
+
+@pytest.fixture(scope="module")
+def other_bos(tmp_path_factory) -> Field:
+    """A field whose tokenizer has BOS at 3, and at 1 an id that no text holds."""
+    return Field(tmp_path_factory.mktemp("other_bos"), bos_id=3, unk_id=1)
+
+
+@pytest.mark.parametrize("speaker", ["honest/documents", "cheats/causality_next_document"])
+def test_documents_begin_with_the_bos_of_the_tokenizer(other_bos, tmp_path, speaker):
+    record = write_record(tmp_path / "record", speaker, **{"BOS = 1": "BOS = 3"})
+    states = audit(other_bos, record, plan=BORDERS)
+    failed = [rule for rule in RULES if states[rule] == "FAIL"]
+    assert failed == (["causality"] if "next_document" in speaker else [])
+
+
+def test_the_sums_after_bos_are_those_of_the_tokenizers_bos(other_bos):
+    writer = dynamic_rules.Writer(other_bos.val, VOCABULARY, 3, 1)
+    suite = dynamic_rules.build_positions(writer, lambda *_: True)
+    for place in suite.positions:
+        if place.what in ("after BOS", "at a border"):
+            assert suite.streams[place.first][place.t - 1] == 3
+
+
+def test_without_a_bos_borders_are_left_out_and_the_evidence_says_so(tmp_path):
+    field = Field(tmp_path, bos_id=-1)
+    record = write_record(tmp_path / "record", "honest/plain")
+    found = dynamic_rules.check(record, field.artifact, field.data, field.tokenizer, PLAN, 1)
+    states = {verdict.rule: verdict.state for verdict in found}
+    assert states == dict.fromkeys(RULES, "PASS") | {"claim": "NOT CHECKED"}
+    assert "no BOS" in found[0].evidence
+    assert "BOS" not in " ".join(verdict.evidence for verdict in found[1:])
+
+
+def test_the_byte_level_vocabulary_says_its_bos(tmp_path):
+    path = tmp_path / "byte.json"
+    path.write_text('{"config": {"byte_offset": 4}}')
+    assert streams.ByteCounter(path).bos == 1
+    path.write_text('{"config": {"byte_offset": 4, "bos_id": 2}}')
+    assert streams.ByteCounter(path).bos == 2
 
 
 def test_the_trainer_itself_passes(dataset, tmp_path):
@@ -434,7 +476,7 @@ def test_written_shards_are_of_the_published_format(tmp_path):
 
 def writer_of(field: Field, seed: int) -> dynamic_rules.Writer:
     """The auditor's writer, on the field's data."""
-    return dynamic_rules.Writer(field.val, VOCABULARY, seed)
+    return dynamic_rules.Writer(field.val, VOCABULARY, BOS, seed)
 
 
 @pytest.mark.parametrize("seed", range(3))
