@@ -16,6 +16,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import console
 import static_rules
 from reading import FAIL, NOT_CHECKED, PASS, Verdict
 
@@ -112,4 +113,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console.run(main)

@@ -15,7 +15,6 @@ import math
 import os
 import re
 import shlex
-import sys
 import urllib.parse
 import warnings
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import console
 import scipy.stats
 import static_rules
 from reading import FAIL, PASS, Log, Submission, read_logs, read_submission
@@ -427,4 +427,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    console.run(main)

@@ -344,7 +344,7 @@ def read_final(line: str) -> tuple[str, float, float] | None:
     label = line[: match.start()].strip(" :-") if match else ""
     if not match or not label or label.startswith("step") or NOT_FINAL.search(label):
         return None
-    if len(match[1].partition(".")[2]) < 6:
+    if min(len(number.partition(".")[2]) for number in match.groups()) < 6:  # or cut off
         return None
     scheme = label.removesuffix("_exact").removeprefix("final_").removesuffix("_roundtrip")
     return scheme, float(match[1]), float(match[2])

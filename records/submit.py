@@ -30,6 +30,7 @@ from pathlib import Path, PurePosixPath
 from statistics import fmean, stdev
 from typing import Any, NoReturn
 
+import console
 import matplotlib
 
 matplotlib.use("Agg")
@@ -57,6 +58,16 @@ LINES = {
     "val": r"step:(\d+)/\d+ val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+) train_time:(\d+)ms .*",
     "final": r"final_(\w+)_roundtrip_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)",
     "size": r"Total submission size \w+: (\d+) bytes \((\d+) code, (\d+) artifact\)",
+}
+
+# What a run has not done whose log has no such line; in the order in which a run does it.
+STEPS = {
+    "start": "start",
+    "data": "read its validation data",
+    "params": "build its model",
+    "val": "finish training",
+    "final": "score its artifact",
+    "size": "come to its size",
 }
 
 
@@ -107,9 +118,27 @@ class FinishedRun:
 # ===================================== READING RUNS =====================================
 
 
+def find_run(name: str, logs: Path) -> Path:
+    """The folder of the run that is meant by its RUN_ID, its folder, its log or a file of it."""
+    places = [Path(os.path.abspath(place)) for place in (logs / name, name)]
+    for place in places:
+        if place.suffix == ".txt" and place.is_file():
+            place = place.with_suffix("")
+        elif place.is_file():
+            place = place.parent
+        if log_of(place).is_file():
+            return place
+    return places["/" in name.rstrip("/")]
+
+
+def log_of(place: Path) -> Path:
+    """The log of the run whose folder this is."""
+    return place.with_name(f"{place.name}.txt") if place.name else place
+
+
 def read_run(place: Path) -> FinishedRun:
     """The last run in the log of the run whose folder is `place`. Raises UserError."""
-    log, artifact = place.with_name(place.name + ".txt"), place / "final_model.artifact"
+    log, artifact = log_of(place), place / "final_model.artifact"
     if not log.is_file():
         others = sorted(path.stem for path in place.parent.glob("*.txt"))
         near = difflib.get_close_matches(place.name, others, 1)
@@ -119,11 +148,12 @@ def read_run(place: Path) -> FinishedRun:
     ruler = data.rfind(b"\n" + RULER) + 1
     if not ruler:
         raise UserError(f"{place.name}: {log} has no script and settings at its top")
-    settings, console = split_settings(data[ruler + len(RULER) :].decode(errors="replace"))
-    lines = {name: re.findall(f"^{form}$", console, re.M) for name, form in LINES.items()}
+    text = data[ruler + len(RULER) :].decode(errors="surrogateescape")
+    settings, printed = split_settings(text)
+    lines = {name: re.findall(f"^{form}$", printed, re.M) for name, form in LINES.items()}
     lines = {name: [m if isinstance(m, tuple) else (m,) for m in ms] for name, ms in lines.items()}
-    if problem := what_is_missing(settings, lines, console):
-        raise UserError(f"{place.name}: {problem} ({log})")
+    if problem := what_is_missing(settings, lines, printed):
+        raise UserError(f"{place.name}: {problem}{what_to_do(place)} ({log})")
     source = find_source(data[: ruler - 1], int(lines["size"][-1][1]))
     if source is None:
         counted = lines["size"][-1][1]
@@ -156,18 +186,28 @@ def find_source(before: bytes, size: int) -> bytes | None:
     return before[start:] if whole and (not start or before[start - 1] == 10) else None
 
 
-def what_is_missing(settings: dict[str, str], lines: dict[str, list], console: str) -> str:
+def what_is_missing(settings: dict[str, str], lines: dict[str, list], printed: str) -> str:
     """Why a log is not that of a finished training run; empty if it is one."""
     if not settings.get("SEED", "").isdecimal():
         return "no settings with a SEED in its log"
     if settings.get("EVAL_ONLY", "0") != "0":
         return "it scored an artifact and trained nothing: EVAL_ONLY=1"
-    for name in ("start", "data", "params", "val", "final", "size"):
+    for name, step in STEPS.items():
         if not lines[name]:
-            return f"it did not finish: no line of the form {LINES[name]!r}"
-    if not re.fullmatch(LINES["size"], console.rstrip().splitlines()[-1]):
-        return "it did not finish: its log does not end with its size"
+            if name in ("val", "final") and re.search(r"\bval_(loss|bpb):-?(nan|inf)", printed):
+                return "it did not finish: it diverged, its scores are no numbers"
+            return f"it did not finish: it did not {step}"
+    *_, size = re.finditer(f"^{LINES['size']}$", printed, re.M)
+    if "\nstep:" in printed[size.end() :]:
+        return "it did not finish: it trained on after it came to its size"
     return ""
+
+
+def what_to_do(place: Path) -> str:
+    """How to go on with a run that did not finish; empty without a checkpoint."""
+    if not any(place.glob("checkpoint_*.pt")):
+        return "; train it again"
+    return f"; start it again with RUN_ID={shlex.quote(place.name)} RESUME=auto"
 
 
 def differences(runs: list[FinishedRun]) -> list[str]:
@@ -466,7 +506,9 @@ def write_record(record: Record) -> None:
             "requirements.txt": requirements(first.source, torch, known),
         }
         for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+            # Names that are not UTF-8 are their raw bytes where the trainer reads them.
+            errors = "surrogateescape" if name == "config.env" else "replace"
+            (partial / name).write_bytes(text.encode(errors=errors))
         (partial / "train_gpt.py").write_bytes(first.source)
         for run in record.runs:
             (partial / f"train_seed{run.seed}.log").write_bytes(run.log)
@@ -539,7 +581,7 @@ def collect(options: argparse.Namespace) -> Record:
     runs = []
     for name in options.runs:
         try:
-            runs.append(read_run(Path(name) if "/" in name else options.logs / name))
+            runs.append(read_run(find_run(name, options.logs)))
         except (UserError, OSError) as problem:
             problems.append(str(problem))
     if runs:
@@ -590,4 +632,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    console.run(main)

@@ -305,6 +305,97 @@ def test_a_log_that_ends_early_is_refused(root, cut):
     assert re.search("did not finish|no settings with a SEED", refusal(root, "a"))
 
 
+MISSING = {
+    "python:": "did not start",
+    "val_tokens:": "did not read its validation data",
+    "model_params:": "did not build its model",
+    "step:20/20 val": "did not finish training",
+    "final_int8": "did not score its artifact",
+    "Total": "did not come to its size",
+}
+
+
+@pytest.mark.parametrize("line", MISSING)
+def test_what_a_run_did_not_reach_is_said_in_words(root, line):
+    log = fake_log(ONE)
+    write_run(root, "a", log[: log.index(f"\n{line}") + 1])
+    message = refusal(root, "a")
+    assert f"a: it did not finish: it {MISSING[line]}; train it again" in message
+    assert "\\" not in message
+
+
+def test_a_run_with_a_checkpoint_is_to_go_on(root):
+    write_run(root, "my run", fake_log(ONE).partition("final_int8")[0])
+    (root / "logs/my run/checkpoint_0000004.pt").touch()
+    assert "start it again with RUN_ID='my run' RESUME=auto" in refusal(root, "my run")
+
+
+EXTRA = [
+    "epochs_planned:1.50 train_tokens:100000",
+    "warning: no checkpoint of step 4: [Errno 28] No space left on device",
+    "fit_budget:sigma quant_sigma:9.1 tries:3 fill:0.9991",
+    "stopping_early: wallclock_cap train_time:2500ms step:20",
+]
+
+
+@given(places=st.lists(st.integers(0, LINES), min_size=len(EXTRA), max_size=len(EXTRA)))
+def test_new_lines_may_stand_anywhere_in_a_log(tmp_path_factory, places):
+    root, head = tmp_path_factory.mktemp("root"), len(PLACES | ONE)
+    source, block = fake_log(ONE).split("=" * 100 + "\n")
+    lines = block.splitlines(keepends=True)
+    rest = lines[head:]
+    for place, extra in zip(places, EXTRA, strict=True):
+        rest.insert(min(place, len(rest)), f"{extra}\n")
+    write_run(root, "a", "".join([source, "=" * 100, "\n", *lines[:head], *rest]))
+    run = submit.read_run(root / "logs" / "a")
+    assert run.numbers()["val_bpb"] == 1.25
+    assert run.numbers()["pre_quant_val_bpb"] == 1.24
+
+
+@pytest.mark.parametrize(
+    "meant", ["a/", "logs/a", "logs/a/", "./logs/a", "logs/a.txt", "a.txt", "logs/b/../a/"]
+)
+def test_a_run_is_found_by_whatever_names_it(root, monkeypatch, meant):
+    monkeypatch.chdir(root)
+    assert json.loads((pack(root, meant) / "submission.json").read_text())["seeds"] == [1]
+
+
+@pytest.mark.parametrize("meant", [".", "../a", "final_model.artifact"])
+def test_a_run_is_found_from_within_its_folder(root, monkeypatch, meant):
+    monkeypatch.chdir(root / "logs" / "a")
+    assert json.loads((pack(root, meant) / "submission.json").read_text())["seeds"] == [1]
+
+
+@pytest.mark.parametrize("meant", [".", "/", "..", "", "nowhere/", "a/b/"])
+def test_what_names_no_run_is_refused(root, monkeypatch, meant):
+    monkeypatch.chdir(root)
+    assert "unknown run" in refusal(root, meant)
+
+
+def test_a_path_that_is_not_utf8_is_packed_as_its_bytes(root):
+    log = fake_log(ONE | {"MODE": "m"}).replace("MODE=m", "MODE=$X")
+    write_run(root, "a", log.encode().replace(b"$X", b"'m\xff'"))
+    folder = pack(root, "a")
+    assert b"MODE='m\xff'\n" in (folder / "config.env").read_bytes()
+    assert "m?" in (folder / "README.md").read_text()
+    json.loads((folder / "submission.json").read_text())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_any_console_can_be_told(root, encoding):
+    write_run(root, "ü\udcff", fake_log(ONE))
+    words = [f"{name}={text}" for name, text in OPTIONS.items()]
+    command = [sys.executable, REPO / "records/submit.py", "a", "b", *words]
+    command += [f"--root={root}", f"--logs={root / 'logs'}"]
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([*command, "ü\udcff"], env=env, capture_output=True)
+    assert b"Traceback" not in done.stderr
+    assert b"more than one run of seed 1" in done.stderr
+    done = subprocess.run(command, env=env, capture_output=True)
+    assert b"Traceback" not in done.stderr
+    assert b"val_bpb 1.3000" in done.stdout
+
+
 def test_a_log_that_goes_on_after_its_score_is_refused(root):
     write_run(root, "a", fake_log(ONE) + "step:1/20 train_loss:6.5000 train_time:1ms\n")
     assert "did not finish" in refusal(root, "a")
@@ -313,7 +404,7 @@ def test_a_log_that_goes_on_after_its_score_is_refused(root):
 @pytest.mark.parametrize("score", ["nan", "inf"])
 def test_a_score_that_is_no_number_is_refused(root, score):
     write_run(root, "a", fake_log(ONE, bpb=score))
-    assert "did not finish: no line of the form 'final" in refusal(root, "a")
+    assert "did not finish: it diverged" in refusal(root, "a")
 
 
 def test_a_run_that_only_scored_is_refused(root):
