@@ -414,3 +414,36 @@ def test_a_console_that_is_closed_does_not_stop_a_run(clone):
         )
         assert (done.returncode, done.stderr) == (0, "")
     assert clone.trained == ["anew"]
+
+
+# ---- .ci/run
+
+MADE = """
+cd -- "$(dirname -- "$0")"
+echo "$PWD: $*" >> {calls}
+mkdir -p data/datasets/sample_sp1024 data/tokenizers logs/sample
+for file in data/tokenizers/sample_1024_bpe.model logs/sample.txt; do : >> $file; done
+[ ! -e data/datasets/fineweb10B_sp1024 ] || ls data/datasets records/track_10min_16mb >> {calls}
+echo "the run is finished"
+"""
+
+
+def test_ci_tests_a_fresh_clone_and_one_where_all_is_made(clone, tmp_path):
+    calls, other = tmp_path / "calls", Clone(tmp_path / "elsewhere" / "clone")
+    for one in (clone, other):
+        (one.folder / "run.sh").write_text(MADE.format(calls=shlex.quote(str(calls))))
+        for words in (["init", "--quiet"], ["add", "."]):
+            subprocess.run(["git", *words], cwd=one.folder, check=True)
+    clone.run()
+    calls.unlink()
+    before = snapshot(clone.folder)
+    clone.run(script="clone/.ci/run", cwd=tmp_path, env={"CDPATH": str(tmp_path / "elsewhere")})
+    assert snapshot(clone.folder) == before
+    first, *rest = calls.read_text().splitlines()
+    assert first == f"{clone.folder}: test"
+    (second,) = [line for line in rest if "test_house.py" in line]
+    made = Path(second.partition(":")[0])
+    assert not made.exists()
+    assert f"{made}: " in rest
+    assert {"fineweb10B_sp1024", "2026-11-22_Copy"} <= {*rest}
+    assert "elsewhere" not in calls.read_text()
