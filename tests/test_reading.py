@@ -1,5 +1,6 @@
 """records/reading.py: every spelling of submission.json, and logs of all ages."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -98,6 +99,40 @@ def test_our_log_has_source_settings_scores_and_sizes(folder):
     assert [val[:3] for val in log.vals] == [(0, 6.929, 4.2694), (20, 3.3525, 2.0657)]
     assert (log.seed, log.steps, log.train_ms, log.finished, log.runs) == ("7", 20, 1053, True, 1)
     assert (log.total_bytes, log.code_bytes, log.artifact_bytes) == (2717680, 47438, 2670242)
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_a_score_that_was_cut_off_is_none(folder, cut):
+    """Written while the process was killed: 2.0653 would be another score than 2.06538093."""
+    text = f"{SOURCE}\n{BAR}\n{OURS}"
+    end = text.index("val_bpb:2.06538093") + len("val_bpb:2.06538093")
+    log = one_log(folder, text[: end - cut])
+    assert all(abs(score - 2.06538093) < 1e-6 for _, _, score in log.finals)
+
+
+EXTRA = [
+    "epochs_planned:1.50 train_tokens:100000",
+    "warning: no checkpoint of step 4: [Errno 28] No space left on device",
+    "fit_budget:sigma quant_sigma:9.1000 tries:3 fill:0.9991",
+]
+
+
+@pytest.mark.parametrize("extra", EXTRA)
+def test_new_lines_of_a_log_may_stand_anywhere(folder, extra):
+    whole = one_log(folder, f"{SOURCE}\n{BAR}\n{OURS}")
+    lines = OURS.splitlines()
+    for place in range(len(whole.settings), len(lines) + 1):
+        text = "\n".join([*lines[:place], extra, *lines[place:]])
+        log = one_log(folder, f"{SOURCE}\n{BAR}\n{text}\n")
+        assert dataclasses.replace(log, body="") == dataclasses.replace(whole, body="")
+
+
+def test_a_path_in_a_log_that_is_not_utf8_is_no_reason_to_break(folder):
+    text = f"{SOURCE}\n{BAR}\n{OURS}".replace("data/datasets/tiny", "'data/t\udcff'")
+    (folder / "train.log").write_bytes(text.encode(errors="surrogateescape"))
+    (log,) = reading.read_logs(folder)
+    assert log.settings["DATA_PATH"] == "'data/t\ufffd'"
+    assert log.finished
 
 
 def test_the_committed_record_is_read_whole():
