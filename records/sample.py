@@ -68,21 +68,33 @@ def attend(*arguments: str, **environment: str) -> None:
         raise SystemExit(code if code > 0 else 128 - code)
 
 
-def describe_inputs() -> str:
-    """A digest of all that the run depends on: the script, its settings, and the data."""
+def ask_settings() -> bytes:
+    """The settings that the training would have. Ends the program if they are wrong."""
     command = [sys.executable, "train_gpt.py", "--settings"]
     asked = subprocess.run(
         command, env=os.environ | SETTINGS | {"RESUME": ""}, stdout=subprocess.PIPE
     )
     if asked.returncode:
         raise SystemExit(asked.returncode)
-    parts = [Path("train_gpt.py").read_bytes(), asked.stdout, MANIFEST.read_bytes()]
+    return asked.stdout
+
+
+def describe_inputs(settings: bytes) -> str:
+    """A digest of all that the run depends on: the script, its settings, and the data."""
+    manifest = MANIFEST.read_bytes() if MANIFEST.is_file() else b""
+    parts = [Path("train_gpt.py").read_bytes(), settings, manifest]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 def states(stamp: Path, inputs: str) -> bool:
     """Whether a stamp is there, and is of these inputs."""
     return stamp.is_file() and stamp.read_bytes() == inputs.encode()
+
+
+def is_finished(inputs: str) -> bool:
+    """Whether the run of these inputs is finished, and what it made is there."""
+    made = all((RUN / name).is_file() for name in ("final_model.artifact", "metrics.jsonl"))
+    return made and states(RUN / "finished", inputs)
 
 
 def train(inputs: str) -> None:
@@ -103,13 +115,13 @@ def main() -> None:
     """Do what is not done yet."""
     os.chdir(ROOT)
     with locked(Path("logs", ".run.lock"), "another run.sh is at work here:"):
-        attend("data/prepare.py", "--sample")
-        inputs = describe_inputs()
-        made = all((RUN / name).is_file() for name in ("final_model.artifact", "metrics.jsonl"))
-        if made and states(RUN / "finished", inputs):
+        settings = ask_settings()
+        # Of a finished run the data stay, although other packages may be installed by now.
+        if is_finished(describe_inputs(settings)):
             say(f"the sample run is finished; remove {RUN} to train again")
         else:
-            train(inputs)
+            attend("data/prepare.py", "--sample")
+            train(describe_inputs(settings))
         attend("records/summary.py", str(RUN))
 
 

@@ -150,6 +150,16 @@ def test_other_code_or_data_train_anew(clone, name):
     assert clone.trained == ["anew", "anew"]
 
 
+def test_other_packages_do_not_make_a_finished_run_undone(clone):
+    """As run.sh test may install them: the sample's text is that of packages."""
+    text = PREPARE.replace('if not (folder / "manifest.json").exists():', "import time\nif True:")
+    (clone.folder / "data/prepare.py").write_text(text.replace('"{}"', "str(time.time_ns())"))
+    clone.run()
+    clone.run("test")
+    clone.run()
+    assert clone.trained == ["anew"]
+
+
 def test_other_settings_in_the_environment_train_anew(clone):
     clone.run(env={"ITERATIONS": "3"})
     clone.run()
