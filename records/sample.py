@@ -44,13 +44,15 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 def attend(*arguments: str, **environment: str) -> None:
     """Run a Python program, which hears of signals to this one. Ends this one if it fails."""
-    heard: list[int] = []
+    early: list[int] = []  # signals that came before there was a child
     children: list[subprocess.Popen] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        heard.append(number)
-        if children and children[0].returncode is None:
-            os.killpg(children[0].pid, number)
+        if not children:
+            early.append(number)
+        with suppress(ProcessLookupError):
+            for child in children:
+                os.killpg(child.pid, number)
 
     wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {n: signal.getsignal(n) for n in wanted if signal.getsignal(n) != signal.SIG_IGN}
@@ -59,8 +61,8 @@ def attend(*arguments: str, **environment: str) -> None:
     # In a group of its own it hears of Ctrl-C once, from here.
     options = {"env": os.environ | environment, "stdin": subprocess.DEVNULL, "process_group": 0}
     children.append(subprocess.Popen([sys.executable, *arguments], **options))
-    for number in heard[:1]:
-        os.killpg(children[0].pid, number)
+    for number in early[:1]:
+        pass_on(number, None)
     code = children[0].wait()
     for number, handler in before.items():
         signal.signal(number, handler)
