@@ -332,6 +332,14 @@ def test_first_runs_at_once_install_one_after_the_other(clone, tmp_path):
     assert len(installs) == 2  # the two requirements files, once
 
 
+def test_an_environment_that_works_is_kept_whoever_made_it(clone):
+    (clone.folder / ".venv/mine").touch()
+    (clone.folder / ".venv/installed_requirements.txt").unlink()
+    clone.run("test")
+    assert (clone.folder / ".venv/mine").exists()
+    assert not [line for line in clone.lines("calls") if "-m venv" in line]
+
+
 def test_a_venv_whose_python_is_gone_is_made_again(clone, tmp_path):
     (clone.folder / ".venv/bin/python").unlink()
     (clone.folder / ".venv/bin/python").symlink_to("/no/such/python")
