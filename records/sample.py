@@ -1,7 +1,7 @@
 """Make the sample data, train on it, and sum the run up: run.sh, once all is installed.
 
 What is done already is not done again. A training that was interrupted goes on. If code, settings
-or data have changed since, it starts anew; checkpoints of before are renamed to *.old.
+or data have changed since, it starts anew; checkpoints of before are renamed to old_*.
 """
 
 import fcntl
@@ -106,7 +106,7 @@ def train(inputs: str) -> None:
     if not resume:
         with locked(RUN / "lock", f"{RUN} is in use by"):  # which train_gpt.py holds as it trains
             for path in RUN.glob("checkpoint_*.pt"):
-                path.rename(f"{path}.old")
+                path.rename(path.with_name(f"old_{path.name}"))
             started.write_text(inputs)
     tunables = os.environ.get("GLIBC_TUNABLES", MALLOC)
     attend("train_gpt.py", **SETTINGS, RESUME=resume, GLIBC_TUNABLES=tunables)

@@ -235,7 +235,7 @@ def test_checkpoints_of_other_code_are_set_aside(clone):
     (clone.folder / "train_gpt.py").write_text(TRAIN + "# changed")
     clone.interrupt()
     assert clone.trained == ["anew", "anew"]
-    assert (clone.folder / "logs/sample/checkpoint_0000005.pt.old").read_text() == "step 5"
+    assert (clone.folder / "logs/sample/old_checkpoint_0000005.pt").read_text() == "step 5"
 
 
 def test_checkpoints_of_other_code_stay_aside_after_a_stop_before_the_first_step(clone):

@@ -142,7 +142,8 @@ def test_the_configuration_is_that_of_the_runs(packed):
     logged = json.loads((root / "logs/seed7/metrics.jsonl").read_text().splitlines()[0])
     config = train_gpt.load_settings({"CONFIG": str(root / FOLDER / "config.env")}, False)
     places = {"config", "data_path", "tokenizer_path", "run_id", "out_dir"}
-    found = {k: v for k, v in vars(config).items() if k not in places}
+    names = {name.lower() for name in train_gpt.FIELDS} - places
+    found = {name: getattr(config, name) for name in names}
     assert found == {k: v for k, v in logged["settings"].items() if k not in places}
 
 
