@@ -25,7 +25,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece as spm
-from checks import check_files, file_records, read_manifest
+from checks import check_files, file_records, find_tokenizer, read_manifest
+from console import name_text
 from shards import DataError, ProgressBar, ShardWriter, WorkerPool, replacing
 from vocabulary import (
     BYTE_LEVEL_SIZE,
@@ -368,7 +369,7 @@ def build(job: Job, source: Source, work: Path) -> dict[str, Any]:
         "skipped": dict(sorted((source.skipped + empty + skipped).items())),
         "splits": {"val": dict(val), "train": dict(train)},
         "tokenizer": {
-            "path": f"../../tokenizers/{tokenizer.name}",
+            "path": name_text(f"../../tokenizers/{tokenizer.name}"),
             "sha256": file_digest(tokenizer),
             "vocab_size": load_vocabulary(tokenizer).size,
         },
@@ -424,7 +425,7 @@ def is_current(job: Job, source: Source) -> bool:
     folder = dataset_folder(job)
     try:
         manifest = read_manifest(folder)
-        model = folder / manifest["tokenizer"]["path"]
+        model = find_tokenizer(folder, manifest)
         same = manifest["options"] == job.options() | source.options()
         same = same and source.unchanged(manifest["inputs"])
         same = same and manifest["versions"] == recipe(job, source)["versions"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from console import text_name
 from shards import DataError, ProgressBar, WorkerPool, map_tokens, shard_paths
 from vocabulary import Vocabulary, file_digest, load_vocabulary
 
@@ -157,7 +158,7 @@ def find_tokenizer(folder: Path, manifest: dict[str, Any]) -> Path:
     """The tokenizer that the manifest names, or that a published dataset's name implies. Raises
     DataError if there is none."""
     if manifest:
-        return folder / manifest["tokenizer"]["path"]
+        return folder / text_name(manifest["tokenizer"]["path"])
     variant = folder.resolve().name.rpartition("_")[2]
     name = (
         "fineweb_pure_byte_260.json" if variant == "byte260" else f"fineweb_{variant[2:]}_bpe.model"

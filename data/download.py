@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -32,6 +31,7 @@ from queue import Empty, SimpleQueue
 
 import httpx2
 import sentencepiece as spm
+from console import steady_console, training_command
 from filelock import FileLock, Timeout
 from hub import (
     DATASET_PREFIX,
@@ -479,9 +479,7 @@ def print_outcome(request: Request, variant: Variant, fetched: int) -> None:
         print("warning: a model memorizes a single train shard: expect about +0.1 bpb")
     tokenizer = loadable(request.out / variant.tokenizer_paths[0])
     size = vocab_size(tokenizer)
-    settings = [f"DATA_PATH={shown(request.folder)}", f"TOKENIZER_PATH={shown(tokenizer)}"]
-    settings += [f"VOCAB_SIZE={size}"] if size else []
-    print(*settings, "python train_gpt.py")
+    print(training_command(request.folder, tokenizer, size))
 
 
 def loadable(tokenizer: Path) -> Path:
@@ -499,14 +497,8 @@ def loadable(tokenizer: Path) -> Path:
 def vocab_size(tokenizer: Path) -> int | None:
     """The number of ids of a SentencePiece model, if known."""
     with suppress(OSError, RuntimeError):
-        return len(spm.SentencePieceProcessor(model_file=str(tokenizer)))
+        return len(spm.SentencePieceProcessor(model_proto=tokenizer.read_bytes()))
     return None
-
-
-def shown(path: Path) -> str:
-    """A path as one types it in a shell here."""
-    here = Path.cwd()
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def print_list(repo_ids: Sequence[str], prefix: str, out: Path) -> int:
@@ -608,4 +600,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    steady_console()
     sys.exit(main())

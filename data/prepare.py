@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from build import Job, Source, build, check_place, dataset_folder, is_current, publish
-from checks import check_dataset
+from checks import check_dataset, find_tokenizer, read_manifest
+from console import name_text, steady_console, training_command
 from docstrings import PACKAGES, DocstringSource
 from filelock import FileLock, Timeout
 from rendering import TEMPLATES, add_options, format_from
@@ -75,12 +76,14 @@ class TextSource:
 
     def inputs(self) -> list[dict[str, Any]]:
         """Names, sizes and SHA-256 of the files that were read; names of other inputs."""
+        digests = self.reader.digests
         files = [
-            {"name": f.name, "size": f.size, "sha256": self.reader.digests.get(str(f.path))}
+            {"name": name_text(f.name), "size": f.size, "sha256": digests.get(str(f.path))}
             for f in self.reader.files
         ]
-        stdin = {"sha256": self.reader.digests.get("<stdin>")}
-        return files + [{"name": name} | (stdin if name == "-" else {}) for name in self.others]
+        stdin = {"sha256": digests.get("<stdin>")}
+        others = [{"name": name_text(n)} | (stdin if n == "-" else {}) for n in self.others]
+        return files + others
 
     def options(self) -> dict[str, Any]:
         """How the documents are made from the inputs, for the manifest."""
@@ -91,7 +94,7 @@ class TextSource:
 
     def unchanged(self, inputs: list[dict[str, Any]]) -> bool:
         """Whether a manifest's inputs are these files; standard input and hubs cannot be told."""
-        here = [(f.name, f.size) for f in self.reader.files]
+        here = [(name_text(f.name), f.size) for f in self.reader.files]
         if self.others or [(i["name"], i.get("size")) for i in inputs] != here:
             return False
         recorded = zip(self.reader.files, inputs, strict=True)
@@ -171,6 +174,7 @@ def make(job: Job, source: Source, force: bool) -> None:
             if not force and is_current(job, source):
                 shutil.rmtree(work, ignore_errors=True)
                 print(f"{folder} is up to date (--force makes it again)")
+                print_command(folder, read_manifest(folder))
                 return
             work.mkdir(exist_ok=True)
             manifest = build(job, source, work)
@@ -193,9 +197,13 @@ def print_summary(folder: Path, manifest: dict[str, Any], seconds: float) -> Non
     if decoded != total:
         print(f"tokens decode to {decoded / total:.2%} of the text's bytes (normalization)")
     print(f"{total / 1e6:.1f} MB of text in {seconds:.1f} s: {total / 1e6 / seconds:.1f} MB/s")
-    model = os.path.normpath(folder / manifest["tokenizer"]["path"])
-    paths = f"DATA_PATH={os.path.relpath(folder)} TOKENIZER_PATH={os.path.relpath(model)}"
-    print(f"{paths} VOCAB_SIZE={manifest['tokenizer']['vocab_size']} python train_gpt.py")
+    print_command(folder, manifest)
+
+
+def print_command(folder: Path, manifest: dict[str, Any]) -> None:
+    """Print the line to train with."""
+    model = find_tokenizer(folder, manifest).resolve()
+    print(training_command(folder, model, manifest["tokenizer"]["vocab_size"]))
 
 
 def usage_problems(args: argparse.Namespace) -> list[str]:
@@ -234,4 +242,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    steady_console()
     sys.exit(main())

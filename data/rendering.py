@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import re
 import reprlib
 from collections.abc import Mapping
@@ -188,12 +189,20 @@ OPTIONS = (
 def mappings(text: str) -> dict[str, str]:
     """The value of --message-property-mappings. Raises ArgumentTypeError if it is not right."""
     try:
-        value = json.loads(text)
+        value = json.loads(typed_text(text))
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
     if not isinstance(value, dict) or not all(isinstance(v, str) and v for v in value.values()):
         raise argparse.ArgumentTypeError('must be like {"role": "from", "content": "value"}')
     return value
+
+
+def typed_text(text: str) -> str:
+    """A text as it was typed, whatever the locale. Raises ArgumentTypeError if it is not UTF-8."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8: {error.reason}") from None
 
 
 def count(text: str) -> int:
@@ -210,7 +219,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, kind, text in OPTIONS:
         flag = "--" + name.replace("_", "-")
         only = f"; --type {kind}" if kind else ""
-        convert = mappings if name == "message_property_mappings" else str
+        special = {"message_property_mappings": mappings, "template": str}
+        convert = special.get(name, typed_text)
         group.add_argument(flag, type=convert, help=(text + only).replace("%", "%%"))
     group.add_argument("--subset", default="", help="configuration of an hf: dataset")
     group.add_argument("--split", default="train", help="split of an hf: dataset (%(default)s)")

@@ -23,6 +23,7 @@ from hub_server import API, Fault, Hub
 from hypothesis import given
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "download.py"
+TRAINER = SCRIPT.parent.parent / "train_gpt.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import download  # noqa: E402
@@ -157,8 +158,7 @@ def test_all_files_arrive_byte_for_byte(case):
     assert "sp1024 has 3 train shards; taking all of them" in done.stdout
     assert "3 train shard(s) of 45,000 tokens and 1 val shard(s)" in done.stdout
     assert done.stdout.endswith(
-        f"\nDATA_PATH=out/{FOLDER} TOKENIZER_PATH=out/{MODEL} VOCAB_SIZE={VOCAB} "
-        "python train_gpt.py\n"
+        f"\nDATA_PATH=out/{FOLDER} TOKENIZER_PATH=out/{MODEL} VOCAB_SIZE={VOCAB} python {TRAINER}\n"
     )
     assert "downloading" in done.stderr
     assert "100%" in done.stderr
@@ -193,7 +193,7 @@ def test_another_variant_with_its_byte_level_tokenizer(case):
 
 def test_the_vocabulary_size_is_omitted_if_unknown(case):
     case.hub.repos[REPO]["datasets/" + MODEL] = b"no model"
-    assert f"TOKENIZER_PATH=out/{MODEL} python train_gpt.py" in case.succeeds()
+    assert f"TOKENIZER_PATH=out/{MODEL} python {TRAINER}" in case.succeeds()
 
 
 def test_the_number_of_train_shards(case):
