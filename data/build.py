@@ -41,13 +41,15 @@ from vocabulary import (
 
 CHUNK_CHARS = 2**21  # of text in one task of a process: bounds the memory, changes no result
 OWN_FILES = r"manifest\.json|fineweb_(train|val|val_bytes)_\d{6}\.bin"
-VAL_DOCS = 50_000  # in the challenge's split; of fewer documents, the job's val_fraction
+VAL_DOCS = 50_000  # in the challenge's split
+COUNTS = ("tokens", "bytes", "decoded_bytes", "unknown_tokens", "unknown_bytes")
 # One document: where its tokens lie, its UTF-8 bytes, what its tokens decode to, and a digest of
-# the tokens, by which training documents that also stand in validation are found.
+# the tokens, by which training documents that also stand in validation are found; and how many of
+# the tokens are the unknown piece, for how many of the bytes.
 ENTRY = np.dtype(
     {
-        "names": ["chunk", "start", "tokens", "bytes", "decoded_bytes", "digest"],
-        "formats": ["<u4", "<u8", "<u4", "<u4", "<u4", "V16"],
+        "names": ["chunk", "start", "digest", *COUNTS],
+        "formats": ["<u4", "<u8", "V16", *["<u4"] * len(COUNTS)],
     }
 )
 
@@ -145,6 +147,8 @@ def encode_chunk(
     entries["tokens"] = [len(ids) for ids in documents]
     entries["start"] = np.cumsum(entries["tokens"]) - entries["tokens"]
     entries["decoded_bytes"] = [vocabulary.lengths(ids).sum() for ids in documents]
+    entries["unknown_tokens"] = [(ids == vocabulary.unknown).sum() for ids in documents]
+    entries["unknown_bytes"] = list(map(vocabulary.unknown_bytes, texts, documents))
     digests = [hashlib.blake2b(ids, digest_size=16).digest() for ids in documents]
     entries["digest"] = np.frombuffer(b"".join(digests), "V16")
     with replacing(chunk_file(work, number, "tokens")) as file:
@@ -238,7 +242,7 @@ def write_split(
     mapped = lru_cache(256)(
         lambda chunk, kind: np.memmap(chunk_file(work, chunk, kind), "<u2", "r")
     )
-    counts: Counter[str] = Counter(documents=0, tokens=0, bytes=0, decoded_bytes=0)
+    counts: Counter[str] = Counter(dict.fromkeys(("documents", *COUNTS), 0))
     skipped: Counter[str] = Counter()
     digests: set[bytes] = set()
     with (
@@ -246,13 +250,15 @@ def write_split(
         ShardWriter(work / "dataset", f"{split}_bytes", job.shard_tokens) as sidecars,
     ):
         for entry in ordered_entries(index, numbers):
-            chunk, start, tokens, size, decoded, digest = entry
+            chunk, start, digest, *own = entry
+            tokens, _, decoded, *_ = own
             if not tokens or digest in left_out:
                 skipped["duplicate of validation" if tokens else "no tokens"] += 1
                 continue
             ids = mapped(chunk, "tokens")[start : start + tokens]
             shards.write(concatenate([ids], vocabulary.bos))
-            counts.update(documents=1, tokens=tokens + 1, bytes=size, decoded_bytes=decoded)
+            counts.update(dict(zip(COUNTS, own, strict=True)))
+            counts.update(documents=1, tokens=1)  # BOS
             if split == "val":
                 check_bytes(vocabulary.decoded_bytes([ids]), decoded)
                 digests.add(digest)

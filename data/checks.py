@@ -31,11 +31,13 @@ class Findings:
     decoded_bytes: int = 0
     highest: int = 0
     leaked: int = 0
+    unknown: int = 0
     digests: set[bytes] = field(default_factory=set)
 
     def add(self, other: "Findings") -> None:
         """Take in what was found in another shard."""
-        for name in ("documents", "tokens", "counted_bytes", "decoded_bytes", "leaked"):
+        sums = ("documents", "tokens", "counted_bytes", "decoded_bytes", "leaked", "unknown")
+        for name in sums:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.highest = max(self.highest, other.highest)
         self.digests |= other.digests
@@ -73,6 +75,7 @@ def inspect_shard(
         if found.highest >= vocabulary.size:
             return found
         found.documents += 1
+        found.unknown += int((ids == vocabulary.unknown).sum())
         digest = hashlib.blake2b(np.ascontiguousarray(ids), digest_size=16).digest()
         found.leaked += digest in forbidden
         if not forbidden:
@@ -210,11 +213,17 @@ def check_split(found: Findings, vocabulary: Vocabulary, recorded: dict[str, int
     counted, decoded = found.counted_bytes, found.decoded_bytes
     demand(counted == decoded, f"pieces count {counted:,} bytes, the text has {decoded:,}")
     here = {"documents": found.documents, "tokens": found.tokens, "decoded_bytes": decoded}
+    here["unknown_tokens"] = found.unknown
     for name, value in here.items():
         expected = recorded.get(name, value)
         demand(value == expected, f"{value:,} {name}, manifest.json says {expected:,}")
     ratio = decoded / max(1, found.tokens)
-    return f"{found.documents:,} documents, {decoded:,} bytes decoded, {ratio:.3f} bytes/token"
+    text = f"{found.documents:,} documents, {decoded:,} bytes decoded, {ratio:.3f} bytes/token"
+    if not found.unknown:
+        return text
+    lost = recorded.get("unknown_bytes")
+    of_text = "" if lost is None else f" for {lost:,} bytes of text"
+    return f"{text}, {found.unknown:,} unknown pieces{of_text}"
 
 
 def check_sidecars(folder: Path, bos: int, recorded: dict[str, int]) -> str:

@@ -192,10 +192,17 @@ def print_summary(folder: Path, manifest: dict[str, Any], seconds: float) -> Non
         print(f"{name:<6}{n['documents']:>11,}{megabytes:>10.2f}{n['tokens']:>14,}{ratio:>13.3f}")
     if skipped := manifest["skipped"]:
         print("skipped:", ", ".join(f"{n:,} {why}" for why, n in skipped.items()))
+    for name, n in manifest["splits"].items():
+        if lost := n["unknown_bytes"]:
+            share = f"{lost:,} bytes ({lost / n['bytes']:.2%}) of the text"
+            print(f"{name}: {share} are characters that the tokenizer lacks: unknown pieces")
     splits = manifest["splits"].values()
-    total, decoded = (sum(n[key] for n in splits) for key in ("bytes", "decoded_bytes"))
-    if decoded != total:
-        print(f"tokens decode to {decoded / total:.2%} of the text's bytes (normalization)")
+    total = sum(n["bytes"] for n in splits)
+    known = total - sum(n["unknown_bytes"] for n in splits)
+    decoded = sum(n["decoded_bytes"] for n in splits)
+    if decoded != known:
+        rest = "text's" if known == total else "other"
+        print(f"tokens decode to {decoded / max(1, known):.2%} of the {rest} bytes (normalization)")
     print(f"{total / 1e6:.1f} MB of text in {seconds:.1f} s: {total / 1e6 / seconds:.1f} MB/s")
     print_command(folder, manifest)
 

@@ -66,7 +66,7 @@ class Vocabulary:
 
     def __init__(self, model: bytes) -> None:
         self.sp = sp = spm.SentencePieceProcessor(model_proto=model)
-        self.size, self.bos = len(sp), sp.bos_id()
+        self.size, self.bos, self.unknown = len(sp), sp.bos_id(), sp.unk_id()
         ids, pieces = range(self.size), [sp.id_to_piece(i) for i in range(self.size)]
         silent = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
         sizes = [len(piece.removeprefix(SPACE).replace(SPACE, " ").encode()) for piece in pieces]
@@ -105,11 +105,22 @@ class Vocabulary:
     def original_bytes(self, text: str, count: int) -> np.ndarray:
         """The bytes of the original text that each of its `count` tokens stands for, int64 (N,);
         their sum is that of the text's UTF-8, whatever the tokenizer's normalization did."""
-        spans = self.sp.encode(text, return_type="offset_mapping", return_bytes=True)["offsets"]
-        ends = np.array([end for _, end in spans])
+        ends = np.array([end for _, end in self._spans(text)])
         ends[-1] = len(text.encode())  # the last token stands for what was stripped behind it
         assert len(ends) == count
         return np.diff(ends, prepend=0)
+
+    def unknown_bytes(self, text: str, ids: np.ndarray) -> int:
+        """The bytes of the original text that its tokens `ids` hold as unknown pieces."""
+        unknown = ids == self.unknown
+        if not unknown.any():
+            return 0
+        spans = np.array(self._spans(text))[unknown]
+        return int((spans[:, 1] - spans[:, 0]).sum())
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """Where in the text's UTF-8 each of its tokens begins and ends."""
+        return self.sp.encode(text, return_type="offset_mapping", return_bytes=True)["offsets"]
 
 
 @cache

@@ -19,6 +19,7 @@ import sentencepiece as spm
 from conftest import compose_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_vocabulary import trained
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
@@ -176,6 +177,8 @@ def test_manifest_counts_what_is_there(tmp_path, dataset):
             "tokens": sum(len(i) + 1 for i in ids),
             "bytes": sum(len(text.encode()) for text in texts),
             "decoded_bytes": sum(len(text.encode()) for text in decoded),
+            "unknown_tokens": 0,
+            "unknown_bytes": 0,
         }
     assert made.manifest["skipped"] == {"duplicate of validation": 5}
 
@@ -537,6 +540,57 @@ def test_arbitrary_lines_never_break_it(tmp_path_factory, lines):
         assert kept + sum(made.manifest["skipped"].values()) == len(nonblank)
         tokens = len(made.stream("val") + made.stream("train"))
         assert sum(n["bytes"] for n in counts) == tokens - kept
+
+
+# ---- tokenizers of other kinds: without byte pieces
+
+
+UNKNOWN = [
+    "the ☃ water",
+    "日本",
+    "a place",
+    "½☃ and☃\u3000☃ the",
+    "a house  ",
+    "so 🙂🙂 ",
+    "e\u0301☃",
+]
+
+
+def unknown_bytes(sp, texts: list[str]) -> int:
+    """The bytes of the characters that are no piece; none of them is changed by normalization."""
+    chars = [char for text in texts for char in text if char in "☃日本🙂"]
+    assert all(sp.piece_to_id(char) == sp.unk_id() for char in chars)
+    return sum(len(char.encode()) for char in chars)
+
+
+@pytest.mark.usefixtures("inline")
+def test_bytes_lost_to_unknown_pieces_are_counted_apart(tmp_path, capsys):
+    model = tmp_path / "no_bytes.model"
+    model.write_bytes(trained(byte_fallback=False, vocab_size=300))
+    sp = spm.SentencePieceProcessor(model_file=str(model))
+    made = make(tmp_path, UNKNOWN, "--tokenizer", model, "--val-docs", 2, "--byte-sidecar")
+    printed = capsys.readouterr().out
+    for split, texts in (("val", UNKNOWN[:2]), ("train", UNKNOWN[2:])):
+        counts = made.manifest["splits"][split]
+        total, lost = sum(len(text.encode()) for text in texts), counts["unknown_bytes"]
+        assert counts["bytes"] == total
+        assert counts["unknown_tokens"] == sum(ids.count(sp.unk_id()) for ids in sp.encode(texts))
+        assert f"{split}: {lost:,} bytes ({lost / total:.2%}) of the text are characters" in printed
+    assert made.manifest["splits"]["val"]["unknown_bytes"] == unknown_bytes(sp, UNKNOWN[:2])
+    kept = [split["decoded_bytes"] for split in made.manifest["splits"].values()]
+    known = sum(n["bytes"] - n["unknown_bytes"] for n in made.manifest["splits"].values())
+    assert f"{sum(kept) / known:.2%} of the other bytes (normalization)" in printed
+    unknown = [token == sp.unk_id() for token in made.stream("val")]
+    sidecar = [n for n, lost in zip(made.stream("val_bytes"), unknown, strict=True) if lost]
+    assert sum(sidecar) == unknown_bytes(sp, UNKNOWN[:2])
+
+
+@pytest.mark.usefixtures("inline")
+def test_what_no_unknown_piece_holds_is_normalization(tmp_path, dataset, capsys):
+    make(tmp_path, LOSSY + TEXTS, "--tokenizer", dataset.tokenizer)
+    printed = capsys.readouterr().out
+    assert "unknown pieces" not in printed
+    assert "of the text's bytes (normalization)" in printed
 
 
 # ---- resuming

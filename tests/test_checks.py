@@ -12,6 +12,7 @@ from conftest import compose_documents, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_build import LOSSY, inline, make, prepare_main  # noqa: F401
+from test_vocabulary import trained
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
@@ -122,6 +123,20 @@ def test_the_report_says_what_was_counted(folder, dataset, capsys):
 
 
 # ---- faults in a dataset with a manifest: files
+
+
+def test_unknown_pieces_are_counted_and_their_bytes_are_the_manifests(tmp_path, capsys):
+    model = tmp_path / "no_bytes.model"
+    model.write_bytes(trained(byte_fallback=False, vocab_size=300))
+    made = make(tmp_path, ["the ☃☃ water ☃", *TEXTS], "--tokenizer", model, "--val-docs", 1)
+    text = check(capsys, made.folder)[2]
+    assert "2 unknown pieces for 9 bytes of text" in text
+    amend(made.folder, lambda m: m["splits"]["val"].update(unknown_tokens=3))
+    assert check(capsys, made.folder)[:2] == (1, {"val"})
+    for name in ("unknown_tokens", "unknown_bytes"):  # as manifests were before they were counted
+        amend(made.folder, lambda m, name=name: m["splits"]["val"].pop(name))
+    code, _, text = check(capsys, made.folder)
+    assert (code, "2 unknown pieces\n" in text) == (0, True)
 
 
 def flip(folder):

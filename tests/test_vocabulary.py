@@ -171,6 +171,27 @@ def test_original_bytes_stand_where_the_text_does(models):
     assert ends[-1] == len(text)
 
 
+LACKING = st.lists(st.sampled_from(["☃", "日本", "🙂", "the", " ", " water", "x1"])).map("".join)
+
+
+@given(text=LACKING)
+@example(text="☃ 日本 the  ☃☃ water日x")
+@example(text=" 🙂  ")
+def test_unknown_bytes_are_those_of_the_characters_that_are_no_piece(models, text):
+    model = models["no byte fallback"]
+    ids = np.array(model.sp.encode(text), np.uint16)
+    lost = sum(len(char.encode()) for char in text if char in "☃日本🙂")
+    assert model.unknown_bytes(text, ids) == lost
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXTS)
+def test_unknown_bytes_are_within_the_text_and_none_where_every_byte_is_a_piece(models, kind, text):
+    model = models[kind]
+    lost = model.unknown_bytes(text, np.array(model.sp.encode(text), np.uint16))
+    assert 0 <= lost <= (len(text.encode()) if kind == "no byte fallback" else 0)
+
+
 # ---- sidecars
 
 
