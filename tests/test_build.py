@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import sentencepiece as spm
-from conftest import compose_documents
+from conftest import compose_documents, shard_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_vocabulary import trained
@@ -112,11 +112,11 @@ class Made:
     def stream(self, split: str) -> list[int]:
         return [token for shard in self.shards(split) for token in shard]
 
-    def documents(self, split: str) -> list[tuple[int, ...]]:
+    def documents(self, split: str, bos: int = 1) -> list[tuple[int, ...]]:
         """The tokens of each document, without BOS."""
         found: list[list[int]] = []
         for token in self.stream(split):
-            if token == 1:
+            if token == bos:
                 found.append([])
             else:
                 found[-1].append(token)
@@ -542,7 +542,7 @@ def test_arbitrary_lines_never_break_it(tmp_path_factory, lines):
         assert sum(n["bytes"] for n in counts) == tokens - kept
 
 
-# ---- tokenizers of other kinds: without byte pieces
+# ---- tokenizers of other kinds: without byte pieces, with another BOS
 
 
 UNKNOWN = [
@@ -591,6 +591,35 @@ def test_what_no_unknown_piece_holds_is_normalization(tmp_path, dataset, capsys)
     printed = capsys.readouterr().out
     assert "unknown pieces" not in printed
     assert "of the text's bytes (normalization)" in printed
+
+
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize("ids", [{"bos_id": 5}, {"bos_id": 0, "pad_id": 1}, {"bos_id": 300}])
+def test_bos_is_the_tokenizers_whatever_its_id(tmp_path, capsys, ids):
+    model = tmp_path / "bos.model"
+    model.write_bytes(trained(**ids))
+    sp = spm.SentencePieceProcessor(model_file=str(model))
+    bos = ids["bos_id"]
+    options = ("--tokenizer", model, "--val-docs", 6, "--byte-sidecar", "--shard-tokens", 300)
+    made = make(tmp_path, LOSSY + compose_documents(30), *options)
+    encoded = [tuple(i) for i in sp.encode(LOSSY + compose_documents(30))]
+    assert made.documents("val", bos) == encoded[:6]
+    assert made.documents("train", bos) == encoded[6:]
+    sizes = [[] for _ in range(6)]
+    document = -1
+    for token, size in zip(made.stream("val"), made.stream("val_bytes"), strict=True):
+        document += token == bos
+        sizes[document].append(size)
+    texts = (LOSSY + compose_documents(30))[:6]
+    assert [part[0] for part in sizes] == [0] * 6
+    assert [sum(part) for part in sizes] == [len(text.encode()) for text in texts]
+    capsys.readouterr()
+    assert prepare_main("--check", made.folder) == 0
+    assert "6 documents" in capsys.readouterr().out
+    shard = made.folder / "fineweb_val_000000.bin"
+    shard.write_bytes(shard_bytes([1 + (bos == 1), *made.shards("val")[0][1:]]))
+    assert prepare_main("--check", made.folder) == 1
+    assert "not with BOS" in capsys.readouterr().out
 
 
 # ---- resuming
