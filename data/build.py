@@ -59,6 +59,8 @@ class Source(Protocol):
 
     total_bytes: int  # of the inputs as they are stored; 0 if not known
     read_bytes: int
+    val_fraction: float  # of the documents, for validation; known when they are read
+    val_last: bool  # whether those are the last ones: the end of a text
     skipped: Counter[str]
 
     def texts(self) -> Iterator[str]:
@@ -85,7 +87,7 @@ class Job:
     byte_level: bool
     tokenizer_bytes: int  # of text at most that a tokenizer is trained on
     val_docs: int | None
-    val_fraction: float
+    val_fraction: float | None  # None: the source's, but at most VAL_DOCS
     shuffle_seed: int | None
     shard_tokens: int
     byte_sidecar: bool
@@ -210,26 +212,37 @@ def frozen_order(count: int, seed: int | None, work: Path) -> np.ndarray:
     return order
 
 
-def validation_size(job: Job, count: int) -> int:
+def validation_size(job: Job, source: Source, count: int) -> int:
     """How many of `count` documents are for validation. Raises DataError unless both splits get
     some."""
-    share = max(1, round(count * job.val_fraction))
-    size = min(VAL_DOCS, share) if job.val_docs is None else job.val_docs
+    size = job.val_docs
+    if size is None:
+        size = max(1, round(count * (job.val_fraction or source.val_fraction)))
+        size = size if job.val_fraction else min(VAL_DOCS, size)
     if not 0 < size < count:
         raise DataError(
             f"{count:,} document(s) and {size:,} of them for validation: each of the two splits "
-            "needs one (--val-docs; --max-document-bytes cuts a long text into several)"
+            "needs one; give more text, fewer --val-docs, or a smaller --val-fraction "
+            "(--split-text pieces, --max-document-bytes: how a long text is cut into documents)"
         )
     return size
+
+
+def split_order(job: Job, source: Source, count: int, work: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the documents for validation, and of those for training, int64 (N,)."""
+    order, size = frozen_order(count, job.shuffle_seed, work), validation_size(job, source, count)
+    return (order[-size:], order[:-size]) if source.val_last else (order[:size], order[size:])
 
 
 def tokenizer_texts(
     chunks: Iterable[list[str]], val: np.ndarray, text_bytes: int, limit: int
 ) -> Iterator[str]:
     """Training documents, spread evenly, of about `limit` bytes; `val` numbers those not to use."""
-    every, left_out = -(-text_bytes // limit), set(val.tolist())
+    every, left_out = -(-text_bytes // limit), np.zeros(val.max() + 1, bool)
+    left_out[val] = True
     texts = enumerate(chain.from_iterable(chunks))
-    return islice((text for number, text in texts if number not in left_out), 0, None, every)
+    used = (text for n, text in texts if n >= len(left_out) or not left_out[n])
+    return islice(used, 0, None, every)
 
 
 def write_split(
@@ -321,7 +334,7 @@ def staged_tokenizer(job: Job, work: Path) -> Path:
     return work / tokenizer_name(job)
 
 
-def stage_tokenizer(job: Job, work: Path, spool: Spool | None) -> Path:
+def stage_tokenizer(job: Job, source: Source, work: Path, spool: Spool | None) -> Path:
     """Write the tokenizer, copied, described, or trained on the spool's training documents. Raises
     DataError if it would take the place of one that this dataset does not own."""
     if job.tokenizer:
@@ -329,8 +342,7 @@ def stage_tokenizer(job: Job, work: Path, spool: Spool | None) -> Path:
     elif job.byte_level:
         model = byte_level_model()
     else:
-        size = validation_size(job, spool.documents)
-        val = frozen_order(spool.documents, job.shuffle_seed, work)[:size]
+        val, _ = split_order(job, source, spool.documents, work)
         print(f"training a tokenizer of {job.vocab_size} pieces ...", flush=True)
         texts = tokenizer_texts(spool.chunks(), val, spool.text_bytes, job.tokenizer_bytes)
         model = train_tokenizer(texts, job.vocab_size)
@@ -358,15 +370,17 @@ def build(job: Job, source: Source, work: Path) -> dict[str, Any]:
     chunks, progress, spool = chunked(source.texts()), source, None
     if job.vocab_size:
         spool = progress = Spool(work / "texts", chunks, source)
-    tokenizer = stage_tokenizer(job, work, spool)
+    tokenizer = stage_tokenizer(job, source, work, spool)
     chunks = spool.chunks() if spool else chunks
     index = write_index(encode_chunks(chunks, job, work, tokenizer, progress), work)
-    order = frozen_order(len(index), job.shuffle_seed, work)
-    size = validation_size(job, len(index))
+    for_val, for_train = split_order(job, source, len(index), work)
+    if source.val_last and job.shuffle_seed is None:
+        share = f"{len(for_val):,} of {len(index):,} documents"
+        print(f"the end of the text, {share}, is for validation (--val-fraction)", flush=True)
     shutil.rmtree(work / "dataset", ignore_errors=True)
     (work / "dataset").mkdir()
-    val, empty, digests = write_split("val", order[:size], index, set(), job, work)
-    train, skipped, _ = write_split("train", order[size:], index, digests, job, work)
+    val, empty, digests = write_split("val", for_val, index, set(), job, work)
+    train, skipped, _ = write_split("train", for_train, index, digests, job, work)
     for split, counts in (("validation", val), ("training", train)):
         if not counts["documents"]:
             raise DataError(f"no {split} document is left: all are empty or duplicates")
@@ -383,11 +397,18 @@ def build(job: Job, source: Source, work: Path) -> dict[str, Any]:
     }
 
 
+def all_options(job: Job, source: Source) -> dict[str, Any]:
+    """What was asked for, or is so by default."""
+    options = job.options()
+    options["val_fraction"] = job.val_fraction or source.val_fraction
+    return options | source.options()
+
+
 def recipe(job: Job, source: Source) -> dict[str, Any]:
     """What determines a dataset, for its manifest: inputs, options, and versions of the tools."""
     return {
         "inputs": source.inputs(),
-        "options": job.options() | source.options(),
+        "options": all_options(job, source),
         "versions": {"python": platform.python_version(), "sentencepiece": spm.__version__},
     }
 
@@ -432,7 +453,7 @@ def is_current(job: Job, source: Source) -> bool:
     try:
         manifest = read_manifest(folder)
         model = find_tokenizer(folder, manifest)
-        same = manifest["options"] == job.options() | source.options()
+        same = manifest["options"] == all_options(job, source)
         same = same and source.unchanged(manifest["inputs"])
         same = same and manifest["versions"] == recipe(job, source)["versions"]
         return same and bool(check_files(folder, manifest, model))

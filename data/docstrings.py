@@ -106,6 +106,8 @@ def select_documents(texts: Iterable[str | None]) -> tuple[list[str], Counter[st
 class DocstringSource:
     """The sample's documents, as data/prepare.py reads any source (sources.Source)."""
 
+    val_fraction, val_last = 0.04, False
+
     def __init__(self, packages: Iterable[str], processes: int) -> None:
         self.packages, self.processes = installed_closure(packages), processes
         self.total_bytes = self.read_bytes = 0

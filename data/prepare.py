@@ -30,13 +30,13 @@ from docstrings import PACKAGES, DocstringSource
 from filelock import FileLock, Timeout
 from rendering import TEMPLATES, add_options, format_from
 from shards import DataError
-from sources import Problems
+from sources import PIECE_BYTES, SPLIT_TEXT, Problems
 from sources import Source as InputSource
 from vocabulary import file_digest
 
 DATA = Path(__file__).resolve().parent
-SAMPLE_VOCAB, SAMPLE_FRACTION = 1024, 0.04
-VAL_FRACTION = 0.01
+SAMPLE_VOCAB = 1024
+VAL_FRACTION, VAL_FRACTION_OF_TEXT = 0.01, 0.1
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -53,6 +53,7 @@ class TextSource:
             subset=args.subset,
             split=args.split,
             samples=args.samples,
+            split_text=args.split_text,
         )
         self.selection = {"subset": args.subset, "split": args.split, "samples": args.samples}
         self.selection |= {"max_document_bytes": args.max_document_bytes}
@@ -70,9 +71,26 @@ class TextSource:
     def skipped(self) -> Counter[str]:
         return self.problems.counts
 
+    @property
+    def val_last(self) -> bool:
+        """Whether all is plain text that is cut, the end of which is for validation."""
+        return self.reader.cuts_texts and self.reader.is_text
+
+    @property
+    def val_fraction(self) -> float:
+        """The share of the documents that is for validation."""
+        return VAL_FRACTION_OF_TEXT if self.val_last else VAL_FRACTION
+
     def texts(self) -> Iterator[str]:
         """The documents, in order."""
-        return (document.text for document in self.reader.documents())
+        for number, document in enumerate(self.reader.documents()):
+            if number == 0 and self.reader.cuts_texts:
+                size = min(PIECE_BYTES, self.reader.limit)
+                print(
+                    f"plain text is cut at blank lines: documents of about {size:,} bytes", end=""
+                )
+                print(" (--split-text files: a file is a document)", flush=True)
+            yield document.text
 
     def inputs(self) -> list[dict[str, Any]]:
         """Names, sizes and SHA-256 of the files that were read; names of other inputs."""
@@ -88,6 +106,8 @@ class TextSource:
     def options(self) -> dict[str, Any]:
         """How the documents are made from the inputs, for the manifest."""
         options = {"records": asdict(self.format) | self.selection}
+        if self.reader.cuts_texts:
+            options["piece_bytes"] = PIECE_BYTES
         if self.format.uses_template and self.format.template not in TEMPLATES:
             options["template_sha256"] = file_digest(Path(self.format.template))
         return options
@@ -113,6 +133,14 @@ def whole_number(low: int, high: int) -> Any:
     return parse
 
 
+def fraction(text: str) -> float:
+    """An argparse type: a share between 0 and 1."""
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number between 0 and 1, such as 0.1")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
@@ -128,7 +156,8 @@ def parser() -> argparse.ArgumentParser:
     add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model or byte-level .json")
     add("--vocab-size", type=whole_number(260, 2**16), metavar="N", help="train a BPE of N pieces")
     add("--byte-level", action="store_true", help="the 260 ids of bytes, pad, BOS, EOS, unknown")
-    add("--val-docs", type=count, metavar="N", help="first documents that are for validation")
+    add("--val-docs", type=count, metavar="N", help="documents that are for validation")
+    add("--val-fraction", type=fraction, metavar="F", help="or the share of the documents")
     add("--shuffle-seed", type=whole_number(0, 2**63), metavar="N", help="shuffle the documents")
     add("--shard-tokens", type=count, default=100_000_000, metavar="N", help="(%(default)s)")
     add("--byte-sidecar", action="store_true", help="original bytes of each validation token")
@@ -139,6 +168,11 @@ def parser() -> argparse.ArgumentParser:
     limit = whole_number(4, 2**30)
     add_options(top)
     top.add_argument(
+        *("--split-text", "--text-split"),
+        **{"choices": SPLIT_TEXT, "default": "auto"},
+        help="cut plain texts into pieces, or take files as documents; auto: cut few or large ones",
+    )
+    top.add_argument(
         "--max-document-bytes", type=limit, default=2**23, metavar="N", help="cut longer ones"
     )
     return top
@@ -146,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
 
 def sample_job(args: argparse.Namespace) -> tuple[Job, Source]:
     """The built-in sample."""
-    job = job_from(args, name="sample", vocab_size=SAMPLE_VOCAB, val_fraction=SAMPLE_FRACTION)
+    job = job_from(args, name="sample", vocab_size=SAMPLE_VOCAB)
     return job, DocstringSource(PACKAGES, args.processes)
 
 
@@ -156,7 +190,7 @@ def job_from(args: argparse.Namespace, **changes: Any) -> Job:
         **{"name": args.name, "out": args.out.resolve(), "tokenizer": args.tokenizer},
         **{"vocab_size": args.vocab_size or 0, "byte_level": args.byte_level},
         **{"tokenizer_bytes": args.tokenizer_bytes, "val_docs": args.val_docs},
-        **{"val_fraction": VAL_FRACTION, "shuffle_seed": args.shuffle_seed},
+        **{"val_fraction": args.val_fraction, "shuffle_seed": args.shuffle_seed},
         **{"shard_tokens": args.shard_tokens, "byte_sidecar": args.byte_sidecar},
         **{"processes": args.processes},
     }
@@ -220,6 +254,7 @@ def usage_problems(args: argparse.Namespace) -> list[str]:
     rules = [
         (modes != 1, "give inputs, or --sample, or --check DIR"),
         (args.inputs and chosen != 1, "choose one of --tokenizer, --vocab-size and --byte-level"),
+        (args.val_docs and args.val_fraction, "choose one of --val-docs and --val-fraction"),
         (args.sample and chosen, "--sample trains a tokenizer of its own"),
         (args.name != Path(args.name).name, f"--name {args.name}: must be a plain file name"),
         (args.tokenizer and not args.tokenizer.is_file(), f"{args.tokenizer}: no such tokenizer"),

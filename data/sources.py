@@ -10,6 +10,7 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import stat
 import sys
 import zlib
@@ -37,6 +38,13 @@ PEEK_BYTES = 1 << 20
 PARQUET_ROWS = 64
 STDIN, HF = "-", "hf:"
 STDIN_LABEL = "<stdin>"
+# Few plain texts, or large ones, are not documents themselves but hold many. They are cut into
+# pieces of this size at least, at most twice that: a document of FineWeb has 3,022 bytes.
+PIECE_BYTES = 3000
+FEW_TEXTS = 10
+LARGE_TEXT = 1 << 20  # bytes as stored, on the average
+SPLIT_TEXT = ("auto", "files", "pieces")
+BLANK_LINES = re.compile(rb"\n[ \t\r\n]*\n")
 
 
 @dataclass(frozen=True)
@@ -284,6 +292,43 @@ def cut_pieces(chunks: Iterable[bytes], limit: int) -> Iterator[bytes]:
     yield bytes(rest)
 
 
+def piece_end(text: bytes, size: int) -> int:
+    """Where to cut a text of more than 2 * size bytes: at the first blank line behind `size`, else
+    line break, space, character; so that both sides get half of `size` at least."""
+    window = text[: min(2 * size, len(text) - size // 2)]
+    ends = (match.end() for match in BLANK_LINES.finditer(window))
+    marks = (window.find(mark, size - 1) + 1 for mark in (b"\n", b" "))
+    # A character has at most three bytes after its first one.
+    starts = (i for i in range(size, size + 4) if text[i] & 0xC0 != 0x80)
+    blank_line = next((end for end in ends if end >= size), 0)
+    return blank_line or next(filter(None, marks), 0) or next(starts, size)
+
+
+def size_pieces(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """A stream of text in pieces of `size` to 2 * size bytes that together are the stream. The
+    last two may have half of that, and the only one any size."""
+    rest = bytearray()
+    for chunk in chain(chunks, [None]):
+        rest += chunk or b""
+        while len(rest) > (2 * size if chunk is None else 3 * size):
+            end = piece_end(bytes(rest[: 3 * size]), size)
+            yield bytes(rest[:end])
+            del rest[:end]
+    yield bytes(rest)
+
+
+def join_blank(pieces: Iterable[bytes], limit: int) -> Iterator[bytes]:
+    """The pieces, where blank ones are part of the one before, or behind, within `limit` bytes."""
+    held = bytearray()
+    for piece in pieces:
+        apart = held and not is_blank(piece) and not is_blank(held)
+        if apart or len(held) + len(piece) > limit:
+            yield bytes(held)
+            held.clear()
+        held += piece
+    yield bytes(held)
+
+
 def decode(data: bytes) -> str:
     """UTF-8 as text. Raises RecordError if it is not valid."""
     try:
@@ -337,6 +382,7 @@ class Source:
         subset: str = "",
         split: str = "train",
         samples: int = 0,
+        split_text: str = "files",
     ) -> None:
         self.format, self.problems, self.limit = format, problems, max_document_bytes
         self.stdin_kind, self.subset, self.split, self.samples = stdin_kind, subset, split, samples
@@ -351,7 +397,7 @@ class Source:
         if not inputs:
             found.append("no input: give files, folders, globs, hf:<dataset> or -")
         if (subset or split != "train") and not any(name.startswith(HF) for name in inputs):
-            found.append("--subset and --split need an input hf:<dataset>")
+            found.append("--subset and --split need an input hf:<dataset>" + split_hint(split))
         for argument in inputs:
             try:
                 self._add(argument)
@@ -362,6 +408,10 @@ class Source:
         if found:
             raise DataError("\n".join(found))
         self._renderer = Renderer(format)
+        sizes = [file.size for file in self.files if file.kind == "text"]
+        self._text_files, texts = len(sizes), len(sizes) + (STDIN in self._found)
+        few_or_large = texts < FEW_TEXTS or sum(sizes) > texts * LARGE_TEXT
+        self._cut = texts > 0 and (few_or_large if split_text == "auto" else split_text == "pieces")
 
     @property
     def files(self) -> list[SourceFile]:
@@ -372,6 +422,18 @@ class Source:
     def total_bytes(self) -> int:
         """The bytes of the files as stored. Standard input and datasets are not in it."""
         return sum(file.size for file in self.files)
+
+    @property
+    def cuts_texts(self) -> bool:
+        """Whether plain texts are cut into documents; of standard input alone it is known once
+        that is read."""
+        return self._cut and (self._text_files > 0 or self.stdin_kind != "jsonl")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether all inputs are plain text; of standard input it is known once it is read."""
+        stdin = STDIN in self._found and self.stdin_kind == "jsonl"
+        return not (stdin or self._datasets or any(file.kind != "text" for file in self.files))
 
     def documents(self) -> Iterator[Document]:
         """Every document, from the beginning. Raises DataError if a file cannot be read, or
@@ -460,16 +522,17 @@ class Source:
             raise DataError("standard input is closed: there is nothing to read as -")
         self._stdin_read = True
         stored = self._stored(STDIN_LABEL, lambda: nullcontext(sys.stdin.buffer))
-        kind, chunks = self.stdin_kind, without_bom(stored)
-        if kind == "auto":
-            kind, chunks = peek_kind(chunks)
-        yield from self._stream_records(chunks, kind, STDIN_LABEL)
+        chunks = without_bom(stored)
+        if self.stdin_kind == "auto":
+            self.stdin_kind, chunks = peek_kind(chunks)
+        yield from self._stream_records(chunks, self.stdin_kind, STDIN_LABEL)
 
     def _stream_records(
         self, chunks: Iterable[bytes], kind: str, label: str
     ) -> Iterator[Iterator[Document]]:
         if kind == "text":
-            yield self._text_documents(chunks, label)
+            documents = self._text_documents(chunks, label)
+            yield from ((d,) for d in documents) if self.cuts_texts else (documents,)
             return
         number = 0
         try:
@@ -552,14 +615,20 @@ class Source:
     def _text_documents(self, chunks: Iterable[bytes], label: str) -> Iterator[Document]:
         line = 1
         try:
-            for number, piece in enumerate(cut_pieces(chunks, self.limit)):
-                if number == 1:
+            for number, piece in enumerate(self._pieces(chunks)):
+                if number == 1 and not self.cuts_texts:
                     detail = f"longer than {self.limit:,} bytes"
                     self.problems.note("cut", f"{label}:1", detail)
                 yield from self._checked(piece, label, line)
                 line += piece.count(b"\n")
         except DamageError as error:
             self.problems.report("damaged file", f"{label}:{line}", str(error))
+
+    def _pieces(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """The pieces of a text that are to be documents."""
+        if self.cuts_texts and self.limit >= 2 * PIECE_BYTES:
+            return join_blank(size_pieces(chunks, PIECE_BYTES), self.limit)
+        return cut_pieces(chunks, self.limit)
 
     def _checked(self, data: bytes, label: str, line: int = 0) -> Iterator[Document]:
         """The document that is made of some bytes; none, and a report, if they cannot be one.
@@ -583,6 +652,13 @@ class Source:
             )
         else:
             yield Document(text, where(0))
+
+
+def split_hint(split: str) -> str:
+    """What someone may have meant who gave --split without a dataset."""
+    words = {"auto": "auto", "file": "files", "document": "files"}
+    meant = words.get(split.removesuffix("s"), "pieces")
+    return "" if split == "train" else f"; to cut plain texts or not: --split-text {meant}"
 
 
 def batches(table: Any, columns: Sequence[str]) -> Iterator[Any]:

@@ -311,10 +311,13 @@ def test_duplicates_within_a_split_stay(tmp_path, dataset):
 # ---- how many documents are for validation
 
 
+SOURCE = SimpleNamespace(val_fraction=0.01, val_last=False)
+
+
 def job(**changes) -> build.Job:
     options = {
         **{"name": "t", "out": Path("nowhere"), "tokenizer": None, "vocab_size": 0},
-        **{"byte_level": True, "tokenizer_bytes": 1, "val_docs": None, "val_fraction": 0.01},
+        **{"byte_level": True, "tokenizer_bytes": 1, "val_docs": None, "val_fraction": None},
         **{"shuffle_seed": None, "shard_tokens": 1, "byte_sidecar": False, "processes": 1},
     }
     return build.Job(**(options | changes))
@@ -325,17 +328,17 @@ def job(**changes) -> build.Job:
     [(2, 1), (99, 1), (149, 1), (151, 2), (4999, 50), (5_000_000, 50_000), (10**8, 50_000)],
 )
 def test_one_percent_is_for_validation_at_most_50000(count, size):
-    assert build.validation_size(job(), count) == size
+    assert build.validation_size(job(), SOURCE, count) == size
 
 
 def test_val_docs_says_how_many():
-    assert build.validation_size(job(val_docs=60_000), 60_001) == 60_000
+    assert build.validation_size(job(val_docs=60_000), SOURCE, 60_001) == 60_000
 
 
 @pytest.mark.parametrize(("val_docs", "count"), [(None, 1), (None, 0), (5, 5), (5, 4)])
 def test_a_split_without_documents_is_refused(val_docs, count):
     with pytest.raises(DataError, match=r"--val-docs"):
-        build.validation_size(job(val_docs=val_docs), count)
+        build.validation_size(job(val_docs=val_docs), SOURCE, count)
 
 
 @pytest.mark.usefixtures("inline")
