@@ -149,6 +149,9 @@ def ask(repo_id: str) -> tuple[str, dict[str, Remote]]:
         raise DataError(f"{repo_id!r} is no name of a repository: {error}") from None
     except HfHubHTTPError:
         raise
+    except UnicodeEncodeError as error:
+        bad = error.object[error.start]
+        raise DataError(f"HF_TOKEN, or the login, has {bad!a}: no token has that") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise OfflineError(
             f"{constants.ENDPOINT} does not answer as the hub does: a proxy or login page between?"
