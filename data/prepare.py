@@ -1,5 +1,6 @@
 """Make a dataset for train_gpt.py, a tokenizer and token shards, from any text.
 
+    python data/prepare.py input.txt --name mine --vocab-size 1024
     python data/prepare.py corpus.jsonl.zst more/ --name mine --vocab-size 1024
     python data/prepare.py corpus/ --name mine --tokenizer data/tokenizers/fineweb_1024_bpe.model
     python data/prepare.py --sample               the built-in sample, without a download
@@ -168,9 +169,9 @@ def parser() -> argparse.ArgumentParser:
     limit = whole_number(4, 2**30)
     add_options(top)
     top.add_argument(
-        *("--split-text", "--text-split"),
+        "--split-text",
         **{"choices": SPLIT_TEXT, "default": "auto"},
-        help="cut plain texts into pieces, or take files as documents; auto: cut few or large ones",
+        help="plain texts: whole files, or cut into pieces; auto cuts few or large ones",
     )
     top.add_argument(
         "--max-document-bytes", type=limit, default=2**23, metavar="N", help="cut longer ones"

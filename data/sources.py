@@ -658,7 +658,8 @@ def split_hint(split: str) -> str:
     """What someone may have meant who gave --split without a dataset."""
     words = {"auto": "auto", "file": "files", "document": "files"}
     meant = words.get(split.removesuffix("s"), "pieces")
-    return "" if split == "train" else f"; to cut plain texts or not: --split-text {meant}"
+    hint = f"; for plain texts: --split-text {meant}, and --val-fraction for validation"
+    return "" if split == "train" else hint
 
 
 def batches(table: Any, columns: Sequence[str]) -> Iterator[Any]:
