@@ -326,7 +326,10 @@ def tokenizer_name(job: Job) -> str:
     """The file name of the tokenizer that the dataset is made with."""
     if job.vocab_size:
         return f"{job.name}_{job.vocab_size}_bpe.model"
-    return "byte_260.model" if job.byte_level else job.tokenizer.name
+    if job.byte_level:
+        return "byte_260.model"
+    described = job.tokenizer.suffix == ".json"  # train_gpt.py loads models alone
+    return (job.tokenizer.with_suffix(".model") if described else job.tokenizer).name
 
 
 def staged_tokenizer(job: Job, work: Path) -> Path:
@@ -337,10 +340,10 @@ def staged_tokenizer(job: Job, work: Path) -> Path:
 def stage_tokenizer(job: Job, source: Source, work: Path, spool: Spool | None) -> Path:
     """Write the tokenizer, copied, described, or trained on the spool's training documents. Raises
     DataError if it would take the place of one that this dataset does not own."""
-    if job.tokenizer:
-        model = job.tokenizer.read_bytes()
-    elif job.byte_level:
+    if job.byte_level or (job.tokenizer and job.tokenizer.suffix == ".json"):
         model = byte_level_model()
+    elif job.tokenizer:
+        model = job.tokenizer.read_bytes()
     else:
         val, _ = split_order(job, source, spool.documents, work)
         print(f"training a tokenizer of {job.vocab_size} pieces ...", flush=True)
@@ -454,6 +457,7 @@ def is_current(job: Job, source: Source) -> bool:
         manifest = read_manifest(folder)
         model = find_tokenizer(folder, manifest)
         same = manifest["options"] == all_options(job, source)
+        same = same and model.suffix != ".json"  # as it was made before
         same = same and source.unchanged(manifest["inputs"])
         same = same and manifest["versions"] == recipe(job, source)["versions"]
         return same and bool(check_files(folder, manifest, model))

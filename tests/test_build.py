@@ -446,9 +446,27 @@ def test_byte_level_tokens_are_the_bytes(tmp_path, described):
     documents = made.documents("val") + made.documents("train")
     assert [bytes(i - 4 for i in ids).decode() for ids in documents] == TEXTS
     assert made.folder.name == "t_byte260"
-    assert made.tokenizer.name == (path.name if described else "byte_260.model")
-    if not described:
-        assert made.texts("train") == TEXTS[5:]  # sentencepiece loads the model
+    name = "fineweb_pure_byte_260.model" if described else "byte_260.model"
+    assert made.tokenizer.name == name
+    assert made.texts("train") == TEXTS[5:]  # sentencepiece loads the model, as train_gpt.py does
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_dataset_that_names_a_description_is_made_again(tmp_path, capsys):
+    """Before, the line to train with named a file that train_gpt.py cannot load."""
+    path = tmp_path / "bytes.json"
+    path.write_text(json.dumps({"config": vocabulary.BYTE_LEVEL_CONFIG}))
+    made = make(tmp_path, TEXTS, "--tokenizer", path)
+    whole = contents(made.folder)
+    manifest = made.manifest
+    old = made.tokenizer.rename(made.tokenizer.with_suffix(".json"))
+    manifest["tokenizer"]["path"] = f"../../tokenizers/{old.name}"
+    old.write_bytes(path.read_bytes())
+    manifest["tokenizer"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (made.folder / "manifest.json").write_text(json.dumps(manifest))
+    make(tmp_path, TEXTS, "--tokenizer", path)
+    assert contents(made.folder) == whole
+    assert "bytes.model" in capsys.readouterr().out.splitlines()[-1]
 
 
 # ---- sidecars
