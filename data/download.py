@@ -335,6 +335,8 @@ def work(todo: SimpleQueue, done: SimpleQueue, transfer: Transfer) -> None:
                 fetch(item, transfer)
             except Exception as error:
                 done.put((item, error))
+                if isinstance(error, OfflineError | OSError):  # no more can be fetched
+                    transfer.stop.set()
             else:
                 done.put((item, None))
 

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import hypothesis.strategies as st
 import numpy as np
@@ -581,6 +582,23 @@ def test_passing_failures_of_the_hub_are_passed_over(case):
         case.hub.faults[name] = [Fault(2, 503, AT_ONCE), Fault(1, 429, AT_ONCE)]
     case.succeeds()
     assert case.here() == case.expected()
+
+
+def test_a_thread_that_can_fetch_no_more_stops_by_itself(monkeypatch):
+    """Whenever the main thread hears of it."""
+    fetched = []
+
+    def fetch(item, transfer):
+        fetched.append(item)
+        if item == 1:
+            raise download.OfflineError
+
+    monkeypatch.setattr(download, "fetch", fetch)
+    todo, done = SimpleQueue(), SimpleQueue()
+    for item in range(3):
+        todo.put(item)
+    download.work(todo, done, download.Transfer(None, None, threading.Event()))
+    assert fetched == [0, 1]
 
 
 def test_a_rate_limit_among_the_files_ends_the_run(case):
