@@ -398,6 +398,9 @@ def flush_console() -> None:
 def any_console(arguments: list[str]) -> None:
     """Let the console take any text: what its encoding lacks is printed as an escape. A file of
     settings is UTF-8, and has the bytes of paths as they are."""
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed at the start, as by `>&-`:
+        os.set_inheritable(free, True)  # a file of the run's would become the console
+    os.close(free)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed when the process started
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

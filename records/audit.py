@@ -16,7 +16,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-import console
+import program
 import static_rules
 from reading import FAIL, NOT_CHECKED, PASS, Verdict
 
@@ -113,4 +113,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    program.run(main)

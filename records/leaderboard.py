@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import console
+import program
 import scipy.stats
 import static_rules
 from reading import FAIL, PASS, Log, Submission, read_logs, read_submission
@@ -427,4 +427,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    program.run(main)

@@ -30,8 +30,8 @@ from pathlib import Path, PurePosixPath
 from statistics import fmean, stdev
 from typing import Any, NoReturn
 
-import console
 import matplotlib
+import program
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -632,4 +632,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    program.run(main)

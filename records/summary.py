@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import console
 import matplotlib
+import program
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -146,4 +146,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    program.run(main)

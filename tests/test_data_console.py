@@ -112,8 +112,9 @@ def test_the_line_of_a_download_is_right_in_a_shell(case, name):  # noqa: F811
     done = subprocess.run(command, env=case.env, capture_output=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     found = settings_of(done.stdout.splitlines()[-1])
-    assert found[b"DATA_PATH"] == place + b"/datasets/fineweb10B_sp1024"
-    assert found[b"TOKENIZER_PATH"] == place + b"/tokenizers/fineweb_1024_bpe.model"
+    assert os.path.abspath(found[b"DATA_PATH"]) == place + b"/datasets/fineweb10B_sp1024"
+    tokenizer = os.path.abspath(found[b"TOKENIZER_PATH"])
+    assert tokenizer == place + b"/tokenizers/fineweb_1024_bpe.model"
     assert found[b"VOCAB_SIZE"] == b"512"  # read from a file of such a name
 
 
@@ -137,7 +138,7 @@ def test_names_of_any_bytes_are_written_and_read_in_any_locale(tmp_path, dataset
     assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
     made = Made(Path(os.fsdecode(out), "datasets", os.fsdecode("né".encode() + b"\xe9_sp400")))
     found = settings_of(done.stdout.splitlines()[-1])
-    assert found[b"DATA_PATH"] == bytes(made.folder)
+    assert os.path.abspath(found[b"DATA_PATH"]) == bytes(made.folder)
     assert [entry["name"] for entry in made.manifest["inputs"]] == [
         name.decode("utf-8", "surrogateescape") for name in names
     ]
