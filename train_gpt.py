@@ -1099,8 +1099,7 @@ class Validation:
         if run.rank == 0:
             tokenizer.audit(self.tokens, prose=not run.hp.score_streams)
         self.note = f"val_tokens:{len(self.tokens)} val_bytes:{decoded} byte_audit:ok"
-        self.bos, unknown = tokenizer.bos, self.tokens == tokenizer.unknown
-        lost = f"at least {unknown.sum()}"  # a character each
+        self.bos, unknown, lost = tokenizer.bos, self.tokens == tokenizer.unknown, None
         if shard_paths(run.hp, "val_bytes"):
             sidecar = TokenStream("val_bytes", run, 2**16)
             same = sidecar.sizes == stream.sizes
@@ -1110,16 +1109,27 @@ class Validation:
             require(not wrong, f"{sidecar.paths[0]}: counts bytes for BOS, or none at all")
             self.text_bytes = int(sizes[scored].sum(dtype=np.int64))
             self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
-            lost = str(sizes[unknown].sum(dtype=np.int64))
-        if unknown.any():
-            self.note += f" unknown_tokens:{unknown.sum()}"
-            what = "are characters that the tokenizer lacks: val_bytes leaves them out"
-            self.note += f"\nwarning: {lost} bytes of the validation text {what}"
+            lost = int(sizes[unknown].sum(dtype=np.int64))
+        self.note += unknown_note(Path(run.hp.data_path), int(unknown.sum()), lost)
         parted = run.hp.eval_doc_isolated or run.hp.smear_gate or run.hp.bigram_buckets
         parts = run.hp.score_streams or (self.tokens == self.bos).any()
         what = "EVAL_DOC_ISOLATED, SMEAR_GATE and BIGRAM_BUCKETS need documents that begin with BOS"
         where = f"the tokenizer's is id {self.bos}, and the validation tokens have none"
         require(parts or not parted, f"{run.hp.data_path}: {what}; {where}")
+
+
+def unknown_note(folder: Path, count: int, lost: int | None) -> str:
+    """Say for how much text `count` unknown pieces stand: `lost` bytes by the sidecar, else what
+    the dataset's manifest says of just so many, else a character each, or more."""
+    if not count:
+        return ""
+    if lost is None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            split = json.loads((folder / "manifest.json").read_bytes())["splits"]["val"]
+            lost = int(split["unknown_bytes"]) if split["unknown_tokens"] == count else None
+    size = f"at least {count}" if lost is None else str(lost)
+    what = "are characters that the tokenizer lacks: val_bytes leaves them out"
+    return f" unknown_tokens:{count}\nwarning: {size} bytes of the validation text {what}"
 
 
 def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:

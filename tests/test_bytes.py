@@ -423,12 +423,29 @@ def test_audit_refuses_disorder_anywhere(disorder, most, models, monkeypatch):
         make_tokenizer(models["bpe"]).audit(tokens.astype(np.uint16))
 
 
+SPLIT = '{"splits": {"val": {"unknown_tokens": %s, "unknown_bytes": 777}}}'
+# Contents of manifest.json, and whether they tell the bytes of the unknown pieces.
+UNKNOWN_IN_MANIFESTS = {
+    SPLIT % "COUNT": True,
+    SPLIT % "1": False,
+    '{"splits": {"val": {"tokens": 3}}}': False,
+    '{"splits": []}': False,
+    "[" * 100_000: False,
+    "no JSON": False,
+}
+
+
 def test_unknown_pieces_are_told_with_the_bytes_they_stand_for(models, tmp_path):
     """Without a sidecar it is known only that each is a character at least."""
     tokens = encoded(models["no_bytes"], lacking(compose_documents(10, seed=3)))
     run, unknown = make_run(tmp_path, models["no_bytes"], tokens), int((tokens == UNK).sum())
-    note = tg.Validation(run).note
-    assert f" unknown_tokens:{unknown}\nwarning: at least {unknown} bytes of the" in note
+    at_least = f" unknown_tokens:{unknown}\nwarning: at least {unknown} bytes of the"
+    assert at_least in tg.Validation(run).note
+    manifest = Path(run.hp.data_path, "manifest.json")
+    for content, known in UNKNOWN_IN_MANIFESTS.items():
+        manifest.write_text(content.replace("COUNT", str(unknown)))
+        assert (at_least in tg.Validation(run).note) == (not known)
+        assert ("\nwarning: 777 bytes of the" in tg.Validation(run).note) == known
     sizes = np.where(tokens == BOS, 0, np.where(tokens == UNK, 5, 2))
     sidecar = Path(run.hp.data_path, "fineweb_val_bytes_000000.bin")
     sidecar.write_bytes(shard_bytes(sizes))
