@@ -16,6 +16,7 @@ Shapes: B batch, T time, D model dim, H heads, Dh head dim, V vocabulary, N toke
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -1798,19 +1799,23 @@ def keep_room(run: Run, model: GPT) -> Path:
     full in hours of training must not cost them. Raises UserError if there is none now."""
     room = run.dir / ".room.partial"
     need = 2**16 + 6 * sum(p.numel() for p in model.parameters())  # at most 2 + 4 bytes each
-    try:
-        with open(room, "wb") as file:
+    with open(room, "wb") as file:
+        try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, need)
             else:
                 file.write(bytes(need))
-    except OSError as error:
-        room.unlink(missing_ok=True)
+                file.flush()
+            problem = ""
+        except OSError as error:
+            too_little = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            problem = error.strerror if too_little else ""  # others: this disk cannot promise room
+            file.truncate(0)
+    if problem:
+        room.unlink()
         free = shutil.disk_usage(run.dir).free
         what = f"artifact and weights need up to {need} bytes, {free} are free"
-        raise UserError(
-            f"{run.dir}: {error.strerror}: {what}; make room there, or set OUT_DIR"
-        ) from None
+        raise UserError(f"{run.dir}: {problem}: {what}; make room there, or set OUT_DIR")
     return room
 
 
@@ -1859,10 +1864,9 @@ def log_data(stream: TokenStream, run: Run) -> None:
     planned = hp.iterations * hp.train_batch_tokens / stream.total
     line = f"epochs_planned:{planned:.2f}"
     if planned >= 2:
-        capped = " at most; MAX_WALLCLOCK_SECONDS may end it before" * (
-            hp.max_wallclock_seconds > 0
-        )
-        line += f" warning: each training token is read {planned:.1f} times{capped}"
+        line += f" warning: each training token is read {planned:.1f} times"
+        if hp.max_wallclock_seconds:
+            line += " at most; MAX_WALLCLOCK_SECONDS may end it before"
     run.log(line)
 
 

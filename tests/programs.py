@@ -141,6 +141,8 @@ def do(action: str) -> None:
     """What happens at a fault."""
     if action == "full":
         raise OSError(28, "No space left on device")
+    if action == "unsupported":
+        raise OSError(95, "Operation not supported")
     if action.startswith("fill "):  # a disk, but for some bytes
         _, folder, spare = action.split()
         for path in (p for p in Path(folder).rglob("*") if p.suffix in (".txt", ".jsonl")):

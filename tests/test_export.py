@@ -101,6 +101,12 @@ def test_too_little_room_is_told_before_training(disk, server, dataset, whole):
     assert re.search(r"need up to \d+ bytes, \d+ are free", message)
 
 
+def test_a_disk_that_cannot_promise_room_is_used_all_the_same(place, whole):
+    """Some file systems know no such promise."""
+    refuse = {"at": "os.posix_fallocate", "do": "unsupported"}
+    assert_ended_like(place, whole, place.run(refuse, SAVE_EVERY=0))
+
+
 def test_an_export_that_fails_can_be_finished(place, whole):
     """The message says what is there, what is not, and the next step."""
     run = place.run(at(1, "full", "os.fsync", "final_model.artifact"), SAVE_EVERY=0)
