@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,10 @@ sys.path.insert(0, str(REPO))
 
 import train_gpt  # noqa: E402
 
+# Under nohup, or in a shell's background, signals are ignored, and would be by all that is started.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 torch.set_num_threads(1)
 # The same examples on every run; nothing is written beside the tests.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
