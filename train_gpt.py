@@ -399,8 +399,9 @@ def flush_console() -> None:
 def any_console(arguments: list[str]) -> None:
     """Let the console take any text: what its encoding lacks is printed as an escape. A file of
     settings is UTF-8, and has the bytes of paths as they are."""
-    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed at the start, as by `>&-`:
-        os.set_inheritable(free, True)  # a file of the run's would become the console
+    # A file of the run's would get the number of a console that was closed, as by `>&-`.
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(free, True)
     os.close(free)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed when the process started
@@ -559,8 +560,8 @@ class Run:
         self.stop = self.stopped = 0
 
     def on_first(self, action: Callable[[], Any]) -> Any:
-        """What a function returns on rank 0, None on the others. Raises UserError on all ranks if
-        it does on rank 0, with the words there alone."""
+        """Call a function on rank 0 alone: what it returns, and None on the other ranks. If it
+        raises there, all ranks raise UserError; only that of rank 0 has a message."""
         result = None
         try:
             result = action() if self.rank == 0 else None
@@ -1048,7 +1049,7 @@ class Tokenizer:
 
     def words(self, tokens: np.ndarray) -> Iterator[tuple[bool, tuple[int, ...]]]:
         """The words of a stretch of a stream, each with whether it begins a text. A word is a space
-        and what follows; it is encoded by itself. An unknown piece ends what can be judged."""
+        and what follows, and is encoded by itself. What touches an unknown piece is left out."""
         border = self.edge if self.across else self.edge | self.space
         for start, end in itertools.pairwise(np.flatnonzero(border[tokens]).tolist()):
             begin = start + int(self.edge[tokens[start]])
@@ -1059,9 +1060,9 @@ class Tokenizer:
             yield before not in (-1, self.unknown) and bool(self.edge[before]), tuple(word)
 
     def audit_words(self, tokens: np.ndarray) -> None:
-        """Decode words from all over the stream, and encode them. Those of text come back, all but
-        one in many thousands; of another tokenizer's text, or of tokens in disorder, one in ten
-        does not. Raises UserError if over one in 1000 of the tokens is in such a word."""
+        """Decode words from all over the stream, and encode them again. Words of the tokenizer's
+        own text give their tokens. Of another tokenizer's text, or of tokens in disorder, about one
+        in ten gives others. Raises UserError if over 1 in 1000 tokens is in such a word."""
         stretch, parts = 2**12, [tokens]
         if len(tokens) > AUDITED_TOKENS:
             starts = np.random.default_rng(0).integers(len(tokens) - stretch, size=256)
@@ -1120,8 +1121,8 @@ class Validation:
 
 
 def unknown_note(folder: Path, count: int, lost: int | None) -> str:
-    """Say for how much text `count` unknown pieces stand: `lost` bytes by the sidecar, else what
-    the dataset's manifest says of just so many, else a character each, or more."""
+    """Say for how much text `count` unknown pieces stand. The sidecar knows (`lost` bytes), or the
+    dataset's manifest, if it counts as many pieces; without both, each is a character or more."""
     if not count:
         return ""
     if lost is None:
@@ -1490,7 +1491,9 @@ def set_aside(run: Run, step: int, resumed: Path | None) -> None:
         path.replace(path.with_name(f"old_{path.name}"))
     if later:
         names = ", ".join(path.name for path in later)
-        run.log(f"set aside, as old_checkpoint_*.pt: {names}, not gone on from")
+        run.log(
+            f"set aside as old_checkpoint_*.pt, as this training does not go on from it: {names}"
+        )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -1517,24 +1520,30 @@ def find_checkpoint(run: Run, stream: TokenStream) -> dict[str, Any] | None:
             run.log(f"warning: {path}: not a checkpoint: {error}; trying the one before it")
     if state is None:
         return run.log("resume:auto no checkpoint; starting at step 0")
-    stream.identifying.join()
-    then, now = state["settings"], setting_texts(hp) | {"DATA": stream.identity}
-    if not then.get("DATA"):
-        run.log(f"warning: {path}: not known with what training data it was made")
-        then["DATA"] = now["DATA"]
-    changed = {n: f"\n  {n}={then.get(n)}, now {now[n]}" for n in now if then.get(n) != now[n]}
-    grave = "".join(line for name, line in changed.items() if name not in NEUTRAL_SETTINGS)
-    what = f"{path}: other settings made it, set them back or set RESUME_CHANGED=1:{grave}"
-    require(not grave or hp.resume_changed, what)
-    run.log(f"resume:{path} step:{state['step']}{''.join(changed.values())}")
-    whole = state.get("whole", True)
-    what = "it has no optimizer state: its training was over, and only its settings can finish it"
-    require(whole or not grave, f"{path}: {what}{grave}")
+    grave, whole = check_origin(state, path, run, stream), state.get("whole", True)
     run.end = path if auto and not whole else None
     exported = (run.dir / "final_model.artifact").exists()
     if state.get("stop") == signal.SIGUSR1 and not grave and not (whole and exported):
         run.ask_to_stop(signal.SIGUSR1)  # training had been ended; what is left is the export
     return state | {"path": path}
+
+
+def check_origin(state: dict[str, Any], path: Path, run: Run, stream: TokenStream) -> str:
+    """Log what differs from the settings and data that a checkpoint was made with; of that, what
+    changes the result. Raises UserError if the run may not go on from it."""
+    stream.identifying.join()
+    then, now = state["settings"], setting_texts(run.hp) | {"DATA": stream.identity}
+    if not then.get("DATA"):
+        run.log(f"warning: {path}: not known with what training data it was made")
+        then["DATA"] = now["DATA"]
+    changed = {n: f"\n  {n}={then.get(n)}, now {now[n]}" for n in now if then.get(n) != now[n]}
+    grave = "".join(line for name, line in changed.items() if name not in NEUTRAL_SETTINGS)
+    advice = "other settings made it, set them back or set RESUME_CHANGED=1"
+    require(not grave or run.hp.resume_changed, f"{path}: {advice}:{grave}")
+    over = "it has no optimizer state: its training was over, and only its settings can finish it"
+    require(state.get("whole", True) or not grave, f"{path}: {over}{grave}")
+    run.log(f"resume:{path} step:{state['step']}{''.join(changed.values())}")
+    return grave
 
 
 # ===================================== TRAINING =====================================
@@ -1674,8 +1683,8 @@ class Trainer:
         return found[0] if found else f"nothing in the batch of rank {self.run.rank}"
 
     def state(self, step: int, elapsed: float, whole: bool = True) -> dict[str, Any]:
-        """A copy of all that the rest of the run depends on, or unless `whole` of what it does at
-        the end of training; on rank 0, of all parts."""
+        """A copy of all that the rest of the run depends on; on rank 0, of all parts. Unless it is
+        to be `whole`, the optimizers' state is left out: nothing needs it after the last step."""
         params = {}
         for name in self.params:
             if self.places[name][0] == self.run.rank:
