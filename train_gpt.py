@@ -491,7 +491,10 @@ class Run:
         where = f"{env('MASTER_ADDR')}:{env('MASTER_PORT')}"
         waiting = f"rank {self.rank} waits for the other {self.world_size - 1} ranks at {where}"
         advice = "each needs its own RANK and the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-        patience = PATIENCE * (2 if self.local_rank else 1)  # the first of a node speaks first
+        if self.rank:
+            advice += "; rank 0 checks the validation data before it comes"
+        # One or two of a node speak for all: on a large validation set each wait is that long.
+        patience = PATIENCE * {0: 1, 1: 2}.get(self.local_rank, 24)
         timer = threading.Timer(patience, say, [f"{waiting}; {advice}"])
         timer.daemon = True
         timer.start()

@@ -84,6 +84,7 @@ def test_a_wait_for_other_ranks_says_what_it_waits_for(rank, server: Server, tin
         run.send(9)
     line = f"rank {rank} waits for the other 1 ranks at 127.0.0.1:{29810 + rank}"
     assert line in run.wait().output
+    assert ("rank 0 checks the validation data" in run.output) == (rank == 1)
 
 
 def test_ranks_that_cannot_meet_are_an_error(server: Server, tiny_env):
