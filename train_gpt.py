@@ -41,13 +41,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import zstandard
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
@@ -1262,6 +1262,15 @@ def rans_decode(data: bytes, sizes: list[int]) -> np.ndarray:
     return np.concatenate([*pieces, np.empty(0, np.int8)])
 
 
+def zstandard() -> ModuleType:
+    """The package zstandard, which nothing but artifacts needs. Raises UserError."""
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError:
+        advice = "pip install zstandard, or bring its wheel to where nothing can be fetched"
+        raise UserError(f"no package zstandard, which artifacts need: {advice}") from None
+
+
 def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
     """Code the levels of quantized matrices, int8. Repeated strings are of no use in them: zlib is
     told to look for none, and zstd's level 1 is within 0.7% of level 22 in 1/500 of its time."""
@@ -1271,7 +1280,7 @@ def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
         return deflate.compress(raw) + deflate.flush()
     if compressor == "rans":
         return rans_encode(arrays)
-    return lzma.compress(raw) if compressor == "lzma" else zstandard.compress(raw, 1)
+    return lzma.compress(raw) if compressor == "lzma" else zstandard().compress(raw, 1)
 
 
 def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
@@ -1279,8 +1288,8 @@ def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
     if compressor == "rans":
         return rans_decode(data, sizes)
     if compressor == "zstd":
-        require(zstandard.frame_content_size(data) == sum(sizes), "its levels have another size")
-        raw = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+        require(zstandard().frame_content_size(data) == sum(sizes), "its levels have another size")
+        raw = zstandard().ZstdDecompressor().decompress(data, allow_extra_data=False)
     else:
         xz = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**26)
         coder = xz if compressor == "lzma" else zlib.decompressobj(-15)
@@ -1351,7 +1360,7 @@ def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters, pruned: floa
     text, arrays = json.dumps(header).encode(), list(itertools.chain(*tensors.values()))
     # The first bytes of all numbers, then the second ones: sign and exponent are often alike.
     floats = [a.reshape(-1, 1).view("u1").T.tobytes() for a in arrays if a.itemsize > 1]
-    head = zstandard.compress(text + b"".join(floats), 22)
+    head = zstandard().compress(text + b"".join(floats), 22)
     levels = compress(hp.compressor, [a for a in arrays if a.itemsize == 1])
     preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(head))
     return preamble + hashlib.sha256(preamble + head + levels).digest() + head + levels
@@ -1365,9 +1374,10 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
     _, version, text_size, at = PREAMBLE.unpack(preamble)
     require(version == VERSION, f"{path}: format version {version}; this script reads {VERSION}")
     require(hashlib.sha256(preamble + body).digest() == digest, f"{path}: truncated or damaged")
+    zstandard()
     try:
         require(text_size < 2**21 and at <= len(body), "its header cannot be that long")
-        head = zstandard.ZstdDecompressor().stream_reader(body[:at])
+        head = zstandard().ZstdDecompressor().stream_reader(body[:at])
         header, weights = json.loads(head.read(text_size)), {}
         require([*header["settings"]] == MODEL_SETTINGS, "its settings are not those of a model")
         values = {n: parse_setting(n, text) for n, text in header["settings"].items()}
