@@ -592,6 +592,9 @@ def is_out_of_memory(error: Exception) -> bool:
     return bool(re.search("out of memory|allocate memory", str(error)))
 
 
+GRAPHS = 64  # a model is compiled for, each for its shapes of the batch; PyTorch's limit is 8
+
+
 class Compiled:
     """A compiled model; where compiling turns out not to work, the model itself: the compiler does
     not run, its folder of temporary files is full or may hold no programs, or a limit is passed."""
@@ -602,6 +605,7 @@ class Compiled:
     def __call__(self, *inputs: Tensor) -> Tensor:
         try:
             if self.forward is None:
+                torch._dynamo.config.recompile_limit = GRAPHS
                 self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
             return self.forward(*inputs)
         except Exception as error:  # compilers raise what they like
@@ -615,7 +619,7 @@ class Compiled:
             raise error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         told = [line for line in lines[1:] if re.search("error:|not permitted|No space", line)]
-        why = "; ".join([*lines[:1], *told[:1]]) or type(error).__name__
+        why = f"{type(error).__name__}: {'; '.join([*lines[:1], *told[:1]])}"
         require(self.run.hp.compile == "auto", f"COMPILE=1: it does not work here: {why}")
         self.run.log(f"warning: COMPILE=auto does not work here, going on without: {why}")
         self.forward = self.model
