@@ -587,6 +587,12 @@ class Run:
         return now[0].item()
 
 
+def free_memory(device: torch.device) -> None:
+    """Give back to a device what PyTorch keeps of its memory for blocks of sizes used before."""
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Tell whether an error says that a device, or the machine, has too little memory."""
     return bool(re.search("out of memory|allocate memory", str(error)))
@@ -1742,17 +1748,11 @@ class Trainer:
         step, planned = 0, self.run.forward_rows
         with torch.random.fork_rng(devices=[]):
             while step < self.run.hp.warmup_steps:
-                try:
-                    self.step(step, 0.0, dry=True)
+                problem = self.dry_step(step)
+                if problem:
+                    self.halve(problem, step)
+                else:
                     step += 1
-                except RuntimeError as error:
-                    if is_out_of_memory(error):
-                        self.halve(error, step)
-                    elif isinstance(self.forward, Compiled):  # its gradient cannot be compiled
-                        self.forward.give_up(error)
-                        self.feed_from(step)
-                    else:
-                        raise
         rows = torch.tensor(self.run.forward_rows)
         if self.run.world_size > 1:  # validation, too, is divided by it
             dist.all_reduce(rows, dist.ReduceOp.MIN)
@@ -1762,11 +1762,27 @@ class Trainer:
         self.bad_in_a_row, self.late = self.bad_in_a_row * 0, []
         self.feed_from(0)
 
-    def halve(self, error: RuntimeError, step: int) -> None:
+    def dry_step(self, step: int) -> str:
+        """Take a step that changes nothing: what there was too little memory for, if there was."""
+        try:
+            self.step(step, 0.0, dry=True)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return str(error)
+            if not isinstance(self.forward, Compiled):
+                raise
+            self.forward.give_up(error)  # its gradient cannot be compiled
+            self.feed_from(step)
+        else:
+            return ""
+        return self.dry_step(step)
+
+    def halve(self, problem: str, step: int) -> None:
         """Go on from a step with micro-batches of half the size. Raises UserError if that is 0."""
         self.run.forward_rows = self.batch[0].size(1) // 2
-        require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
+        require(self.run.forward_rows, f"out of memory with a single sequence: {problem}")
         self.feed_from(step)
+        free_memory(self.run.device)
 
 
 def report(event: str, losses: dict[str, float], step: int, elapsed: float, run: Run) -> None:

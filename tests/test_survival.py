@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import faults
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import SCRIPT, events, load_weights, same_bits, shard_bytes, tiny_settings
 
+import train_gpt
 from train_gpt import Run, UserError, load_settings
 
 # The rates are those of every step alike, so that a step more or less changes nothing else. All
@@ -175,6 +177,29 @@ def test_too_little_memory_halves_the_micro_batches(rows, tokens, message, run, 
     same = run("same", MICRO_BATCH_TOKENS=tokens, **PRIMED)
     assert_close(folder, same)
     assert losses(folder) == pytest.approx(losses(same), abs=1e-6)
+
+
+def test_memory_is_given_back_once_nothing_of_the_failed_step_is_left(run, monkeypatch):
+    """Blocks of the larger micro-batches would keep it from the smaller ones."""
+    forward, left, alive = train_gpt.Attention.forward, [], []
+
+    def watch(*inputs):
+        left.append(weakref.ref(inputs[1]))
+        return forward(*inputs)
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def freed(device):
+        alive.append((device.type, sum(reference() is not None for reference in left)))
+        monkeypatch.undo()
+
+    monkeypatch.setattr(train_gpt.Attention, "forward", watch)
+    monkeypatch.setattr(train_gpt, "free_memory", freed)
+    monkeypatch.setattr(train_gpt.F, "cross_entropy", fail)
+    run("freed", **PRIMED)
+    assert left
+    assert alive == [("cpu", 0)]
 
 
 def test_memory_that_suffices_is_not_mentioned(faulty, capsys):
