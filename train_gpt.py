@@ -1570,6 +1570,7 @@ def check_origin(state: dict[str, Any], path: Path, run: Run, stream: TokenStrea
 
 
 # ===================================== TRAINING =====================================
+AHEAD = {"cuda": 2}  # steps that the host is ahead of the device: so many always wait there
 
 
 def place(sizes: dict[str, int], parts: int) -> tuple[dict[str, tuple[int, int]], int]:
@@ -1812,6 +1813,7 @@ def train(
             due = last or (hp.save_every and step % hp.save_every == 0)
             if (due or run.stopped) and step > saved:
                 elapsed, saved = run.clock(synchronize=True) - start, step
+                trainer.look_back(0)
                 if run.rank == 0 and not run.stopped:
                     trainer.stream.identifying.join()
                 whole = bool(hp.save_every) or not last
@@ -1825,12 +1827,17 @@ def train(
                 break
             if hp.val_loss_every and step % hp.val_loss_every == 0:
                 elapsed = run.clock(synchronize=True) - start
+                trainer.look_back(0)
                 report("val", score(trainer.forward, val, run)[1], step, elapsed, run)
                 start = run.clock(synchronize=True) - elapsed
             loss = trainer.step(step, elapsed)
-            step, elapsed = step + 1, run.clock() - start
-            trainer.look_back(4 if run.device.type == "cuda" else 0)
-            if hp.train_log_every and (step <= 10 or step % hp.train_log_every == 0):
+            step += 1
+            early = step <= 10
+            logged = hp.train_log_every and (early or step % hp.train_log_every == 0)
+            trainer.look_back(0 if early or logged else AHEAD.get(run.device.type, 0))
+            # When the device will have done what it has to do, at the mean pace so far.
+            elapsed = (run.clock() - start) * step / (step - len(trainer.late))
+            if logged:
                 report("train", {"train_loss": loss.item()}, step, elapsed, run)
         trainer.look_back(0)
     return step, elapsed
