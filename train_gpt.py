@@ -50,6 +50,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ===================================== SETTINGS =====================================
 # A wrong or misspelt setting must stop the run at once, not be ignored for minutes on eight GPUs.
@@ -440,6 +441,8 @@ class Run:
         self.signal = self.stop = self.stopped = 0  # what this process was sent; what all know of
         self.end: Path | None = None  # a checkpoint for as long as there is no score
         self.problem = ""  # why this process cannot go on, if it has set `signal` to FAILED
+        self.warnings: list[str] = []  # from before the log is open
+        self.kernels = contextlib.ExitStack()  # what is set in PyTorch for this run
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
         there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
         kind = next(there) if hp.device == "auto" else hp.device
@@ -467,6 +470,8 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
+        if cuda and attention == "sdpa":  # PyTorch's own choice
+            attention = f"sdpa:{attention_backend(self)}"
         if self.world_size > 1:
             self.meet()
         if self.rank == 0:
@@ -484,6 +489,8 @@ class Run:
             line += f"attention:{attention}"
             settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
             self.log(line, "start", versions=line, settings=settings)
+            for warning in self.warnings:
+                self.log(f"warning: {warning}")
 
     def meet(self) -> None:
         """Form a group with the other ranks. Raises UserError if they do not come."""
@@ -644,28 +651,93 @@ def later(number: Tensor) -> Callable[[], float]:
     return lambda: (event.synchronize(), host.item())[1]
 
 
+# The order in which PyTorch is to try its kernels. Its own depends on the version of cuDNN.
+# FlashAttention 3 and 4 are packages that take the place of PyTorch's FlashAttention 2.
+FLASH_FIRST = ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+CUDNN_FIRST = ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+KERNELS = {"fa2": FLASH_FIRST, "fa3": FLASH_FIRST, "fa4": FLASH_FIRST, "cudnn": CUDNN_FIRST}
+FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", "fa2")}
+ATTENTION_ERROR = 0.03  # at any position, of its norm; rounding to bf16 makes up to 0.008
+
+
 def choose_attention(run: Run) -> str:
-    """Point scaled_dot_product_attention at the kernel ATTENTION names, or the fastest; its name.
-    FlashAttention 3 and 4 are packages, amx is a folder beside this file. Raises UserError."""
-    place = run.device.type if run.dtype == torch.bfloat16 else "fp32"
+    """Point scaled_dot_product_attention at the kernel that ATTENTION names, or at the fastest that
+    runs here, and is right; its name. Raises UserError if there is none."""
     head_dim, problem = run.hp.model_dim // run.hp.num_heads, ""
-    flash = place == "cuda" and head_dim % 8 == 0 and head_dim <= 128
-    major = torch.cuda.get_device_capability()[0] if flash else 0
-    best = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn"), 10: ("fa4", "cudnn")}.get(major, ("amx",))
-    for kernel in (*best, "sdpa") if run.hp.attention == "auto" else (run.hp.attention,):
+    place = run.device.type if run.dtype == torch.bfloat16 else "fp32"
+    major = torch.cuda.get_device_capability()[0] if place == "cuda" else 0
+    fastest = (*FASTEST.get(major, ("amx",)), "sdpa")
+    for kernel in fastest if run.hp.attention == "auto" else (run.hp.attention,):
         needs = {"sdpa": place, "amx": "cpu"}.get(kernel, "cuda")
-        try:
-            require(place == needs, f"needs DEVICE={needs} and DTYPE=bf16")
-            if kernel == "amx":
-                importlib.import_module("amx_attention").activate(head_dim)
-            if kernel in ("fa3", "fa4"):
-                torch.nn.attention.activate_flash_attention_impl(kernel.upper())
-            if kernel == "cudnn":
-                torch.backends.cuda.enable_flash_sdp(False)
-            return kernel
-        except Exception as error:  # a missing package, or one that was built for another machine
-            problem = str(error)
+        with contextlib.ExitStack() as undo:
+            try:
+                require(place == needs, f"needs DEVICE={needs} and DTYPE=bf16")
+                use_kernel(kernel, head_dim, run, undo)
+            except Exception as error:  # a missing package, or one built for another machine
+                problem = str(error)
+                continue
+            problem = "" if place == "fp32" else attention_problem(run)
+            if not problem:
+                run.kernels = undo.pop_all()
+                return kernel
+            run.warnings.append(f"ATTENTION={kernel}: {problem}")
     raise UserError(f"ATTENTION={run.hp.attention}: {problem}")
+
+
+def use_kernel(kernel: str, head_dim: int, run: Run, undo: contextlib.ExitStack) -> None:
+    """Let PyTorch use a kernel until `undo`. Raises an Exception if it does not."""
+    if kernel == "amx":
+        importlib.import_module("amx_attention").activate(head_dim)
+    if kernel in ("fa3", "fa4"):
+        torch.nn.attention.activate_flash_attention_impl(kernel.upper())
+        undo.callback(torch.nn.attention.restore_flash_attention_impl)
+    if kernel in KERNELS:
+        attention_backend(run)  # PyTorch sets its own order at the first question, over any other
+        order = [getattr(SDPBackend, name) for name in KERNELS[kernel]]
+        undo.enter_context(sdpa_kernel(order, set_priority=True))
+        taken = attention_backend(run)
+        require(taken == order[0].name, f"PyTorch takes {taken} for this model")
+
+
+def attention_inputs(run: Run) -> list[Tensor]:
+    """Random q, k and v of one sequence, (1, H, T, Dh), and a gradient of their result, strided as
+    the model's; T is from 2 to 2048."""
+    hp, random = run.hp, torch.Generator().manual_seed(0)
+    T, head_dim = min(max(hp.train_seq_len, 2), 2048), hp.model_dim // hp.num_heads
+    counts = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads, hp.num_heads)
+    made = [torch.randn(1, T, heads, head_dim, generator=random) for heads in counts]
+    q, k, v, grad = (x.to(run.device, run.dtype).transpose(1, 2) for x in made)
+    return [q.contiguous(), k.contiguous(), v, grad]
+
+
+def attention_backend(run: Run) -> str:
+    """Ask PyTorch which of its kernels it takes for the model's attention in training."""
+    q, k, v = (x.requires_grad_() for x in attention_inputs(run)[:3])
+    gqa = q.size(1) != k.size(1)
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=gqa)).name
+
+
+def attention_problem(run: Run) -> str:
+    """Compare attention and its gradients, position by position, with those of plain products in
+    fp32: what is wrong with them, or nothing. Kernels have been wrong before, for a few lengths and
+    at the last positions alone (PyTorch issue 196678)."""
+    *inputs, grad = attention_inputs(run)
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
+        gqa = q.size(1) != k.size(1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return [y.detach(), *torch.autograd.grad(y, (q, k, v), grad.to(dtype))]
+
+    ours = results(run.dtype)
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = results(torch.float32)
+    for name, a, b in zip(("result", "dq", "dk", "dv"), ours, exact, strict=True):
+        errors = (a.float() - b).norm(dim=(1, 3)) / b.norm(dim=(1, 3))
+        error = float(errors[:, name == "dq" :].max())  # the first query has one key: its dq is 0
+        if not error < ATTENTION_ERROR:  # or not a number
+            return f"wrong here: its {name} is {100 * error:.1f}% from that of plain products"
+    return ""
 
 
 # ===================================== DATA =====================================
