@@ -1,0 +1,167 @@
+"""The path of a CUDA device without one: fake tensors, which have devices and shapes but no values,
+through trainer, score and state; and PyTorch's own choice of a kernel for an H100."""
+
+import contextlib
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import shard_bytes
+from programs import TECHNIQUES
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import train_gpt as tg
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here: test_gpu.py"),
+    pytest.mark.skipif(not shutil.which("g++"), reason="no g++"),
+]
+CUDA = torch.device("cuda", 0)
+# PyTorch without CUDA has nothing that would switch between its devices, as indexing does.
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
+"""
+
+
+@pytest.fixture(scope="session")
+def device_guard(tmp_path_factory) -> None:
+    """Let a PyTorch that was built without CUDA index tensors of a CUDA device."""
+    if torch.version.cuda:
+        return
+    folder, torch_folder = tmp_path_factory.mktemp("guard"), Path(torch.__file__).parent
+    (folder / "guard.cpp").write_text(GUARD)
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", "-I", torch_folder / "include"]
+    command += [folder / "guard.cpp", "-L", torch_folder / "lib", "-lc10"]
+    subprocess.run([*command, "-o", folder / "guard.so"], check=True)
+    ctypes.CDLL(str(folder / "guard.so"))
+
+
+class AtOnce:
+    """An executor that does its work when asked: modes of PyTorch are a thread's own."""
+
+    def __init__(self, _: int) -> None:
+        pass
+
+    def __enter__(self) -> "AtOnce":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Callable, *arguments: object) -> Future:
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+@pytest.fixture
+def fake_cuda(device_guard) -> Iterator[list[FakeTensor]]:
+    """A CUDA device of fake tensors: the tensors whose gradients were asked for. Autograd's engine
+    needs a real one."""
+    differentiated: list[FakeTensor] = []
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    with contextlib.ExitStack() as patches:
+        for owner, name, new in (
+            (torch.cuda, "Event", lambda: event),
+            (torch.Tensor, "pin_memory", lambda tensor: tensor),
+            (torch.Tensor, "backward", lambda loss: differentiated.append(loss)),
+            (tg, "ThreadPoolExecutor", AtOnce),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, new))
+        patches.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield differentiated
+
+
+@pytest.fixture
+def cuda_run(tmp_path) -> tg.Run:
+    """A run with all techniques on a CUDA device that is not here."""
+    tokens = np.arange(9000) % 256
+    (tmp_path / "fineweb_train_000000.bin").write_bytes(shard_bytes(tokens))
+    settings = TECHNIQUES | {"DATA_PATH": tmp_path, "VOCAB_SIZE": 256, "NUM_LAYERS": 4}
+    settings |= {"MODEL_DIM": 128, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 64}
+    settings |= {"TRAIN_BATCH_TOKENS": 1024, "MICRO_BATCH_TOKENS": 512, "DTYPE": "bf16"}
+    settings |= {"DEVICE": "cpu", "EVAL_SEQ_LEN": 128, "EVAL_DOC_ISOLATED": 1}
+    texts = {name: str(value) for name, value in settings.items()}
+    run = tg.Run(tg.load_settings(texts, check_places=False))
+    run.device = CUDA
+    return run
+
+
+def on_cuda(model: tg.GPT) -> tg.GPT:
+    """Move a model of fake tensors, which Module.to cannot."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = torch.nn.Parameter(p.detach().to(CUDA))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(CUDA)
+    return model
+
+
+@pytest.fixture
+def trainer(fake_cuda, cuda_run) -> tg.Trainer:
+    model = on_cuda(tg.GPT(cuda_run.hp, cuda_run.dtype))
+    return tg.Trainer(model, model, tg.TokenStream("train", cuda_run), cuda_run)
+
+
+def test_a_step_stays_on_the_device(trainer, fake_cuda):
+    loss = trainer.step(0, 0.0)
+    micro_batches = 1024 // 512
+    assert [x.device for x in fake_cuda] == [CUDA] * micro_batches
+    assert (loss.device, loss.dtype) == (CUDA, torch.float32)
+
+
+def test_batches_come_to_the_device(trainer):
+    trainer.step(0, 0.0)
+    assert {(x.device, x.dtype) for x in trainer.batch} == {(CUDA, torch.int64)}
+
+
+def test_weights_gradients_and_state_are_fp32_on_the_device(trainer):
+    trainer.step(0, 0.0)
+    kept = [t for tensors in trainer.tensors.values() for t in tensors.values()]
+    kept += [p.grad for p in trainer.params.values()]
+    assert {(t.device, t.dtype) for t in kept} == {(CUDA, torch.float32)}
+    names = {name for tensors in trainer.tensors.values() for name in tensors}
+    assert names >= {"weights", "average", "momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+
+
+def test_a_checkpoint_is_of_the_host(trainer):
+    state = trainer.state(0, 0.0)
+    kept = [t for tensors in state["params"].values() for t in tensors.values()]
+    assert {t.device.type for t in kept} == {"cpu"}
+
+
+def test_a_resumed_state_comes_to_the_device(trainer):
+    trainer.resume(trainer.state(3, 1.0))
+    assert {p.device for p in trainer.params.values()} == {CUDA}
+
+
+def test_scoring_leaves_the_device_once(trainer, cuda_run, monkeypatch):
+    """All NLL stays there until the end."""
+    tokens = np.arange(2000).astype(np.uint16) % 256
+    val = SimpleNamespace(tokens=tokens, starts=np.array([0, 2000]), text_bytes=5000)
+    left = []
+
+    def to_host(tensor: FakeTensor) -> SimpleNamespace:
+        left.append((tensor.device, tensor.dtype, tuple(tensor.shape)))
+        return SimpleNamespace(numpy=lambda: np.ones(tensor.shape, np.float32))
+
+    monkeypatch.setattr(torch.Tensor, "cpu", to_host)
+    _, scored = tg.score(trainer.forward, val, cuda_run)
+    assert left == [(CUDA, torch.float32, (1999,))]
+    assert scored["val_loss"] == 1.0
+
+
+def test_a_tensor_on_the_host_among_those_of_the_device_is_found(fake_cuda):
+    """Or the tests above could not fail."""
+    with pytest.raises(RuntimeError, match="cpu"):
+        torch.ones(3, device=CUDA) + torch.ones(3)
