@@ -1992,7 +1992,8 @@ def log_data(stream: TokenStream, run: Run) -> None:
 
 
 def log_end(stream: TokenStream, run: Run, step: int, elapsed: float) -> None:
-    """Log why training ended before ITERATIONS, and how often the data was read if over once."""
+    """Log why training ended before ITERATIONS, how often the data was read if over once, and the
+    memory of a GPU that it took."""
     why = "wallclock_cap" * (step < run.hp.iterations)
     if run.stop:
         why = signal.Signals(run.stop).name if run.stop < FAILED else "failure"
@@ -2001,6 +2002,10 @@ def log_end(stream: TokenStream, run: Run, step: int, elapsed: float) -> None:
     epochs = step * run.hp.train_batch_tokens / stream.total
     if epochs > 1:
         run.log(f"epochs:{epochs:.2f}")
+    if run.device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated() >> 20
+        reserved = torch.cuda.max_memory_reserved() >> 20
+        run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
 
 
 def train_and_export(trainer: Trainer, val: Validation, run: Run) -> Path:

@@ -161,6 +161,16 @@ def test_scoring_leaves_the_device_once(trainer, cuda_run, monkeypatch):
     assert scored["val_loss"] == 1.0
 
 
+def test_the_peak_of_memory_is_logged(trainer, cuda_run, monkeypatch):
+    """In the baseline's words, which tools read."""
+    lines = []
+    monkeypatch.setattr(cuda_run, "log", lambda line, *_: lines.append(line))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10184 * 2**20 + 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10588 * 2**20)
+    tg.log_end(trainer.stream, cuda_run, 8, 1.0)
+    assert lines[-1] == "peak memory allocated: 10184 MiB reserved: 10588 MiB"
+
+
 def test_a_tensor_on_the_host_among_those_of_the_device_is_found(fake_cuda):
     """Or the tests above could not fail."""
     with pytest.raises(RuntimeError, match="cpu"):
