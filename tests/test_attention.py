@@ -172,6 +172,11 @@ def test_a_cpu_uses_what_pytorch_has_without_the_folder_of_the_kernel(monkeypatc
     assert run.warnings == []
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_pytorch_is_asked_with_tensors_like_the_models(dtype):
+    assert tg.attention_backend(cpu_run(DTYPE=dtype)) == "FLASH_ATTENTION"
+
+
 # ---- attention is compared with plain products before it is used
 
 
