@@ -1344,13 +1344,14 @@ def rans_decode(data: bytes, sizes: list[int]) -> np.ndarray:
     return np.concatenate([*pieces, np.empty(0, np.int8)])
 
 
-def zstandard() -> ModuleType:
-    """The package zstandard, which nothing but artifacts needs. Raises UserError."""
+def zstd() -> ModuleType:
+    """Import the package zstandard, which nothing but artifacts needs. Raises UserError."""
     try:
-        return importlib.import_module("zstandard")
+        import zstandard
     except ImportError:
         advice = "pip install zstandard, or bring its wheel to where nothing can be fetched"
         raise UserError(f"no package zstandard, which artifacts need: {advice}") from None
+    return zstandard
 
 
 def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
@@ -1362,7 +1363,7 @@ def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
         return deflate.compress(raw) + deflate.flush()
     if compressor == "rans":
         return rans_encode(arrays)
-    return lzma.compress(raw) if compressor == "lzma" else zstandard().compress(raw, 1)
+    return lzma.compress(raw) if compressor == "lzma" else zstd().compress(raw, 1)
 
 
 def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
@@ -1370,8 +1371,8 @@ def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
     if compressor == "rans":
         return rans_decode(data, sizes)
     if compressor == "zstd":
-        require(zstandard().frame_content_size(data) == sum(sizes), "its levels have another size")
-        raw = zstandard().ZstdDecompressor().decompress(data, allow_extra_data=False)
+        require(zstd().frame_content_size(data) == sum(sizes), "its levels have another size")
+        raw = zstd().ZstdDecompressor().decompress(data, allow_extra_data=False)
     else:
         xz = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**26)
         coder = xz if compressor == "lzma" else zlib.decompressobj(-15)
@@ -1442,7 +1443,7 @@ def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters, pruned: floa
     text, arrays = json.dumps(header).encode(), list(itertools.chain(*tensors.values()))
     # The first bytes of all numbers, then the second ones: sign and exponent are often alike.
     floats = [a.reshape(-1, 1).view("u1").T.tobytes() for a in arrays if a.itemsize > 1]
-    head = zstandard().compress(text + b"".join(floats), 22)
+    head = zstd().compress(text + b"".join(floats), 22)
     levels = compress(hp.compressor, [a for a in arrays if a.itemsize == 1])
     preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(head))
     return preamble + hashlib.sha256(preamble + head + levels).digest() + head + levels
@@ -1456,10 +1457,10 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
     _, version, text_size, at = PREAMBLE.unpack(preamble)
     require(version == VERSION, f"{path}: format version {version}; this script reads {VERSION}")
     require(hashlib.sha256(preamble + body).digest() == digest, f"{path}: truncated or damaged")
-    zstandard()
+    zstd()
     try:
         require(text_size < 2**21 and at <= len(body), "its header cannot be that long")
-        head = zstandard().ZstdDecompressor().stream_reader(body[:at])
+        head = zstd().ZstdDecompressor().stream_reader(body[:at])
         header, weights = json.loads(head.read(text_size)), {}
         require([*header["settings"]] == MODEL_SETTINGS, "its settings are not those of a model")
         values = {n: parse_setting(n, text) for n, text in header["settings"].items()}
