@@ -4,6 +4,7 @@
     python data/prepare.py corpus.jsonl.zst more/ --name mine --vocab-size 1024
     python data/prepare.py corpus/ --name mine --tokenizer data/tokenizers/fineweb_1024_bpe.model
     python data/prepare.py --sample               the built-in sample, without a download
+    python data/prepare.py --sample --vocab-size 8192
     python data/prepare.py --check data/datasets/mine_sp1024
 
 Below the data folder (--out) it writes tokenizers/ and datasets/<name>_sp<V>/ with the shards and
@@ -181,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
 
 def sample_job(args: argparse.Namespace) -> tuple[Job, Source]:
     """The built-in sample."""
-    job = job_from(args, name="sample", vocab_size=SAMPLE_VOCAB)
+    job = job_from(args, name="sample", vocab_size=args.vocab_size or SAMPLE_VOCAB)
     return job, DocstringSource(PACKAGES, args.processes)
 
 
@@ -252,11 +253,12 @@ def usage_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the combination of options."""
     chosen = sum(map(bool, (args.tokenizer, args.vocab_size, args.byte_level)))
     modes = sum(map(bool, (args.inputs, args.sample, args.check)))
+    reused = args.tokenizer or args.byte_level
     rules = [
         (modes != 1, "give inputs, or --sample, or --check DIR"),
         (args.inputs and chosen != 1, "choose one of --tokenizer, --vocab-size and --byte-level"),
         (args.val_docs and args.val_fraction, "choose one of --val-docs and --val-fraction"),
-        (args.sample and chosen, "--sample trains a tokenizer of its own"),
+        (args.sample and reused, "--sample trains a tokenizer of its own"),
         (args.name != Path(args.name).name, f"--name {args.name}: must be a plain file name"),
         (args.tokenizer and not args.tokenizer.is_file(), f"{args.tokenizer}: no such tokenizer"),
     ]

@@ -267,6 +267,12 @@ def test_sample_holds_every_document_once(tree, tmp_path):
     assert made.manifest["inputs"] == []
 
 
+def test_sample_takes_another_size_of_vocabulary(tree, tmp_path):
+    assert prepare_main("--sample", "--out", tmp_path, "--vocab-size", 600) == 0
+    made = Made(tmp_path / "datasets/sample_sp600")
+    assert made.manifest["tokenizer"]["vocab_size"] == 600
+
+
 def test_sample_is_made_again_when_a_package_or_python_changes(tree, tmp_path, monkeypatch, capsys):
     arguments = ("--sample", "--out", tmp_path / "out", "--processes", 1)
     for expected in (False, True):
