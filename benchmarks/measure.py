@@ -124,9 +124,10 @@ def prepare(hp: tg.Hyperparameters, training: bool) -> tuple[tg.Run, Any, Any, A
     run = tg.Run(hp)
     stream = tg.TokenStream("train", run) if training else None
     val = tg.Validation(run)
+    run.hp = dataclasses.replace(hp, bos=val.bos)
     run.start()
     model = tg.GPT(run.hp, run.dtype).to(run.device)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
+    forward = tg.Compiled(model, run) if run.compile else model
     trainer = tg.Trainer(model, forward, stream, run) if training else None
     if trainer:
         trainer.prime()
@@ -146,11 +147,23 @@ def free_running(trainer: tg.Trainer, run: tg.Run, steps: int) -> tuple[float, f
 
 
 def breakdown(hp: tg.Hyperparameters) -> dict[str, Any]:
-    """Seconds of each part of ITERATIONS steps, waiting for the device before and after each part;
-    beside it the same number of steps without any waiting, and one pass of evaluation."""
+    """Seconds of each part of ITERATIONS steps; beside it the same number of steps without any
+    waiting, and one pass of evaluation."""
     run, val, forward, trainer = prepare(hp, training=True)
     trainer.step(0, 0.0)
     alone, stall = free_running(trainer, run, hp.iterations)
+    steps = step_parts(trainer, run, hp.iterations)
+    return {
+        "steps": steps,
+        "free_step_s": alone / hp.iterations,
+        "free_data_share": stall / alone,
+        "evaluation_s": passes(forward, val, run),
+        "evaluation_tokens": len(val.tokens) - 1,
+    }
+
+
+def step_parts(trainer: tg.Trainer, run: tg.Run, count: int) -> list[dict[str, float]]:
+    """Seconds of each part of so many steps, waiting for the device before and after each part."""
     watch, steps = Stopwatch(lambda: synchronize(run)), []
     parts = [(dist, name, "communication") for name in COLLECTIVES]
     parts += [(trainer, "forward", "forward"), (torch.Tensor, "backward", "backward")]
@@ -161,19 +174,14 @@ def breakdown(hp: tg.Hyperparameters) -> dict[str, Any]:
             patches.enter_context(mock.patch.object(owner, name, new))
         patches.enter_context(mock.patch.object(trainer, "feed", watch.feed(trainer.feed)))
         step = watch.timed("other", trainer.step)
-        for number in range(hp.iterations):
+        for number in range(count):
             before = watch.seconds.copy()
             step(number, 0.0)
             steps.append({part: s - before[part] for part, s in watch.seconds.items()})
     unseen = {"data", "forward", "backward", "optimizer"} - set(watch.calls)
-    tg.require(not unseen, f"Trainer.step no longer calls what is timed as {unseen}: see breakdown")
-    return {
-        "steps": steps,
-        "free_step_s": alone / hp.iterations,
-        "free_data_share": stall / alone,
-        "evaluation_s": passes(forward, val, run),
-        "evaluation_tokens": len(val.tokens) - 1,
-    }
+    what = f"Trainer.step no longer calls what is timed as {unseen}"
+    tg.require(not unseen, f"{what}: see step_parts")
+    return steps
 
 
 def passes(forward: Any, val: Any, run: tg.Run) -> float:
@@ -194,20 +202,25 @@ def first_tokens(val: Any, count: int) -> Any:
     return part
 
 
-def evaluation(hp: tg.Hyperparameters) -> dict[str, Any]:
+def evaluation(
+    hp: tg.Hyperparameters, tell: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
     """Tokens scored a second: in a plain pass over the validation tokens, in windows of EVAL_STRIDE
     (default 64), the same with each document by itself, and, over 256 windows, in a plain loop that
-    reads a window at a time."""
+    reads a window at a time. `tell` gets what is known after each of them."""
     run, val, forward, _ = prepare(hp, training=False)
+    hp = run.hp
     stride, context = hp.eval_stride or 64, hp.eval_seq_len or hp.train_seq_len
     cases = {"plain": (0, 0), "sliding": (stride, 0), "documents": (stride, 1), "loop": (stride, 0)}
-    rates = {}
+    rates: dict[str, float] = {}
+    found = {"tokens_per_s": rates, "stride": stride, "context": context}
     for name, (step, isolated) in cases.items():
         if name == "loop":
             run.forward_rows, val = 1, first_tokens(val, context + 255 * stride + 1)
         run.hp = dataclasses.replace(hp, eval_stride=step, eval_doc_isolated=isolated)
         rates[name] = (len(val.tokens) - 1) / passes(forward, val, run)
-    return {"tokens_per_s": rates, "stride": stride, "context": context}
+        tell(found)
+    return found
 
 
 def main(arguments: list[str]) -> None:

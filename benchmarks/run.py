@@ -5,7 +5,6 @@
     python benchmarks/run.py --config X.env --breakdown      parts of a step
     python benchmarks/run.py --config X.env --evaluation     plain passes and sliding windows
     python benchmarks/run.py --config X.env --scaling        context, width, depth, processes
-    python benchmarks/run.py --gpu                           all of the above on one GPU, 8 minutes
 
 A is train_gpt.py (or --script), B is --vs, by default the same script, with A's settings and those
 of --vs-env. They run in turn, A B A B, on the same data, in empty folders. Any script will do that
@@ -33,7 +32,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -68,7 +66,11 @@ Settings = dict[str, str]
 
 
 class BenchmarkError(Exception):
-    """What went wrong in a measurement, and what to do."""
+    """What went wrong in a measurement, and what to do; what the script had printed until then."""
+
+    def __init__(self, problem: str, lines: Iterable[tuple[float, str]] = ()) -> None:
+        super().__init__(problem)
+        self.lines = [*lines]
 
 
 @dataclass(frozen=True)
@@ -118,19 +120,28 @@ def parse_log(lines: Iterable[tuple[float, str]]) -> dict[str, Any]:
 
 
 def smi(query: str) -> list[str]:
-    """Lines of nvidia-smi, one a GPU; none where it is not there."""
-    if not shutil.which("nvidia-smi"):
-        return []
+    """Lines of nvidia-smi, one a GPU; none where it is not there, or does not answer."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    with suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        return done.stdout.splitlines()
+    return []
+
+
+def memory_used() -> list[float]:
+    """MiB that are used on each GPU; nothing if one does not tell it, as by [N/A]."""
+    try:
+        return [float(line) for line in smi("memory.used")]
+    except ValueError:
+        return []
 
 
 class MemoryWatch(threading.Thread):
     """Peak memory of a process and all below it, and of the GPUs, until `end` is called."""
 
-    def __init__(self, pid: int, before: list[str]) -> None:
+    def __init__(self, pid: int, before: list[float]) -> None:
         super().__init__(daemon=True)
-        self.pid, self.before, self.done = pid, [float(m) for m in before], threading.Event()
+        self.pid, self.before, self.done = pid, before, threading.Event()
         self.host, self.gpu = 0.0, None
         self.start()
 
@@ -140,9 +151,9 @@ class MemoryWatch(threading.Thread):
         while not self.done.wait(0.05):
             self.host = max(self.host, self.look(self.pid))
             if self.before and count % 20 == 0:
-                now = [float(m) for m in smi("memory.used")]
-                rise = max(b - a for a, b in zip(self.before, now, strict=True))
-                self.gpu = max(self.gpu or 0.0, rise)
+                pairs = zip(self.before, memory_used(), strict=False)
+                rises = [now - before for before, now in pairs]
+                self.gpu = max([*rises, self.gpu or 0.0])
             count += 1
 
     def look(self, pid: int) -> float:
@@ -164,22 +175,27 @@ class MemoryWatch(threading.Thread):
         self.join()
 
 
-def execute(script: Path, arguments: list[str], settings: Settings, nproc: int) -> dict[str, Any]:
-    """Run a script in an empty folder; its timed lines and memory. Raises BenchmarkError."""
+def execute(
+    script: Path, arguments: list[str], settings: Settings, nproc: int, echo: bool = False
+) -> dict[str, Any]:
+    """Run a script in an empty folder; its timed lines and memory. With `echo`, what it prints is
+    printed as it comes, and lines of errors are among them. Raises BenchmarkError."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     command = [sys.executable, *(launcher if nproc > 1 else []), str(script), *arguments]
     env = {name: text for name, text in os.environ.items() if name not in tg.FIELDS}
     env |= {"OMP_NUM_THREADS": "1"} if nproc > 1 and "OMP_NUM_THREADS" not in env else {}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         env |= settings | {"OUT_DIR": folder, "RUN_ID": "benchmark", "PYTHONUNBUFFERED": "1"}
-        before, start, lines = smi("memory.used"), time.perf_counter(), []
-        out, options = subprocess.PIPE, {"text": True, "errors": "replace"}
-        process = subprocess.Popen(
-            command, env=env, cwd=folder, stdout=out, stderr=errors, **options
-        )
+        before, start, lines = memory_used(), time.perf_counter(), []
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT if echo else errors}
+        options = {"text": True, "errors": "replace"}
+        process = subprocess.Popen(command, env=env, cwd=folder, **pipes, **options)
         watch = MemoryWatch(process.pid, before)
         try:
-            lines += [(time.perf_counter() - start, line.rstrip()) for line in process.stdout]
+            for line in process.stdout:
+                lines.append((time.perf_counter() - start, line.rstrip()))
+                if echo:
+                    print(line, end="", flush=True)
             process.wait()
         finally:
             watch.end()
@@ -188,9 +204,10 @@ def execute(script: Path, arguments: list[str], settings: Settings, nproc: int) 
                 process.wait()
         errors.seek(0)
         if process.returncode:
-            tail = "\n  ".join([line for _, line in lines][-3:] + errors.read().splitlines()[-15:])
-            code, said = process.returncode, tail or "nothing"
-            raise BenchmarkError(f"{script} ended with exit code {code}. It said:\n  {said}")
+            last = [line for _, line in lines][-15 if echo else -3 :]
+            said = "\n  ".join(last + errors.read().splitlines()[-15:]) or "nothing"
+            problem = f"{script} ended with exit code {process.returncode}. It said:\n  {said}"
+            raise BenchmarkError(problem, lines)
     host = watch.host or None
     wall = time.perf_counter() - start
     return {"lines": lines, "host_mib": host, "smi_gpu_mib": watch.gpu, "wall_s": wall}
@@ -476,79 +493,13 @@ def draw_scaling(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plt.close(figure)
 
 
-# ===================================== ONE GPU =====================================
-PR369 = HERE.parent / "records/track_10min_16mb/2026-11-21_PR369_Stack/config.env"
-
-
-def sample_data(folder: Path) -> Settings:
-    """Make the sample dataset, whose training text also serves as more validation tokens."""
-    command = [sys.executable, str(HERE.parent / "data/prepare.py"), "--sample", "--out"]
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        raise BenchmarkError(f"no sample dataset; give DATA_PATH. It said:\n{done.stderr[-2000:]}")
-    shards = folder / "datasets/sample_sp1024"
-    (shards / "fineweb_val_000001.bin").symlink_to(shards / "fineweb_train_000000.bin")
-    tokenizer = folder / "tokenizers/sample_1024_bpe.model"
-    return {"DATA_PATH": str(shards), "TOKENIZER_PATH": str(tokenizer)}
-
-
-def gpu(args: argparse.Namespace, save: Any) -> str:
-    """The rows that one GPU is measured by; saved as they come, in case that time runs out."""
-    given, start, found = pairs(args.settings), time.perf_counter(), {}
-    if not torch.cuda.is_available() and "DEVICE" not in given:
-        raise BenchmarkError("--gpu: no CUDA device; to try it, give DEVICE=cpu and a tiny model")
-    plain = {"VAL_TOKENS": "131072", "WARMUP_STEPS": "5", "MAX_WALLCLOCK_SECONDS": "0"}
-    stack = tg.read_dotenv(str(PR369)) | {"TRAIN_SEQ_LEN": "2048", "EVAL_STRIDE": "0"}
-    stack = {n: t for n, t in stack.items() if n not in ("DATA_PATH", "TOKENIZER_PATH")}
-    with tempfile.TemporaryDirectory() as folder:
-        base = settings_of(args, plain)
-        here = Path(base.get("DATA_PATH", tg.FIELDS["DATA_PATH"].default)).is_dir()
-        base |= {} if here else sample_data(Path(folder))
-        baseline = make_side(SCRIPT, base | given)
-        shape = base | stack | plain | {"ITERATIONS": base["ITERATIONS"], "VAL_LOSS_EVERY": "0"}
-        record = make_side(SCRIPT, shape | {"FIT_BUDGET": "none"} | given)
-        longer = make_side(SCRIPT, record.settings | {"VAL_TOKENS": "2000000"} | given)
-        jobs = {
-            "baseline": lambda: compare([baseline], 1, 1),
-            "pr369": lambda: compare([record], 1, 1),
-            "breakdown": lambda: breakdown(baseline, 1),
-            "evaluation": lambda: worker("evaluation", longer.settings),
-        }
-        for name, job in jobs.items():
-            found[name] = job()
-            save(found)
-            print(f"{name}: done after {time.perf_counter() - start:.0f} s", flush=True)
-    found["seconds"] = time.perf_counter() - start
-    save(found)
-    return gpu_table(found)
-
-
-def evaluation_rows(found: dict[str, Any]) -> list[str]:
-    """What ways of scoring cost, in rows of a table of two columns."""
+def evaluation_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What ways of scoring cost, beside the plain pass."""
     rates, stride = found["tokens_per_s"], found["stride"]
     titles = {"plain": "plain pass", "sliding": f"windows, stride {stride}"}
     titles |= {"documents": f"documents apart, stride {stride}", "loop": "windows one at a time"}
     cost = {n: f"{number(rates['plain'] / rate)} plain passes" for n, rate in rates.items()}
-    return [f"{titles[n]} | {number(rate)} tokens/s, {cost[n]} |" for n, rate in rates.items()]
-
-
-def gpu_table(found: dict[str, Any]) -> str:
-    """The rows of --gpu."""
-    lines = ["| what | measured |", "|---|---|"]
-    for name, title in (("baseline", "baseline"), ("pr369", "PR 369, T 2048")):
-        f = found[name]["figures"][0][0]
-        lines.append(f"| {title}: step, ms | {number(f['step_ms'])} |")
-        lines.append(f"| {title}: tokens/s | {number(f['tokens_per_s'])} |")
-        lines.append(
-            f"| {title}: MFU, of {number(found[name]['peak_tflops'][0])} TFLOP/s | "
-            f"{f['mfu']:.1f}% |"
-        )
-        lines.append(f"| {title}: to the first step, s | {number(f['first_step_s'])} |")
-    parts, scored = found["breakdown"], found["evaluation"]
-    lines.append(f"| baseline: optimizer, of a step | {parts['percent']['optimizer']:.1f}% |")
-    lines.append(f"| baseline: wait for data, of a step | {100 * parts['free_data_share']:.2f}% |")
-    lines += [f"| PR 369: {row}" for row in evaluation_rows(scored)]
-    return "\n".join([*lines, f"| all of this | {number(found['seconds'])} s |"])
+    return [(titles[n], f"{number(rate)} tokens/s, {cost[n]}") for n, rate in rates.items()]
 
 
 # ===================================== THE COMMAND =====================================
@@ -580,12 +531,24 @@ def machine() -> dict[str, Any]:
     }
 
 
+def git(*arguments: str) -> str | None:
+    """What git says of this checkout; nothing where there is no git, or no checkout of it."""
+    command = ["git", "-c", "safe.directory=*", "-C", str(HERE), *arguments]
+    with suppress(OSError):
+        done = subprocess.run(command, capture_output=True, text=True)
+        return None if done.returncode else done.stdout.strip()
+    return None
+
+
 def commit() -> str:
     """The commit that is checked out."""
-    with suppress(OSError):
-        command = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    return "unknown"
+    return git("rev-parse", "HEAD") or "unknown"
+
+
+def changed_files() -> list[str] | None:
+    """Files that differ from that commit, as git tells them, or None where it cannot."""
+    told = git("status", "--porcelain")
+    return None if told is None else told.splitlines()
 
 
 def describe_side(side: Side) -> dict[str, Any]:
@@ -613,7 +576,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--nproc", type=int, default=1, help="processes of each run, by torchrun (1)")
     add("--out", **path, help="JSON of all results; by default in benchmarks/results")
     modes = parser.add_mutually_exclusive_group()
-    for name in ("breakdown", "evaluation", "scaling", "gpu"):
+    for name in ("breakdown", "evaluation", "scaling"):
         modes.add_argument(f"--{name}", dest="mode", action="store_const", const=name)
     add("--quick", action="store_true", help="--scaling: two points of each kind")
     args = parser.parse_intermixed_args(arguments)
@@ -630,34 +593,27 @@ def main(arguments: list[str]) -> None:
     out = args.out or HERE / "results" / name
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {"command": [sys.argv[0], *arguments], "commit": commit(), "machine": machine()}
-
-    def save(results: dict[str, Any]) -> None:
-        report["results"] = results
-        out.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
-
-    if args.mode == "gpu":
-        table = gpu(args, save)
+    few = {"VAL_TOKENS": "16384"} if args.mode == "scaling" else None
+    sides = [make_side(args.script, settings_of(args, few))]
+    if args.vs or args.vs_env:
+        sides.append(make_side(args.vs or args.script, sides[0].settings | pairs(args.vs_env)))
+    report["sides"] = {k: describe_side(s) for k, s in zip("AB", sides, strict=False)}
+    if args.mode == "breakdown":
+        found = breakdown(sides[0], args.nproc)
+        table = breakdown_table(found)
+    elif args.mode == "evaluation":
+        found = worker("evaluation", sides[0].settings)
+        rows = [f"| {what} | {measured} |" for what, measured in evaluation_rows(found)]
+        table = "\n".join(["| scoring | measured |", "|---|---|", *rows])
+    elif args.mode == "scaling":
+        found = scaling(sides[0], args.nproc, args.quick)
+        draw_scaling(found, out.with_suffix(".png"))
+        table = scaling_table(found)
     else:
-        few = {"VAL_TOKENS": "16384"} if args.mode == "scaling" else None
-        sides = [make_side(args.script, settings_of(args, few))]
-        if args.vs or args.vs_env:
-            sides.append(make_side(args.vs or args.script, sides[0].settings | pairs(args.vs_env)))
-        report["sides"] = {k: describe_side(s) for k, s in zip("AB", sides, strict=False)}
-        if args.mode == "breakdown":
-            found = breakdown(sides[0], args.nproc)
-            table = breakdown_table(found)
-        elif args.mode == "evaluation":
-            found = worker("evaluation", sides[0].settings)
-            rows = [f"| {row}" for row in evaluation_rows(found)]
-            table = "\n".join(["| scoring | measured |", "|---|---|", *rows])
-        elif args.mode == "scaling":
-            found = scaling(sides[0], args.nproc, args.quick)
-            draw_scaling(found, out.with_suffix(".png"))
-            table = scaling_table(found)
-        else:
-            found = compare(sides, args.rounds, args.nproc)
-            table = comparison_table(found)
-        save(found)
+        found = compare(sides, args.rounds, args.nproc)
+        table = comparison_table(found)
+    report["results"] = found
+    out.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
     print(f"{table}\n\nall figures: {out}")
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -275,18 +276,6 @@ def test_a_part_that_is_no_longer_called_is_missed(here, tmp_path, monkeypatch):
         benchmark.main([*here, "--breakdown", "--out", str(tmp_path / "b.json")])
 
 
-def test_the_rows_of_a_gpu_come_from_a_small_model_too(here, fake, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "SCRIPT", fake)
-    small = ["BIGRAM_BUCKETS=64", "XSA_LAST_N=1", "EVAL_STRIDE=8", "EVAL_SEQ_LEN=64"]
-    found = found_by([*here, *small, "--gpu"], tmp_path / "g.json")
-    assert {"baseline", "pr369", "breakdown", "evaluation"} <= found.keys()
-    rates = found["evaluation"]["tokens_per_s"]
-    assert rates["sliding"] < rates["plain"]
-    said = capsys.readouterr().out
-    assert f"apart, stride 8 | {benchmark.number(rates['documents'])} tokens/s" in said
-    assert f"| {found['breakdown']['percent']['optimizer']:.1f}% |" in said
-
-
 def test_ways_of_scoring_are_compared(here, tmp_path, monkeypatch, capsys):
     scored, score = [], tg.score
 
@@ -312,12 +301,6 @@ def test_the_first_tokens_are_a_stream_of_their_own():
     assert part.tokens.tolist() == list(range(50))
     assert part.starts.tolist() == [0, 50]
     assert (len(val.tokens), part.text_bytes) == (90, 7)
-
-
-def test_a_gpu_is_asked_for_where_there_is_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(benchmark.BenchmarkError, match="DEVICE=cpu"):
-        benchmark.main(["--gpu", "--out", str(tmp_path / "g.json")])
 
 
 def test_the_ceiling_is_of_the_fastest_shape(monkeypatch):
@@ -372,6 +355,79 @@ def test_memory_of_all_processes_is_added(tmp_path):
     )
     assert 64 < one < 100
     assert 128 < two < 200
+
+
+NVIDIA_SMI = """#!/bin/sh
+if [ -e "{known}" ]; then cat "{known}"; else echo "{unknown}"; fi
+"""
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A program of that name which first tells a word, and then what is written to a file."""
+
+    def make(unknown: str) -> Path:
+        program, known = tmp_path / "bin" / "nvidia-smi", tmp_path / "known"
+        program.parent.mkdir()
+        program.write_text(NVIDIA_SMI.format(known=known, unknown=unknown))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+        return known
+
+    return make
+
+
+@pytest.mark.parametrize("answer", ["[N/A]", "[Not Supported]", "Unable to determine the device"])
+def test_a_gpu_that_does_not_tell_its_memory_ends_no_measurement(answer, fake, nvidia_smi):
+    nvidia_smi(answer)
+    settings = {"ITERATIONS": "3", "TRAIN_LOG_EVERY": "1", "DATA_PATH": "/", "VAL_LOSS_EVERY": "0"}
+    settings |= {"HOLD": "0.3"}
+    found = benchmark.execute(fake, [], settings, 1)
+    assert found["smi_gpu_mib"] is None
+    assert found["host_mib"] > 1
+
+
+def test_a_gpu_that_ceases_to_tell_its_memory_keeps_its_peak(nvidia_smi):
+    known = nvidia_smi("[N/A]")
+    known.write_text("100\n")
+    watch = benchmark.MemoryWatch(1, benchmark.memory_used())
+    known.write_text("350\n")
+    while watch.gpu != 250:
+        assert watch.is_alive()
+    known.write_text("[N/A]\n")
+    time.sleep(1.3)
+    assert watch.is_alive()
+    watch.end()
+    assert watch.gpu == 250
+
+
+def test_a_missing_nvidia_smi_tells_of_no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert benchmark.memory_used() == []
+    assert benchmark.git("status") is None
+
+
+def test_what_a_script_prints_is_shown_as_it_comes_if_asked(fake, capfd):
+    fake.write_text("import sys\nprint('step:1/2')\nsys.exit('no kernel for this')")
+    with pytest.raises(benchmark.BenchmarkError, match="no kernel for this") as caught:
+        benchmark.execute(fake, [], {}, 1, echo=True)
+    assert [line for _, line in caught.value.lines] == ["step:1/2", "no kernel for this"]
+    assert capfd.readouterr().out == "step:1/2\nno kernel for this\n"
+
+
+@pytest.mark.parametrize("choice", ["0", "1"])
+def test_a_model_is_compiled_as_train_gpt_does_it(choice, tiny_env):
+    hp = tg.load_settings(tiny_env | {"COMPILE": choice})
+    forward = measure.prepare(hp, training=False)[2]
+    assert isinstance(forward, tg.Compiled) == (choice == "1")
+
+
+def test_ways_of_scoring_are_told_one_by_one(tiny_env):
+    told: list[list[str]] = []
+    hp = tg.load_settings(tiny_env | {"VAL_TOKENS": "300"})
+    measure.evaluation(hp, lambda found: told.append([*found["tokens_per_s"]]))
+    assert told[0] == ["plain"]
+    assert told[3] == ["plain", "sliding", "documents", "loop"]
 
 
 def test_the_start_of_training_is_no_comparison():
