@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -144,26 +145,29 @@ def tokenizers_of(paths: list[Path]) -> dict[int, tuple[Path, Any]]:
 
 
 def count_records(corpus: Path, processors: list[Any], room: int) -> int:
-    """How many of a corpus's first records make datasets that fit into so many bytes."""
-    sample, size = [], 0
-    limit, per_byte = 0.0, 0.0
-    for count, text in enumerate(records(corpus), 1):
+    """How many of a corpus's first records make datasets that fit into so many bytes. What a byte
+    of text takes there is found out on the first of them."""
+    sample: list[str] = []
+    count, size, limit = 0, 0, math.inf
+    for text in records(corpus):
         size += len(text.encode())
-        if not limit:
+        if size > limit:
+            break
+        count += 1
+        if limit == math.inf:
             sample.append(text)
-        if not limit and size >= SAMPLE_BYTES:
-            tokens = sum(len(ids) for each in processors for ids in each.encode(sample))
-            per_byte = 2 * (tokens + len(processors) * len(sample)) / size
-            limit = 0.95 * room / per_byte
-        if limit and size > limit:
-            return max(1, count - 1)
+            if size >= SAMPLE_BYTES:
+                stored = [1 + len(ids) for each in processors for ids in each.encode(sample)]
+                limit = 0.95 * room * size / max(1, 2 * sum(stored))
+    if not count:
+        raise KitError(f"--corpus {corpus}: holds no documents, or the first is too large")
     return count
 
 
 def make_datasets(folder: Path, corpus: Path | None, models: list[Path], room: int) -> None:
     """Make the datasets, of the built-in sample or of a corpus, unless they are there already."""
     name = "corpus" if corpus else "sample"
-    for other in (folder / "datasets").glob("*_sp*"):
+    for other in (folder / "datasets").glob("[!.]*_sp*"):
         if not other.name.startswith(f"{name}_sp"):
             shutil.rmtree(other)
     command = [sys.executable, str(PREPARE), "--out", str(folder)]

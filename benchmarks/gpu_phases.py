@@ -99,9 +99,10 @@ class Report:
         if isinstance(problem, Exception):
             traceback.print_exc()
         text = " ".join(str(problem).split()) or type(problem).__name__
+        text = text if len(text) <= 300 else f"{text[:120]} ... {text[-170:]}"
         self.found["status"] = "failed"
-        self.found["headline"] = self.found["headline"] or f"{what}: {text[:160]}"
-        self.row(what, f"failed: {text[:240]}")
+        self.found["headline"] = self.found["headline"] or f"{what}: {text}"
+        self.row(what, f"failed: {text}")
 
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
