@@ -54,6 +54,16 @@ def sources() -> dict[str, str]:
     }
 
 
+def git(*arguments: str) -> str | None:
+    """What git says of this checkout; None where there is no git, or no checkout of it."""
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return None if done.returncode else done.stdout.strip()
+
+
 def size_of(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -183,16 +193,6 @@ def make_datasets(folder: Path, corpus: Path | None, models: list[Path], room: i
         call([*command, str(corpus), *options, "--tokenizer", str(path)], advice)
 
 
-def git(*arguments: str) -> str:
-    """What git says of this checkout; nothing where it cannot tell."""
-    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return "" if done.returncode else done.stdout.strip()
-
-
 def prepare(args: argparse.Namespace) -> None:
     """Make .gpu, or what is missing in it. Raises KitError."""
     if bool(args.corpus) != bool(args.tokenizers):
@@ -204,9 +204,9 @@ def prepare(args: argparse.Namespace) -> None:
     fetch_wheels(KIT / "wheels", wanted, args.python)
     room = AIM - size_of(KIT / "wheels")
     make_datasets(KIT / "data", args.corpus, args.tokenizers, room)
-    origin = {"commit": git("rev-parse", "HEAD"), "sources": sources()}
-    origin["changed"] = git("status", "--porcelain").splitlines()
-    write_whole(KIT / "origin.json", json.dumps(origin, indent=1) + "\n")
+    made = {"commit": git("rev-parse", "HEAD") or "unknown", "sources": sources()}
+    made["changed"] = (git("status", "--porcelain") or "").splitlines()
+    write_whole(KIT / "origin.json", json.dumps(made, indent=1) + "\n")
     sizes = {part: size_of(KIT / part) / MIB for part in ("wheels", "data")}
     whole = size_of(KIT)
     told = ", ".join(f"{part} {size:.1f} MiB" for part, size in sizes.items())

@@ -54,6 +54,7 @@ from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import measure
+from gpu_kit import git
 
 import train_gpt as tg
 
@@ -529,15 +530,6 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         **software,
     }
-
-
-def git(*arguments: str) -> str | None:
-    """What git says of this checkout; nothing where there is no git, or no checkout of it."""
-    command = ["git", "-c", "safe.directory=*", "-C", str(HERE), *arguments]
-    with suppress(OSError):
-        done = subprocess.run(command, capture_output=True, text=True)
-        return None if done.returncode else done.stdout.strip()
-    return None
 
 
 def commit() -> str:

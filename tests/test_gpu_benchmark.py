@@ -13,6 +13,7 @@ import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -475,6 +476,61 @@ def test_kernels_are_told_from_regions_and_what_the_host_does():
     assert gpu_phases.device_events(events) == events[1:2]
 
 
+class Profiler:
+    """A profiler that has seen two steps of a GPU."""
+
+    def __init__(self, activities: list) -> None:
+        assert torch.profiler.ProfilerActivity.CUDA in activities
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def events(self) -> list:
+        kernels = [event("gemm", 0, 4000), event("gemm", 3000, 6000), event("norm", 9000, 10000)]
+        return [
+            *kernels,
+            event("Memcpy HtoD", 10000, 11000),
+            event("region", 0, 99000, region=True),
+        ]
+
+
+def test_kernels_and_busy_time_are_those_of_a_step(report, monkeypatch):
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    monkeypatch.setattr(gpu_phases, "synchronize", lambda device: None)
+    steps = []
+    trainer = SimpleNamespace(step=lambda *arguments: steps.append(arguments))
+    gpu_phases.show_kernels(report, trainer, "cuda", free_ms=8.0)
+    assert steps == [(0, 0.0), (1, 0.0)]
+    rows = dict(report.found["rows"])
+    assert rows["kernels a step"] == "2"
+    assert rows["GPU busy in a step"] == "4 ms, 50.0% of a free step"
+    assert rows["heaviest: gemm"] == "3.500 ms, 77.8%, 1 calls"
+
+
+class Event:
+    """An event of CUDA; there are 40 ms between any two."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    synchronize = record
+
+    def elapsed_time(self, other: "Event") -> float:
+        return 40.0
+
+
+def test_attention_is_timed_by_events_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    inputs = gpu_phases.attention_inputs(1, 32, "BTHD", "cpu")
+    assert gpu_phases.attention_ms(inputs, "math", "cuda") == 2.0
+
+
 def test_time_that_spans_share_counts_once():
     assert gpu_phases.busy([(5, 7), (0, 4), (1, 2), (3, 6)]) == 7
     assert gpu_phases.busy([]) == 0
@@ -537,7 +593,7 @@ def test_a_wheel_that_cannot_be_installed_stops_nothing(bench, kit):
 FAKE_PIP = """
 import sys
 from pathlib import Path
-with open("calls", "a") as file:
+with open(Path(__file__).parents[2] / "calls", "a") as file:
     file.write("pip " + " ".join(sys.argv[1:]) + "\\n")
 folder = Path(sys.argv[sys.argv.index("-d") + 1])
 name, _, version = sys.argv[-1].replace(">=0.23,<0.26", "==0.25.0").partition("==")
@@ -548,7 +604,7 @@ if version == "404":
 FAKE_PREPARE = """
 import json, sys
 from pathlib import Path
-with open("calls", "a") as file:
+with open(Path(__file__).with_name("calls"), "a") as file:
     file.write("prepare " + " ".join(sys.argv[1:]) + "\\n")
 arguments = sys.argv[1:]
 out = Path(arguments[arguments.index("--out") + 1])
@@ -728,4 +784,4 @@ def test_what_has_changed_since_gpu_was_made_is_told(prepare, monkeypatch):
     now = gpu_kit.sources() | {"train_gpt.py": "another"}
     monkeypatch.setattr(gpu_kit, "sources", lambda: now)
     assert gpu_kit.origin()["changed_since"] == ["train_gpt.py"]
-    assert gpu_kit.origin()["commit"] == gpu_kit.git("rev-parse", "HEAD")
+    assert gpu_kit.origin()["commit"] == (gpu_kit.git("rev-parse", "HEAD") or "unknown")
