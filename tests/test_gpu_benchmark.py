@@ -26,6 +26,8 @@ import gpu  # noqa: E402
 import gpu_kit  # noqa: E402
 import gpu_phases  # noqa: E402
 
+import train_gpt  # noqa: E402
+
 WORKER = """
 import importlib.util, json, os, signal, subprocess, sys, time
 name, job, out = sys.argv[1:]
@@ -437,6 +439,34 @@ def test_what_is_given_wins_but_for_what_a_row_varies(job):
     assert settings["NUM_LAYERS"] == gpu_phases.TINY["NUM_LAYERS"]
     large = gpu_phases.Job(False, {}, {}, None).settings({"NUM_LAYERS": "11"})
     assert (large["NUM_LAYERS"], large["ITERATIONS"]) == ("11", "20")
+
+
+def test_the_settings_of_all_runs_on_a_gpu_are_valid():
+    large = gpu_phases.Job(tiny=False, given={}, data={}, tflops=None)
+    shapes = [{}, gpu_phases.record_shape(), gpu_phases.WIDE | {"VOCAB_SIZE": "8192"}]
+    runs = [large.settings(shape) for shape in shapes]
+    runs += [large.settings(**row) for row in gpu_phases.variants(large).values()]
+    found = [train_gpt.load_settings(settings, check_places=False) for settings in runs]
+    assert [hp.micro_batch_tokens for hp in found[3:6]] == [65536, 131072, 262144]
+    assert (found[1].train_seq_len, found[1].xsa_last_n, found[1].eval_stride) == (2048, 4, 0)
+    assert {hp.device for hp in found} == {"auto"}
+
+
+def test_a_kernel_that_does_not_run_here_is_told_and_ends_nothing(report):
+    usable = gpu_phases.correctness(report, "cpu", gpu_phases.ON_CUDA, 64)
+    rows = dict(report.found["rows"])
+    assert rows["cudnn against float64"].startswith("not available: ")
+    assert rows["flash against float64"].startswith("right at T 64, both layouts; at worst 0.")
+    assert report.found["status"] == "ok"
+    assert {"default", "flash"} <= {*usable}
+    assert "cudnn" not in usable
+
+
+def test_a_kernel_that_pytorch_takes_and_is_wrong_fails_the_phase(report, monkeypatch):
+    monkeypatch.setattr(gpu_phases, "WRONG", 1e-9)
+    gpu_phases.correctness(report, "cpu", ("default",), 64)
+    assert "T 64 BHTD: WRONG in o, dq, dk, dv" in report.found["rows"][0][1]
+    assert report.found["status"] == "failed"
 
 
 def test_a_kernel_that_is_wrong_at_the_last_position_alone_is_found():
