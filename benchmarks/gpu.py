@@ -239,6 +239,8 @@ class Bench:
         self.tiny = asked_for_cpu or not seen
         self.blind = not seen and bool(about.get("driver")) and not asked_for_cpu
         self.report["tiny"] = self.tiny
+        if self.tiny:  # threads that wait for each other are slow on cores that others use
+            self.environment.setdefault("OMP_NUM_THREADS", "1")
         if self.blind:
             why = about.get("card", {}).get("problem", "no reason told")
             self.problem(f"there is a GPU, and PyTorch cannot use it: {why}")
