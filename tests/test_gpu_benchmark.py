@@ -193,14 +193,14 @@ def test_a_gpu_that_pytorch_cannot_use_is_told_at_once(bench):
     assert "driver too old" in report["problems"][0]
 
 
-def test_phases_know_whether_there_is_a_gpu(bench):
-    tiny = [
-        bench("tell", *given, about_it={"card": card})[0]["phases"]["tell"]["figures"]["job"][
-            "tiny"
-        ]
-        for card, given in ((H100, []), ({}, []), (H100, ["DEVICE=cpu"]))
-    ]
-    assert tiny == [False, True, True]
+def test_phases_know_whether_there_is_a_gpu(bench, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    told = []
+    for card, given in ((H100, []), ({}, []), (H100, ["DEVICE=cpu"])):
+        report, _ = bench("tell", *given, about_it={"card": card})
+        found = report["phases"]["tell"]["figures"]
+        told.append((found["job"]["tiny"], found["env"].get("OMP_NUM_THREADS")))
+    assert told == [(False, None), (True, "1"), (True, "1")]
 
 
 def test_only_what_is_given_reaches_a_phase(bench, monkeypatch):
