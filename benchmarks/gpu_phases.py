@@ -457,8 +457,9 @@ def brief(figures: dict[str, Any]) -> str:
     words.append(f"{run.number(figures['tokens_per_s'])} tokens/s")
     if figures["mfu"]:
         words.append(f"MFU {figures['mfu']:.1f}%")
-    if memory := figures["smi_gpu_mib"] or figures["host_mib"]:
-        where = "GPU" if figures["smi_gpu_mib"] else "host"
+    on_gpu = figures["script_gpu_mib"] or figures["smi_gpu_mib"]
+    if memory := on_gpu or figures["host_mib"]:
+        where = "GPU" if on_gpu else "host"
         words.append(f"{memory:,.0f} MiB of {where} memory")
     return ", ".join(words)
 
@@ -472,6 +473,7 @@ def training_rows(report: Report, figures: dict[str, Any], tflops: float | None)
         report.row("tokens/s", run.number(figures["tokens_per_s"]))
         mfu = f"{figures['mfu']:.1f}% of {tflops:.4g} TFLOP/s" if figures["mfu"] else "n/a"
         report.row("MFU", mfu)
+        report.row("peak GPU memory (PyTorch's), MiB", run.number(figures["script_gpu_mib"]))
         report.row("peak GPU memory (nvidia-smi), MiB", run.number(figures["smi_gpu_mib"]))
         report.row("peak host memory, MiB", run.number(figures["host_mib"]))
     for name, title in (

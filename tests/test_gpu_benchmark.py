@@ -369,7 +369,8 @@ def test_sizes_of_a_pass_are_compared(job, report, monkeypatch):
     def train(settings, tflops):
         asked.append(settings)
         figures = {"step_ms": 5.0, "tokens_per_s": 1e6, "mfu": None, "host_mib": 9.0}
-        return figures | {"smi_gpu_mib": None}, "it broke" if len(asked) == 2 else ""
+        figures |= {"smi_gpu_mib": None, "script_gpu_mib": 7.0 if len(asked) == 3 else None}
+        return figures, "it broke" if len(asked) == 2 else ""
 
     monkeypatch.setattr(gpu_phases, "train", train)
     gpu_phases.microbatch(report, job)
@@ -377,6 +378,7 @@ def test_sizes_of_a_pass_are_compared(job, report, monkeypatch):
     rows = report.found["rows"]
     assert rows[0][1] == "5.0000 ms a step, 1,000,000 tokens/s, 9 MiB of host memory"
     assert rows[1][1] == "failed: it broke"
+    assert rows[2][1] == "5.0000 ms a step, 1,000,000 tokens/s, 7 MiB of GPU memory"
     assert rows[4] == ["compiled", "needs CUDA"]
     assert "--prepare" in rows[5][1]
 
