@@ -1,0 +1,263 @@
+"""benchmarks/h100_traffic.py: what it counts, against closed forms and the architecture."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+SCRIPT = REPO / "benchmarks" / "h100_traffic.py"
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton cannot be imported: pip install --no-deps triton==3.6.0",
+)
+
+SMALL = ["MODEL_DIM=128", "NUM_HEADS=4", "NUM_KV_HEADS=2", "VOCAB_SIZE=256", "TRAIN_SEQ_LEN=64"]
+SHAPES = {
+    "baseline": ["NUM_LAYERS=2"],
+    "pr369": ["NUM_LAYERS=3", "MLP_MULT=3", "XSA_LAST_N=2", "SMEAR_GATE=1", "BIGRAM_BUCKETS=64"],
+}
+LAYERS = {"baseline": 2, "pr369": 3}
+
+
+def start(*arguments: object) -> subprocess.CompletedProcess:
+    """Run the tool."""
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compile a small model once: what the tool printed, its report, and its folder."""
+    done = {}
+
+    def compile_once(shape: str) -> tuple[str, dict, Path]:
+        if shape not in done:
+            folder = tmp_path_factory.mktemp(shape)
+            places = ["--out", folder / "found.json", "--code", folder / "code"]
+            ended = start(*SMALL, *SHAPES[shape], "--tokens", 512, *places)
+            assert ended.returncode == 0, ended.stderr[-3000:]
+            report = json.loads((folder / "found.json").read_text())
+            done[shape] = ended.stdout, report, folder / "code"
+        return done[shape]
+
+    return compile_once
+
+
+each_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+@needs_triton
+@each_shape
+def test_forward_and_backward_become_code_for_an_h100(compiled, shape):
+    folder = compiled(shape)[2]
+    assert sorted(path.name for path in folder.iterdir()) == ["backward.py", "forward.py"]
+    for path in folder.iterdir():
+        code = path.read_text()
+        devices = set(re.findall(r"DeviceProperties\(type='(\w+)'.*? cc=(\d+)", code))
+        assert devices == {("cuda", "90")}
+
+
+@needs_triton
+@each_shape
+def test_every_launch_in_the_code_is_counted(compiled, shape):
+    _, report, folder = compiled(shape)
+    for name, graph in report["graphs"].items():
+        code = (folder / f"{name}.py").read_text()
+        assert graph["triton"]["launches"] == code.count(".run(") > 0
+        assert graph["triton"]["unique"] == code.count("async_compile.triton(")
+        assert graph["product"]["launches"] == code.count("extern_kernels.")
+
+
+@needs_triton
+@each_shape
+def test_products_are_those_of_the_architecture(compiled, shape):
+    """A layer has q, k, v, the output and two of the MLP; then the head and BigramHash's matrix.
+    Each is one product forward; backward, one for the gradient of each factor."""
+    maps = 6 * LAYERS[shape] + 1 + (shape == "pr369")
+    report = compiled(shape)[1]
+    launches = {name: graph["product"]["launches"] for name, graph in report["graphs"].items()}
+    assert launches == {"forward": maps, "backward": 2 * maps}
+
+
+@needs_triton
+@each_shape
+def test_attention_is_called_once_a_layer(compiled, shape):
+    report = compiled(shape)[1]
+    launches = {name: graph["attention"]["launches"] for name, graph in report["graphs"].items()}
+    assert launches == {"forward": LAYERS[shape], "backward": LAYERS[shape]}
+
+
+@needs_triton
+@each_shape
+def test_bytes_of_attention_are_those_of_its_tensors(compiled, shape):
+    """q, k, v, the output and their gradients in bf16, and the logsumexp of each head in fp32."""
+    q, kv, logsumexp = 512 * 128 * 2, 512 * 64 * 2, 512 * 4 * 4
+    report = compiled(shape)[1]
+    found = {name: graph["attention"] for name, graph in report["graphs"].items()}
+    layers = LAYERS[shape]
+    assert found["forward"]["bytes_read"] == layers * (q + 2 * kv)
+    assert found["forward"]["bytes_written"] == layers * (q + logsumexp)
+    assert found["backward"]["bytes_read"] == layers * (3 * q + 2 * kv + logsumexp)
+    assert found["backward"]["bytes_written"] == layers * (q + 2 * kv)
+
+
+@needs_triton
+@each_shape
+def test_counted_flops_are_those_of_the_model(compiled, shape):
+    report = compiled(shape)[1]
+    flops = sum(row["flops"] for row in report["totals"].values())
+    assert flops == report["model_flops"]
+
+
+@needs_triton
+def test_the_floor_is_the_larger_of_arithmetic_and_memory(compiled):
+    report = compiled("baseline")[1]
+    assert report["floor_by"] == {
+        "bytes_per_s": 3e12,
+        "product_flops_per_s": 7e14,
+        "attention_flops_per_s": 5e14,
+    }
+    expected = dict.fromkeys(report["totals"], 0.0)
+    for group in report["kernels"]:
+        moved = (group["reads"] + group["writes"]) / 3e9
+        worked = group["flops"] / 7e11
+        expected[group["kind"]] += group["launches"] * max(moved, worked)
+    expected["attention"] = report["totals"]["attention"]["flops"] / 5e11
+    expected["all"] = sum(expected.values())
+    assert report["floor_ms"] == pytest.approx(expected)
+
+
+@needs_triton
+def test_the_tables_say_what_the_report_has(compiled):
+    said, report, _ = compiled("baseline")
+    triton = report["totals"]["triton"]
+    assert f"| Triton kernels | {triton['launches']} | {triton['unique']} | " in said
+    assert "a floor, not a time" in said
+    first = next(group for group in report["kernels"] if group["kind"] == "triton")
+    reads, writes = first["reads"] / 1e6, first["writes"] / 1e6
+    assert f"| {first['launches']} | {reads:.1f} | {writes:.1f} | " in said
+    assert f"| {first['ops']} |" in said
+
+
+@needs_triton
+def test_a_forward_pass_alone_has_no_backward_graph(tmp_path):
+    out = tmp_path / "found.json"
+    ended = start(*SMALL, "NUM_LAYERS=1", "--tokens", 128, "--forward", "--out", out)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    report = json.loads(out.read_text())
+    assert [*report["graphs"]] == ["forward"]
+    assert sum(row["flops"] for row in report["totals"].values()) == report["model_flops"]
+
+
+@needs_triton
+def test_tokens_that_are_no_rows_are_refused():
+    ended = start(*SMALL, "--tokens", 100)
+    assert ended.returncode == 1
+    problem = "--tokens 100: expected a multiple of TRAIN_SEQ_LEN=64"
+    assert ended.stderr == f"h100_traffic.py: error: {problem}\n"
+
+
+# Each entry: the inputs, made by torch.empty; then the function.
+TOYS = """
+import json, sys
+import torch
+import torch.nn.functional as F
+sys.path.insert(0, sys.argv[1])
+import h100_traffic
+
+half, whole, numbers = torch.bfloat16, torch.float32, torch.int64
+
+
+def norm(x, w):
+    return F.rms_norm(x.float() * w, (256,))
+
+
+def two_sums(x):
+    return x.float().sum(0).to(half), (x.float() * 2).sum(1)
+
+
+cases = {
+    "pointwise": (lambda x: x.float() + 1, [(1000, 256, half)]),
+    "broadcast": (lambda x, y: x * y, [(1000, 256, half), (256, whole)]),
+    "in place": (lambda x: x.add_(1), [(1000, 256, half)]),
+    "reduction": (lambda x: x.float().sum(-1), [(1000, 256, half)]),
+    "slices": (lambda x: x[:, :64] + x[:, 32:96], [(1000, 256, half)]),
+    "large table": (lambda t, i: t[i] * 2, [(10000, 64, whole), (70, numbers)]),
+    "small table": (lambda t, i: t[i] * 2, [(100, 64, whole), (7000, numbers)]),
+    "product": (lambda a, b: a @ b, [(512, 128, half), (128, 64, half)]),
+    "product of a slice": (lambda a, b: a[:, 64:192] @ b, [(512, 512, half), (128, 64, half)]),
+    "norm": (norm, [(65536, 256, half, True), (256, whole)]),
+    "two sums": (two_sums, [(65536, 512, half)]),
+}
+device = torch.cuda.is_available(), torch.version.cuda, F.rms_norm
+found = {}
+for name, (function, inputs) in cases.items():
+    tensors = []
+    for given in inputs:
+        wanted = given[-1] is True
+        *shape, dtype = given[:-1] if wanted else given
+        tensors.append(torch.zeros(shape, dtype=dtype, requires_grad=wanted))
+    with h100_traffic.cuda_operators():
+        graphs = h100_traffic.compile_functions(function, tensors)
+    for graph in graphs:
+        kernels = [(k.kind, k.reads, k.writes, k.flops) for k in graph.kernels]
+        found[f"{name}, {graph.name}"] = kernels
+assert device == (torch.cuda.is_available(), torch.version.cuda, F.rms_norm)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def toys():
+    """Compile small functions in one process: (kind, read, written, FLOPs) of their kernels."""
+    command = [sys.executable, "-c", TOYS, SCRIPT.parent]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+N = 1000 * 256
+X = 65536 * 256
+ROOTS = 65536 * 4
+EXPECTED = {
+    "pointwise, forward": [["triton", 2 * N, 4 * N, 0]],
+    "broadcast, forward": [["triton", 2 * N + 4 * 256, 4 * N, 0]],
+    "in place, forward": [["triton", 2 * N, 2 * N, 0]],
+    "reduction, forward": [["triton", 2 * N, 4 * 1000, 0]],
+    "slices, forward": [["triton", 2 * 96 * 1000, 2 * 64 * 1000, 0]],
+    "large table, forward": [["triton", 4 * 70 * 64 + 8 * 70, 4 * 70 * 64, 0]],
+    "small table, forward": [["triton", 4 * 100 * 64 + 8 * 7000, 4 * 7000 * 64, 0]],
+    "product, forward": [["product", 2 * (512 * 128 + 128 * 64), 2 * 512 * 64, 2 * 512 * 128 * 64]],
+    "product of a slice, forward": [
+        ["product", 2 * (512 * 128 + 128 * 64), 2 * 512 * 64, 2 * 512 * 128 * 64]
+    ],
+    # Partial sums of 32 rows go through a workspace, which PyTorch's own kernel adds up.
+    "two sums, forward": [
+        ["triton", 2 * 65536 * 512, 4 * 65536 + 4 * 2048 * 512, 0],
+        ["other", 4 * 2048 * 512, 4 * 512, 0],
+        ["triton", 4 * 512, 2 * 512, 0],
+    ],
+    "norm, forward": [["triton", 2 * X + 4 * 256, 4 * X + ROOTS, 0]],
+    "norm, backward": [["triton", 2 * X + 4 * X + 4 * 256 + ROOTS, 2 * X, 0]],
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", EXPECTED)
+def test_bytes_and_flops_equal_a_closed_form(toys, name):
+    assert toys[name] == EXPECTED[name]
+
+
+def test_without_triton_it_says_what_to_install():
+    code = "import runpy, sys; sys.modules['triton'] = None; sys.path[0] = sys.argv[1]; "
+    code += "sys.argv = ['h100_traffic.py']; runpy.run_module('h100_traffic', run_name='__main__')"
+    command = [sys.executable, "-c", code, SCRIPT.parent]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    problem = "triton cannot be imported: pip install --no-deps triton==3.6.0"
+    assert (done.returncode, done.stderr) == (1, f"h100_traffic.py: error: {problem}\n")
