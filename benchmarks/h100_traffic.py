@@ -21,9 +21,11 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import functools
 import importlib.util
 import json
 import math
+import operator
 import os
 import re
 import subprocess
@@ -58,8 +60,12 @@ KINDS = {
     "other": "other kernels and copies",
 }
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mm_plus_mm"}
-COLUMNS = 8192  # of a buffer's rows, when the touched part of them is sampled
+COLUMNS = 4096  # of a buffer's rows, where the touched part of them is sampled
 SAMPLES = 1 << 16
+INDEX_OPS = {
+    name: getattr(operator, name)
+    for name in ("add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_")
+} | {"logical_and": operator.and_, "logical_or": operator.or_}
 
 
 class TrafficError(Exception):
@@ -117,8 +123,8 @@ def differentiate_norm(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None
     return rms_norm_backward(gradient, x, ctx.width, rstd), None, None
 
 
-for operator in (attention, attention_backward, rms_norm, rms_norm_backward):
-    operator.register_fake(operator._init_fn)
+for own in (attention, attention_backward, rms_norm, rms_norm_backward):
+    own.register_fake(own._init_fn)
 attention.register_autograd(differentiate_attention, setup_context=keep_attention)
 rms_norm.register_autograd(differentiate_norm, setup_context=keep_norm)
 
@@ -310,8 +316,15 @@ class Graph:
     inductor_bytes: int
 
 
-def distinct_columns(accesses: Sequence[Any], columns: int) -> int:
-    """Sample which columns of a buffer's rows the accesses touch."""
+class Unknown:
+    """A value that depends on data."""
+
+    def __getitem__(self, _: Any) -> "Unknown":
+        return self
+
+
+def evaluate(index: Any, samples: dict[Any, Any]) -> Any:
+    """Give an index at sampled iterations; Unknown if it depends on data."""
     import sympy
     from torch.utils._sympy.functions import Identity
 
@@ -319,35 +332,88 @@ def distinct_columns(accesses: Sequence[Any], columns: int) -> int:
         "FloorDiv": lambda x, by: x // by,
         "ModularIndexing": lambda x, by, size: x // by % size,
     }
+    plain = sympy.sympify(index).replace(Identity, lambda inner: inner)
+    names = sorted(plain.free_symbols, key=str)
+    if not samples.keys() >= {*names}:
+        return Unknown()
+    values = sympy.lambdify(names, plain, modules=[functions, "numpy"])
+    return np.broadcast_to(values(*(samples[name] for name in names)), SAMPLES)
+
+
+@functools.cache
+def column_reader() -> type:
+    """Make the class that runs a kernel's body and notes which columns it loads.
+
+    What the body computes is known where it decides on masks: indices and their comparison.
+    """
+    from torch._inductor.ops_handler import DefaultHandler
+
+    class ColumnReader(DefaultHandler):
+        def __init__(self, samples: dict[Any, Any], touched: dict[str, Any]) -> None:
+            self.samples = samples
+            self.touched = touched
+            self.masks = [np.ones(SAMPLES, dtype=bool)]
+
+        def _default(self, name: str, args: tuple, kwargs: dict) -> Any:
+            known = not any(isinstance(value, Unknown) for value in args)
+            return INDEX_OPS[name](*args[:2]) if name in INDEX_OPS and known else Unknown()
+
+        def index_expr(self, index: Any, dtype: Any) -> Any:
+            return evaluate(index, self.samples)
+
+        value_expr = index_expr
+
+        def constant(self, value: Any, dtype: Any) -> Any:
+            return value
+
+        def to_dtype(self, value: Any, *_: Any, **__: Any) -> Any:
+            return value
+
+        def masked(self, mask: Any, body: Callable, other: Any) -> Any:
+            within = self.masks[-1] & (True if isinstance(mask, Unknown) else mask)
+            self.masks.append(within)
+            body()
+            self.masks.pop()
+            return Unknown()
+
+        def load(self, name: str, index: Any) -> Any:
+            if name in self.touched:
+                columns = self.touched[name]
+                places = evaluate(index, self.samples)
+                if isinstance(places, Unknown):
+                    columns[:] = True
+                else:
+                    columns[places[self.masks[-1]] % len(columns)] = True
+            return Unknown()
+
+        def indirect_indexing(self, value: Any, *_: Any, **__: Any) -> Any:
+            import sympy
+
+            return sympy.Symbol("unknown")
+
+    return ColumnReader
+
+
+def touched_columns(graph: Any, parts: Sequence[Any], names: set[str]) -> dict[str, float]:
+    """Sample which share of the columns of buffers the parts of a kernel load."""
+    from torch._inductor.virtualized import V
+
     rng = np.random.default_rng(0)
-    touched = np.zeros(columns, dtype=bool)
-    for access in accesses:
-        plain = access.index.replace(Identity, lambda inner: inner)
-        index = sympy.lambdify(access.var_names, plain, modules=[functions, "numpy"])
-        places = index(*(rng.integers(0, int(size), SAMPLES) for size in access.size))
-        touched[np.asarray(places) % columns] = True
-    return int(touched.sum())
+    lengths = {name: row_length(graph.get_buffer(name).get_stride()) for name in names}
+    touched = {name: np.zeros(length, dtype=bool) for name, length in lengths.items()}
+    for part in parts:
+        if names & {dep.name for dep in part.read_writes.reads}:
+            body = part._body
+            ranges = body.var_ranges.items()
+            samples = {name: rng.integers(0, int(size), SAMPLES) for name, size in ranges}
+            with V.set_ops_handler(column_reader()(samples, touched)):
+                body(body.iter_vars, body.reduce_vars, allow_same_symbol_in_index=True)
+    return {name: float(columns.mean()) for name, columns in touched.items()}
 
 
 def row_length(strides: Sequence[Any]) -> int:
     """Give the largest stride that is not over COLUMNS."""
     return max((int(stride) for stride in strides if int(stride) <= COLUMNS), default=1)
-
-
-def touched_elements(graph: Any, name: str, accesses: dict[Any, int]) -> int:
-    """Count the elements of a buffer that these accesses need.
-
-    Each has its number of elements; together they need no more than their sum and the buffer.
-    Where they are slices of one buffer, shifted or masked, only its columns tell their union.
-    """
-    whole = int(graph.get_numel(name))
-    wanted = min(sum(accesses.values()), whole)
-    affine = [access for access in accesses if hasattr(access, "var_names")]
-    direct = len(affine) == len(accesses) and not any(access.is_indirect() for access in affine)
-    if len(accesses) < 2 or not direct:
-        return wanted
-    columns = row_length(graph.get_buffer(name).get_stride())
-    return min(wanted, whole // columns * distinct_columns(affine, columns))
 
 
 def accessed_elements(graph: Any, access: Any, iterations: int) -> int:
@@ -356,31 +422,54 @@ def accessed_elements(graph: Any, access: Any, iterations: int) -> int:
     return min(elements, iterations) if access.is_indirect() else elements
 
 
-def triton_traffic(graph: Any, node: Any) -> tuple[int, int]:
-    """Count the bytes that a Triton kernel reads and writes."""
+def part_accesses(part: Any) -> Iterator[tuple[bool, Any]]:
+    """Yield the accesses of a part of a kernel, and whether each one writes."""
     from torch._inductor.dependencies import MemoryDep, StarDep
 
+    changed = {name for output in part.get_outputs() for name in output.get_mutations()}
+    for access in part.read_writes.writes:
+        yield True, access
+        if dep_mode(access) == "atomic_add":
+            yield False, access
+    for access in part.read_writes.reads:
+        if isinstance(access, MemoryDep):
+            yield False, access
+        elif isinstance(access, StarDep) and access.name not in changed:
+            yield False, access  # of what it changes, it only says that it comes after
+
+
+def kernel_accesses(graph: Any, parts: Sequence[Any]) -> tuple[dict, dict]:
+    """List what the parts of a kernel read and write: for each buffer accesses and elements."""
     local = graph.removed_buffers | graph.inplaced_to_remove  # never stored
     reads: dict[str, dict[Any, int]] = {}
     writes: dict[str, dict[Any, int]] = {}
-    removed = graph.scheduler.removed_ops
-    for part in node.get_nodes():
-        if part.get_name() in removed:  # a workspace's sum takes its place
-            continue
+    for part in parts:
         iterations = math.prod(int(size) for sizes in part.get_ranges() for size in sizes)
-        sides = [(writes, dep) for dep in part.read_writes.writes]
-        sides += [(reads, dep) for dep in part.read_writes.reads]
-        # An atomic addition reads what it adds to.
-        sides += [(reads, dep) for dep in part.read_writes.writes if dep_mode(dep) == "atomic_add"]
-        for side, dep in sides:
-            if isinstance(dep, MemoryDep | StarDep) and dep.name not in local:
-                dep = dep.normalize() if isinstance(dep, MemoryDep) else dep
-                elements = accessed_elements(graph, dep, iterations)
-                side.setdefault(dep.name, {})[dep] = elements
+        for is_write, access in part_accesses(part):
+            if access.name not in local:
+                access = access.normalize() if hasattr(access, "normalize") else access
+                side = writes if is_write else reads
+                elements = accessed_elements(graph, access, iterations)
+                side.setdefault(access.name, {})[access] = elements
     made = {name for name in writes if not any(dep_mode(dep) for dep in writes[name])}
     for name in made & reads.keys():  # they are still at hand
         del reads[name]
-    return buffer_bytes(graph, reads), buffer_bytes(graph, writes)
+    return reads, writes
+
+
+def triton_traffic(graph: Any, node: Any) -> tuple[int, int]:
+    """Count the bytes that a Triton kernel reads and writes.
+
+    Accesses to one buffer need no more than their sum and the buffer. Where they are slices of it,
+    shifted or masked, only the columns that are loaded tell their union.
+    """
+    removed = graph.scheduler.removed_ops  # a workspace's sum takes their place
+    parts = [part for part in node.get_nodes() if part.get_name() not in removed]
+    reads, writes = kernel_accesses(graph, parts)
+    masked = any(part._body.has_op("masked") for part in parts)
+    unclear = {name for name, accesses in reads.items() if masked or len(accesses) > 1}
+    shares = touched_columns(graph, parts, unclear) if unclear else {}
+    return buffer_bytes(graph, reads, shares), buffer_bytes(graph, writes, {})
 
 
 def dep_mode(dep: Any) -> str | None:
@@ -388,12 +477,13 @@ def dep_mode(dep: Any) -> str | None:
     return getattr(dep, "mode", None)
 
 
-def buffer_bytes(graph: Any, buffers: dict[str, dict[Any, int]]) -> int:
-    """Add up the bytes of accesses to several buffers."""
-    return sum(
-        touched_elements(graph, name, accesses) * graph.get_dtype(name).itemsize
-        for name, accesses in buffers.items()
-    )
+def buffer_bytes(graph: Any, buffers: dict[str, dict], shares: dict[str, float]) -> int:
+    """Add up the bytes of accesses to several buffers, of which shares are touched."""
+    total = 0
+    for name, accesses in buffers.items():
+        touched = round(int(graph.get_numel(name)) * shares.get(name, 1.0))
+        total += min(sum(accesses.values()), touched) * graph.get_dtype(name).itemsize
+    return total
 
 
 def tensor_bytes(tensor: Any) -> int:

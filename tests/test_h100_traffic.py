@@ -178,6 +178,10 @@ def norm(x, w):
     return F.rms_norm(x.float() * w, (256,))
 
 
+def rotation(x):
+    return torch.cat((x[:, 32:64], -x[:, :32]), dim=-1)
+
+
 def two_sums(x):
     return x.float().sum(0).to(half), (x.float() * 2).sum(1)
 
@@ -188,10 +192,14 @@ cases = {
     "in place": (lambda x: x.add_(1), [(1000, 256, half)]),
     "reduction": (lambda x: x.float().sum(-1), [(1000, 256, half)]),
     "slices": (lambda x: x[:, :64] + x[:, 32:96], [(1000, 256, half)]),
+    "rotation": (rotation, [(1000, 1024, half)]),
+    "shift": (lambda x: x.roll(1, 1) + x, [(8, 100, 128, half)]),
     "large table": (lambda t, i: t[i] * 2, [(10000, 64, whole), (70, numbers)]),
     "small table": (lambda t, i: t[i] * 2, [(100, 64, whole), (7000, numbers)]),
+    "embedding": (lambda w, i: F.embedding(i, w), [(100, 64, whole, True), (7000, numbers)]),
     "product": (lambda a, b: a @ b, [(512, 128, half), (128, 64, half)]),
     "product of a slice": (lambda a, b: a[:, 64:192] @ b, [(512, 512, half), (128, 64, half)]),
+    "product of a row": (lambda a, b: a.expand(512, 128) @ b, [(1, 128, half), (128, 64, half)]),
     "norm": (norm, [(65536, 256, half, True), (256, whole)]),
     "two sums": (two_sums, [(65536, 512, half)]),
 }
@@ -231,8 +239,18 @@ EXPECTED = {
     "in place, forward": [["triton", 2 * N, 2 * N, 0]],
     "reduction, forward": [["triton", 2 * N, 4 * 1000, 0]],
     "slices, forward": [["triton", 2 * 96 * 1000, 2 * 64 * 1000, 0]],
+    "rotation, forward": [["triton", 2 * 64 * 1000, 2 * 64 * 1000, 0]],
+    "shift, forward": [["triton", 2 * 8 * 100 * 128, 2 * 8 * 100 * 128, 0]],
     "large table, forward": [["triton", 4 * 70 * 64 + 8 * 70, 4 * 70 * 64, 0]],
     "small table, forward": [["triton", 4 * 100 * 64 + 8 * 7000, 4 * 7000 * 64, 0]],
+    # The gradient is set to 0, and each token's is added to its row: read, and written.
+    "embedding, backward": [
+        ["triton", 0, 4 * 100 * 64, 0],
+        ["triton", 8 * 7000 + 4 * 7000 * 64 + 4 * 100 * 64, 4 * 100 * 64, 0],
+    ],
+    "product of a row, forward": [
+        ["product", 2 * (128 + 128 * 64), 2 * 512 * 64, 2 * 512 * 128 * 64]
+    ],
     "product, forward": [["product", 2 * (512 * 128 + 128 * 64), 2 * 512 * 64, 2 * 512 * 128 * 64]],
     "product of a slice, forward": [
         ["product", 2 * (512 * 128 + 128 * 64), 2 * 512 * 64, 2 * 512 * 128 * 64]
