@@ -185,7 +185,7 @@ H100 = SimpleNamespace(
 )
 
 
-# PyTorch's table of what switches devices, and its numbers of device types (c10/core).
+# The table's name in c10, and the numbers of two types of devices there.
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
 CUDA = 1
 META = 14
@@ -258,6 +258,12 @@ def answers() -> list[tuple[Any, str, Any]]:
     return found
 
 
+def guard_table() -> Any:
+    """Give PyTorch's table of what switches devices, by type of device."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    return (ctypes.c_void_p * (META + 1)).in_dll(library, GUARDS)
+
+
 @contextlib.contextmanager
 def idle_guard() -> Iterator[None]:
     """Let a PyTorch without CUDA compute the shapes of tensors that are said to be there.
@@ -265,14 +271,13 @@ def idle_guard() -> Iterator[None]:
     Some operators switch to their tensor's device first, and fail where there is no way to. Fake
     tensors have PyTorch do nothing then, but only in a CUDA build; this does it in the others.
     """
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    registry = (ctypes.c_void_p * (META + 1)).in_dll(library, GUARDS)
-    before = registry[CUDA]
-    registry[CUDA] = before or registry[META]
+    table = guard_table()
+    before = table[CUDA]
+    table[CUDA] = before or table[META]
     try:
         yield
     finally:
-        registry[CUDA] = before
+        table[CUDA] = before
 
 
 @contextlib.contextmanager

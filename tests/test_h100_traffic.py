@@ -203,7 +203,15 @@ cases = {
     "norm": (norm, [(65536, 256, half, True), (256, whole)]),
     "two sums": (two_sums, [(65536, 512, half)]),
 }
-device = torch.cuda.is_available(), torch.version.cuda, F.rms_norm
+
+
+def patched():
+    functions = F.rms_norm, F.scaled_dot_product_attention, torch.cuda._exchange_device
+    guard = h100_traffic.guard_table()[h100_traffic.CUDA]
+    return torch.cuda.is_available(), torch.version.cuda, guard, *functions
+
+
+before = patched()
 found = {}
 for name, (function, inputs) in cases.items():
     tensors = []
@@ -216,14 +224,14 @@ for name, (function, inputs) in cases.items():
     for graph in graphs:
         kernels = [(k.kind, k.reads, k.writes, k.flops) for k in graph.kernels]
         found[f"{name}, {graph.name}"] = kernels
-assert device == (torch.cuda.is_available(), torch.version.cuda, F.rms_norm)
-print(json.dumps(found))
+print(json.dumps([found, before == patched()]))
 """
 
 
 @pytest.fixture(scope="module")
 def toys():
-    """Compile small functions in one process: (kind, read, written, FLOPs) of their kernels."""
+    """Compile small functions in one process: (kind, read, written, FLOPs) of their kernels,
+    and whether the process is as it was."""
     command = [sys.executable, "-c", TOYS, SCRIPT.parent]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -269,7 +277,12 @@ EXPECTED = {
 @needs_triton
 @pytest.mark.parametrize("name", EXPECTED)
 def test_bytes_and_flops_equal_a_closed_form(toys, name):
-    assert toys[name] == EXPECTED[name]
+    assert toys[0][name] == EXPECTED[name]
+
+
+@needs_triton
+def test_nothing_stays_patched(toys):
+    assert toys[1] is True
 
 
 def test_without_triton_it_says_what_to_install():
