@@ -349,8 +349,9 @@ def evaluate(index: Any, samples: dict[Any, Any]) -> Any:
 def column_reader() -> type:
     """Make the class that runs a kernel's body and notes which columns it loads.
 
-    What the body computes is known where it decides on masks: indices and their comparison.
+    Of what the body computes it knows what masks are made of: indices and their comparison.
     """
+    import sympy
     from torch._inductor.ops_handler import DefaultHandler
 
     class ColumnReader(DefaultHandler):
@@ -392,8 +393,6 @@ def column_reader() -> type:
             return Unknown()
 
         def indirect_indexing(self, value: Any, *_: Any, **__: Any) -> Any:
-            import sympy
-
             return sympy.Symbol("unknown")
 
     return ColumnReader
@@ -523,9 +522,11 @@ def extern_kernel(graph: Any, node: Any) -> Kernel:
     inputs = [*flat(kernel.inputs)]
     op = kernel.op_overload
     name = op._overloadpacket.__name__ if op else kernel.get_kernel_name().split(".")[-1]
-    kind, flops = "other", 0
+    kind = "other"
+    flops = 0
     if name in PRODUCTS:
-        kind, flops = "product", product_flops(name, inputs)
+        kind = "product"
+        flops = product_flops(name, inputs)
     elif op and op.namespace == "h100_traffic":
         kind = "attention"
     outputs = [*flat(getattr(kernel, "outputs", None) or [])] or [kernel]
@@ -549,7 +550,9 @@ def workspace_sum(line: str) -> list[Kernel]:
     found = re.search(r"= workspace_\d+\[.*\.view\((\d+), (\d+)\)\.(\w+)\(dim=0\)", line)
     if not found:
         return []
-    rows, columns, op = int(found[1]), int(found[2]), found[3]
+    rows = int(found[1])
+    columns = int(found[2])
+    op = found[3]
     kernels = [Kernel("other", op, f"{op} of a workspace", 4 * rows * columns, 4 * columns)]
     if cast := re.search(r"\.to\(torch\.(\w+)\)", line):
         size = getattr(torch, cast[1]).itemsize
@@ -809,7 +812,8 @@ def totals_table(report: dict) -> list[str]:
     lines += ["|---|---|---|---|---|---|---|"]
     for kind, title in KINDS.items():
         row = report["totals"][kind]
-        read, written = row["bytes_read"] / 1e9, row["bytes_written"] / 1e9
+        read = row["bytes_read"] / 1e9
+        written = row["bytes_written"] / 1e9
         unique = row["unique"] if kind == "triton" else ""
         cells = f"{row['launches']} | {unique} | {read:.2f} | {written:.2f} | "
         cells += f"{row['flops'] / 1e12:.2f} | {report['floor_ms'][kind]:.1f}"
@@ -823,7 +827,9 @@ def largest_table(report: dict, count: int) -> list[str]:
     lines += ["|---|---|---|---|---|---|"]
     triton = [group for group in report["kernels"] if group["kind"] == "triton"]
     for group in triton[:count]:
-        reads, writes, launches = group["reads"], group["writes"], group["launches"]
+        reads = group["reads"]
+        writes = group["writes"]
+        launches = group["launches"]
         cells = f"{launches} | {reads / 1e6:.1f} | {writes / 1e6:.1f} | "
         cells += f"{launches * (reads + writes) / 1e9:.2f} | {group['ops']}"
         lines.append(f"| {group['graph']} | {cells} |")

@@ -97,7 +97,9 @@ def test_attention_is_called_once_a_layer(compiled, shape):
 @each_shape
 def test_bytes_of_attention_are_those_of_its_tensors(compiled, shape):
     """q, k, v, the output and their gradients in bf16, and the logsumexp of each head in fp32."""
-    q, kv, logsumexp = 512 * 128 * 2, 512 * 64 * 2, 512 * 4 * 4
+    q = 512 * 128 * 2
+    kv = 512 * 64 * 2
+    logsumexp = 512 * 4 * 4
     report = compiled(shape)[1]
     found = {name: graph["attention"] for name, graph in report["graphs"].items()}
     layers = LAYERS[shape]
@@ -140,7 +142,8 @@ def test_the_tables_say_what_the_report_has(compiled):
     assert f"| Triton kernels | {triton['launches']} | {triton['unique']} | " in said
     assert "a floor, not a time" in said
     first = next(group for group in report["kernels"] if group["kind"] == "triton")
-    reads, writes = first["reads"] / 1e6, first["writes"] / 1e6
+    reads = first["reads"] / 1e6
+    writes = first["writes"] / 1e6
     assert f"| {first['launches']} | {reads:.1f} | {writes:.1f} | " in said
     assert f"| {first['ops']} |" in said
 
@@ -171,7 +174,9 @@ import torch.nn.functional as F
 sys.path.insert(0, sys.argv[1])
 import h100_traffic
 
-half, whole, numbers = torch.bfloat16, torch.float32, torch.int64
+half = torch.bfloat16
+whole = torch.float32
+numbers = torch.int64
 
 
 def norm(x, w):
