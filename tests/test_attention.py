@@ -231,6 +231,18 @@ def test_a_wrong_result_or_gradient_is_found(which, name, value, monkeypatch):
     assert f"its {name} is " in tg.attention_problem(cpu_run())
 
 
+def test_a_kernel_that_fails_when_it_runs_is_told(monkeypatch):
+    """Not all that a kernel cannot do is known before."""
+
+    def attention(q, k, v, is_causal, enable_gqa):
+        raise RuntimeError("cuDNN Frontend error: no execution plan")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    assert tg.attention_problem(cpu_run()) == (
+        "does not run here: cuDNN Frontend error: no execution plan"
+    )
+
+
 def test_the_check_has_the_shapes_and_strides_of_the_model():
     """As scaled_dot_product_attention gets them in the forward pass."""
     seen = []
