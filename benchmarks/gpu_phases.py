@@ -473,8 +473,10 @@ def training_rows(report: Report, figures: dict[str, Any], tflops: float | None)
         report.row("tokens/s", run.number(figures["tokens_per_s"]))
         mfu = f"{figures['mfu']:.1f}% of {tflops:.4g} TFLOP/s" if figures["mfu"] else "n/a"
         report.row("MFU", mfu)
-        report.row("peak GPU memory (PyTorch's), MiB", run.number(figures["script_gpu_mib"]))
-        report.row("peak GPU memory (nvidia-smi), MiB", run.number(figures["smi_gpu_mib"]))
+        for name, title in (("script_gpu_mib", "PyTorch's"), ("smi_gpu_mib", "nvidia-smi")):
+            here = torch.cuda.is_available()
+            told = run.number(figures[name]) if here else NEEDS_CUDA
+            report.row(f"peak GPU memory ({title}), MiB", told)
         report.row("peak host memory, MiB", run.number(figures["host_mib"]))
     for name, title in (
         ("first_step_s", "to the first step, s"),

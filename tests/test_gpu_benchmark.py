@@ -348,6 +348,7 @@ print("python:3 torch:2 attention:fa9")
 print("warning: slow")
 for step in range(1, 5):
     print(f"step:{step}/4 train_loss:5.0 train_time:{10 * step}ms step_avg:10.00ms")
+print("peak memory allocated: 77 MiB reserved: 80 MiB")
 sys.exit("the disk is full")
 """
 
@@ -360,8 +361,20 @@ def test_a_run_that_fails_at_its_end_leaves_its_step_times(job, report, monkeypa
     rows = dict(report.found["rows"])
     assert report.found["status"] == "failed"
     assert rows["step, ms"] == "10 (10 to 10)"
+    assert rows["peak GPU memory (PyTorch's), MiB"] == "needs CUDA"
     assert (rows["attention"], rows["warning"]) == ("fa9", "warning: slow")
     assert "the disk is full" in rows["run"]
+
+
+def test_the_peak_memory_that_a_run_logs_is_told_where_there_is_a_gpu(
+    job, report, monkeypatch, tmp_path
+):
+    script = tmp_path / "train.py"
+    script.write_text(FAILING)
+    monkeypatch.setattr(gpu_phases.run, "SCRIPT", script)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu_phases.baseline(report, job)
+    assert dict(report.found["rows"])["peak GPU memory (PyTorch's), MiB"] == "77"
 
 
 def test_sizes_of_a_pass_are_compared(job, report, monkeypatch):
