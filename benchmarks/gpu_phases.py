@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -149,21 +148,8 @@ def synchronize(device: str) -> None:
 
 
 def seconds_each(call: Callable[[], Any], device: str, least: float = 0.1) -> float:
-    """Seconds of a call: the best of three bursts of at least `least` seconds."""
-    count, times = 1, []
-    call()
-    while len(times) < 3:
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        synchronize(device)
-        seconds = time.perf_counter() - start
-        if seconds < least:
-            count *= 2
-        else:
-            times.append(seconds / count)
-    return min(times)
+    """Seconds of a call on a device: the best of three bursts of at least `least` seconds."""
+    return measure.seconds_each(call, lambda: synchronize(device), least)
 
 
 # ===================================== THE MACHINE =====================================

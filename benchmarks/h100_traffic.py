@@ -28,7 +28,6 @@ import math
 import operator
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +42,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import measure
+from gpu_kit import git
 
 import train_gpt as tg
 
@@ -260,8 +260,8 @@ def answers() -> list[tuple[Any, str, Any]]:
 
 def guard_table() -> Any:
     """Give PyTorch's table of what switches devices, by type of device."""
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    return (ctypes.c_void_p * (META + 1)).in_dll(library, GUARDS)
+    (path,) = (Path(torch.__file__).parent / "lib").glob("libc10.*")  # .so, on a Mac .dylib
+    return (ctypes.c_void_p * (META + 1)).in_dll(ctypes.CDLL(str(path)), GUARDS)
 
 
 @contextlib.contextmanager
@@ -728,7 +728,7 @@ def summarize(kernels: Sequence[Kernel]) -> dict[str, dict[str, int]]:
 
 def attention_flops(hp: tg.Hyperparameters, tokens: int, forward_only: bool) -> int:
     """Count attention's part of measure.flops_per_token."""
-    forward = 2 * hp.num_layers * hp.model_dim * (hp.train_seq_len + 1) * tokens
+    forward = measure.attention_flops_per_token(hp) * tokens
     return forward if forward_only else 3 * forward
 
 
@@ -766,13 +766,8 @@ def group_kernels(graphs: Sequence[Graph]) -> list[dict[str, Any]]:
 
 def commit() -> str:
     """Name the commit of the checkout, and say if files differ from it."""
-    git = ["git", "-C", str(ROOT), "-c", "safe.directory=*"]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "-s", "-uno"], capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return (head.stdout.strip() or "unknown") + (" with changes" if changed.stdout else "")
+    changed = git("status", "-s", "-uno")
+    return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
 def make_report(args: argparse.Namespace, hp: tg.Hyperparameters, graphs: list[Graph]) -> dict:

@@ -30,6 +30,11 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"
 COLLECTIVES += ("reduce_scatter", "reduce_scatter_tensor")
 
 
+def attention_flops_per_token(hp: tg.Hyperparameters) -> int:
+    """The part of a forward pass's FLOPs on one token that is attention's: 2·L·D·(T + 1)."""
+    return 2 * hp.num_layers * hp.model_dim * (hp.train_seq_len + 1)
+
+
 def flops_per_token(hp: tg.Hyperparameters, forward_only: bool = False) -> float:
     """Model FLOPs of training on one token: 3·(2·W + 2·L·D·(T + 1)), a third of it forward.
 
@@ -43,7 +48,7 @@ def flops_per_token(hp: tg.Hyperparameters, forward_only: bool = False) -> float
     layer = 2 * dim * dim + 2 * dim * kv_dim + 2 * dim * int(hp.mlp_mult * dim)
     bigram = hp.bigram_dim * dim if hp.bigram_buckets else 0
     weights = hp.num_layers * layer + hp.vocab_size * dim + bigram
-    forward = 2 * weights + 2 * hp.num_layers * dim * (hp.train_seq_len + 1)
+    forward = 2 * weights + attention_flops_per_token(hp)
     return forward if forward_only else 3 * forward
 
 
@@ -53,23 +58,32 @@ def synchronize(run: tg.Run) -> None:
         getattr(torch, run.device.type).synchronize()
 
 
+def seconds_each(
+    call: Callable[[], Any], wait: Callable[[], None], least: float = 0.1, bursts: int = 3
+) -> float:
+    """Seconds of a call: the best of so many bursts of at least `least` seconds; `wait` returns
+    when the device has done its work."""
+    count, times = 1, []
+    call()
+    while len(times) < bursts:
+        wait()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        wait()
+        seconds = time.perf_counter() - start
+        if seconds < least:
+            count *= 2
+        else:
+            times.append(seconds / count)
+    return min(times)
+
+
 def matmul_tflops(run: tg.Run, rows: int, inner: int, cols: int) -> float:
     """The best TFLOP/s of five bursts of at least 0.1 s of x·Wᵀ in the run's dtype."""
     x, w = (torch.randn(n, inner, device=run.device, dtype=run.dtype) for n in (rows, cols))
-    count, best = 1, 0.0
-    done = 0
-    while done < 5:
-        synchronize(run)
-        start = time.perf_counter()
-        for _ in range(count):
-            x @ w.T
-        synchronize(run)
-        seconds = time.perf_counter() - start
-        if seconds < 0.1:
-            count *= 2
-            continue
-        done, best = done + 1, max(best, 2e-12 * rows * inner * cols * count / seconds)
-    return best
+    seconds = seconds_each(lambda: x @ w.T, lambda: synchronize(run), bursts=5)
+    return 2e-12 * rows * inner * cols / seconds
 
 
 def ceiling(hp: tg.Hyperparameters) -> dict[str, Any]:

@@ -1,48 +1,30 @@
 """The path of a CUDA device without one: fake tensors, which have devices and shapes but no values,
-through trainer, score and state; and PyTorch's own choice of a kernel for an H100."""
+through trainer, score and state."""
 
 import contextlib
-import ctypes
-import shutil
-import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import shard_bytes
+from conftest import REPO, shard_bytes
 from programs import TECHNIQUES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import train_gpt as tg
 
+sys.path.insert(0, str(REPO / "benchmarks"))
+
+import h100_traffic
+
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here: test_gpu.py"),
-    pytest.mark.skipif(not shutil.which("g++"), reason="no g++"),
 ]
 CUDA = torch.device("cuda", 0)
-# PyTorch without CUDA has nothing that would switch between its devices, as indexing does.
-GUARD = """
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
-"""
-
-
-@pytest.fixture(scope="session")
-def device_guard(tmp_path_factory) -> None:
-    """Let a PyTorch that was built without CUDA index tensors of a CUDA device."""
-    if torch.version.cuda:
-        return
-    folder, torch_folder = tmp_path_factory.mktemp("guard"), Path(torch.__file__).parent
-    (folder / "guard.cpp").write_text(GUARD)
-    command = ["g++", "-std=c++20", "-shared", "-fPIC", "-I", torch_folder / "include"]
-    command += [folder / "guard.cpp", "-L", torch_folder / "lib", "-lc10"]
-    subprocess.run([*command, "-o", folder / "guard.so"], check=True)
-    ctypes.CDLL(str(folder / "guard.so"))
 
 
 class AtOnce:
@@ -64,7 +46,7 @@ class AtOnce:
 
 
 @pytest.fixture
-def fake_cuda(device_guard) -> Iterator[list[FakeTensor]]:
+def fake_cuda() -> Iterator[list[FakeTensor]]:
     """A CUDA device of fake tensors: the tensors whose gradients were asked for. Autograd's engine
     needs a real one."""
     differentiated: list[FakeTensor] = []
@@ -77,6 +59,7 @@ def fake_cuda(device_guard) -> Iterator[list[FakeTensor]]:
             (tg, "ThreadPoolExecutor", AtOnce),
         ):
             patches.enter_context(mock.patch.object(owner, name, new))
+        patches.enter_context(h100_traffic.idle_guard())
         patches.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield differentiated
 
