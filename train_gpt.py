@@ -595,7 +595,7 @@ class Run:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back to a device what PyTorch keeps of its memory for blocks of sizes used before."""
+    """Give memory that PyTorch keeps, but does not use, back to the device."""
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
 
@@ -605,7 +605,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return bool(re.search("out of memory|allocate memory", str(error)))
 
 
-GRAPHS = 64  # a model is compiled for, each for its shapes of the batch; PyTorch's limit is 8
+GRAPHS = 64  # shapes of a batch that a model may be compiled for; PyTorch's own limit is 8
 
 
 class Compiled:
@@ -651,13 +651,18 @@ def later(number: Tensor) -> Callable[[], float]:
     return lambda: (event.synchronize(), host.item())[1]
 
 
-# The order in which PyTorch is to try its kernels. Its own depends on the version of cuDNN.
-# FlashAttention 3 and 4 are packages that take the place of PyTorch's FlashAttention 2.
-FLASH_FIRST = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-CUDNN_FIRST = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-KERNELS = {"fa2": FLASH_FIRST, "fa3": FLASH_FIRST, "fa4": FLASH_FIRST, "cudnn": CUDNN_FIRST}
+# PyTorch first tries the kernel that is asked for, then these in turn. FlashAttention 3 and 4 are
+# packages that take the place of its FlashAttention 2.
+BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+KERNELS = {"cudnn": BACKENDS[0], "fa2": BACKENDS[1], "fa3": BACKENDS[1], "fa4": BACKENDS[1]}
 FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", "fa2")}
 ATTENTION_ERROR = 0.03  # at any position, of its norm; rounding to bf16 makes up to 0.008
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q, (B, H, T, Dh), to k and v, whose heads may be fewer: like q."""
+    gqa = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
 
 
 def choose_attention(run: Run) -> str:
@@ -693,10 +698,10 @@ def use_kernel(kernel: str, head_dim: int, run: Run, undo: contextlib.ExitStack)
         undo.callback(torch.nn.attention.restore_flash_attention_impl)
     if kernel in KERNELS:
         attention_backend(run)  # PyTorch sets its own order at the first question, over any other
-        order = [getattr(SDPBackend, name) for name in KERNELS[kernel]]
-        undo.enter_context(sdpa_kernel(order, set_priority=True))
+        order = sorted(BACKENDS, key=lambda name: name != KERNELS[kernel])
+        undo.enter_context(sdpa_kernel([getattr(SDPBackend, n) for n in order], set_priority=True))
         taken = attention_backend(run)
-        require(taken == order[0].name, f"PyTorch takes {taken} for this model")
+        require(taken == order[0], f"PyTorch takes {taken} for this model")
 
 
 def attention_inputs(run: Run) -> list[Tensor]:
@@ -718,15 +723,13 @@ def attention_backend(run: Run) -> str:
 
 
 def attention_problem(run: Run) -> str:
-    """Compare attention and its gradients, position by position, with those of plain products in
-    fp32: what is wrong with them, or nothing. Kernels have been wrong before, for a few lengths and
-    at the last positions alone (PyTorch issue 196678)."""
+    """Compare attention and its gradients, at each position, with plain products in fp32: what is
+    wrong, or nothing. Kernels have been wrong at a few lengths alone (PyTorch issue 196678)."""
     *inputs, grad = attention_inputs(run)
 
     def results(dtype: torch.dtype) -> list[Tensor]:
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
-        gqa = q.size(1) != k.size(1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        y = attend(q, k, v)
         return [y.detach(), *torch.autograd.grad(y, (q, k, v), grad.to(dtype))]
 
     try:
@@ -890,8 +893,7 @@ class Attention(nn.Module):
         q, k, v = (c(x).view(B, T, -1, D // self.heads) for c in (self.c_q, self.c_k, self.c_v))
         q, k, v = (y.transpose(1, 2) for y in (rms_norm(q), rms_norm(k), v))
         q, k = rotate(q * self.q_gain.to(x.dtype), rotary), rotate(k, rotary)
-        gqa = self.kv_heads != self.heads
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        y = attend(q, k, v)
         if self.exclusive:
             own, grouped = F.normalize(v, dim=-1).unsqueeze(2), y.unflatten(1, (self.kv_heads, -1))
             y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2)
@@ -1460,7 +1462,7 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
     _, version, text_size, at = PREAMBLE.unpack(preamble)
     require(version == VERSION, f"{path}: format version {version}; this script reads {VERSION}")
     require(hashlib.sha256(preamble + body).digest() == digest, f"{path}: truncated or damaged")
-    zstd()
+    zstd()  # where it is missing, the artifact is not malformed
     try:
         require(text_size < 2**21 and at <= len(body), "its header cannot be that long")
         head = zstd().ZstdDecompressor().stream_reader(body[:at])
@@ -1646,7 +1648,7 @@ def check_origin(state: dict[str, Any], path: Path, run: Run, stream: TokenStrea
 
 
 # ===================================== TRAINING =====================================
-AHEAD = {"cuda": 2}  # steps that the host is ahead of the device: so many always wait there
+AHEAD = {"cuda": 2}  # steps that the host asks for, at most, before the device has done them
 
 
 def place(sizes: dict[str, int], parts: int) -> tuple[dict[str, tuple[int, int]], int]:
@@ -1825,8 +1827,7 @@ class Trainer:
         step, planned = 0, self.run.forward_rows
         with torch.random.fork_rng(devices=[]):
             while step < self.run.hp.warmup_steps:
-                problem = self.dry_step(step)
-                if problem:
+                if problem := self.dry_step(step):
                     self.halve(problem, step)
                 else:
                     step += 1
@@ -1840,7 +1841,7 @@ class Trainer:
         self.feed_from(0)
 
     def dry_step(self, step: int) -> str:
-        """Take a step that changes nothing: what there was too little memory for, if there was."""
+        """Take a step that changes nothing: the error's text if the memory did not suffice."""
         try:
             self.step(step, 0.0, dry=True)
         except RuntimeError as error:
@@ -1911,7 +1912,7 @@ def train(
             early = step <= 10
             logged = hp.train_log_every and (early or step % hp.train_log_every == 0)
             trainer.look_back(0 if early or logged else AHEAD.get(run.device.type, 0))
-            # When the device will have done what it has to do, at the mean pace so far.
+            # The device will have done all steps by then, if it keeps its mean pace.
             elapsed = (run.clock() - start) * step / (step - len(trainer.late))
             if logged:
                 report("train", {"train_loss": loss.item()}, step, elapsed, run)
