@@ -302,10 +302,7 @@ def value_rules(hp: Hyperparameters) -> list[Rule]:
         (head_dim % 2 and not uneven, width + "; rotary positions need an even number"),
         (odd_rope, f"{{ROPE_DIMS}}: must be even, and at most a head's {head_dim} channels"),
         (0 < visible <= local, f"LOCAL_RANK={local}: there are {visible} CUDA devices"),
-        (
-            hp.rope_scaling == "ntk" and rope == 2,
-            "{ROPE_SCALING}: ntk needs over 2 rotated channels",
-        ),
+        (hp.rope_scaling == "ntk" and rope == 2, "{ROPE_SCALING}: ntk needs over 2 channels"),
         (hp.mlp_mult * hp.model_dim < 1, "{MLP_MULT}: under one channel at {MODEL_DIM}"),
         (hp.bigram_buckets == 1, "{BIGRAM_BUCKETS}: use 0, or 2 and more"),
         (hp.xsa_last_n > hp.num_layers, "{XSA_LAST_N}: over {NUM_LAYERS}"),
@@ -684,6 +681,8 @@ def choose_attention(run: Run) -> str:
             problem = "" if place == "fp32" else attention_problem(run)
             if not problem:
                 run.kernels = undo.pop_all()
+                # A compiled model holds its kernel, of which the compiler's cache knows nothing.
+                torch.compiler.config.cache_key_tag = kernel
                 return kernel
             run.warnings.append(f"ATTENTION={kernel}: {problem}")
     raise UserError(f"ATTENTION={run.hp.attention}: {problem}")
@@ -1949,7 +1948,7 @@ def export(model: GPT, run: Run, room: Path) -> None:
     """Write artifact and raw weights, each even if the other cannot be. Raises UserError that says
     how to go on."""
     raw = io.BytesIO()  # torch.save would hide what the disk says
-    torch.save({name: w.clone() for name, w in model.state_dict().items()}, raw)
+    torch.save({name: w.cpu().clone() for name, w in model.state_dict().items()}, raw)
     room.unlink(missing_ok=True)
     contents = {
         "final_model.artifact": lambda file: file.write(fit_artifact(model, run)),

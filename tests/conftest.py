@@ -249,6 +249,12 @@ class Outcome:
     seconds: float
 
 
+def cli_env(env: dict[str, str]) -> dict[str, str]:
+    """The environment of a program that sees only `env`, and what it needs to start."""
+    needed = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    return {**needed, "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1", **env}
+
+
 def run_cli(
     env: dict[str, str],
     *args: str,
@@ -263,11 +269,10 @@ def run_cli(
         script = Path(shutil.copy(SCRIPT, copy_to))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     command = [sys.executable, *(launcher if nproc > 1 else []), str(script), *args]
-    basic = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     start = time.perf_counter()
     done = subprocess.run(
         command,
-        env={**basic, "OMP_NUM_THREADS": "1", **env},
+        env=cli_env(env),
         cwd=cwd,
         capture_output=True,
         encoding="utf-8",

@@ -95,6 +95,15 @@ def test_auto_takes_the_first_that_is_there(machine, capability, packages, chose
     assert machine.active == ""
 
 
+@pytest.mark.parametrize("name", ["cudnn", "fa2"])
+def test_the_compilers_cache_is_told_the_kernel(machine, name):
+    """It would else give a model that was compiled with another one."""
+    run = cuda_run(name)
+    tg.choose_attention(run)
+    run.kernels.close()
+    assert torch.compiler.config.cache_key_tag == name
+
+
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
 def test_flash_attention_runs_although_pytorch_prefers_cudnn(machine, name):
     machine.packages = ["fa3", "fa4"]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import (
     SCRIPT,
     checkpoints,
+    cli_env,
     events,
     load_weights,
     run_cli,
@@ -171,6 +172,7 @@ def test_gradients_of_attention_in_bf16_are_those_in_float64(folder, name, lengt
 
 def kernels_of_a_step(run, compiled: bool) -> list[str]:
     """The names of what the device does in a forward and backward pass."""
+    torch._dynamo.reset()  # what was compiled in this process for another kernel
     model = tg.GPT(run.hp, run.dtype).to(run.device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
     inputs, targets = (x.to(run.device) for x in random_tokens(run.hp.train_seq_len))
@@ -222,6 +224,7 @@ def test_batches_arrive_on_the_device_with_the_right_values(folder, forward_rows
 def make_trainer(folder, compiled, **values):
     """A primed trainer of a small model."""
     run = make_run(folder, **values)
+    run.log = print  # it has no files
     torch.manual_seed(0)
     model = tg.GPT(run.hp, run.dtype).to(run.device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
@@ -341,8 +344,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny_env, tmp_path):
     assert whole.rc == 0, whole.stderr
     killed = tmp_path / "logs/killed"
     ids = env | {"RUN_ID": "killed"}
-    basic = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
-    with subprocess.Popen([sys.executable, SCRIPT], env=basic | ids) as process:
+    with subprocess.Popen([sys.executable, SCRIPT], env=cli_env(ids)) as process:
         while process.poll() is None and not checkpoints(killed):
             time.sleep(0.005)
         process.kill()
