@@ -13,6 +13,8 @@ whole submission; it runs on CUDA, Apple MPS and plain CPUs, on one process or m
 Shapes: B batch, T time, D model dim, H heads, Dh head dim, V vocabulary, N tokens.
 """
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import dataclasses
@@ -175,17 +177,17 @@ NEUTRAL_SETTINGS = {*[*FIELDS][: [*FIELDS].index("SEED")]}
 
 def parse_setting(name: str, text: str) -> Any:
     """Parse one setting. Raises ValueError that says what would be right."""
-    kind, valid = FIELDS[name].type, FIELDS[name].metadata["valid"]
+    whole, valid = FIELDS[name].type == "int", FIELDS[name].metadata["valid"]
     if not valid or text == FIELDS[name].default == "":
         return text
     if text in valid.split(", "):
-        return kind(text)
+        return int(text) if whole else text
     with contextlib.suppress(ValueError):
         low, high = map(float, valid[1:-1].split(","))
-        v = int(text) if kind is int else float(text)
+        v = int(text) if whole else float(text)
         if low < v < high or (v, valid[0]) == (low, "[") or (v, valid[-1]) == (high, "]"):
             return v
-    noun = "a whole number in" if kind is int else "a number in"
+    noun = "a whole number in" if whole else "a number in"
     raise ValueError(f"expected {noun if valid[0] in '[(' else 'one of'} {valid}")
 
 
@@ -358,484 +360,6 @@ def settings_dotenv(hp: Hyperparameters) -> str:
     return "\n".join(f"{name}={shlex.quote(text) if text else ''}" for name, text in texts)
 
 
-# ===================================== RUN CONTEXT =====================================
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # save, and stop; SIGUSR1: stop, and export
-FAILED = 1000  # over all signals: a rank cannot go on
-PATIENCE = 5.0  # seconds after which a wait for other ranks is told
-
-
-@functools.cache
-def read_once(path: str) -> bytes:
-    """Read a file at its first use. What a run was started with counts to its end, although the
-    script or the tokenizer may be edited or removed meanwhile."""
-    return Path(path).read_bytes()
-
-
-def say(line: str) -> None:
-    """Print a line. A console that cannot be written, be it a closed pipe or terminal or a full
-    disk, loses the line and ends nothing."""
-    with contextlib.suppress(OSError):
-        print(line)
-    flush_console()
-
-
-def flush_console() -> None:
-    """Write what is to be printed. What cannot be is dropped: it would fail again at each line, and
-    at the exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError):
-            console, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, 1)
-            sys.stdout.flush()
-            os.dup2(console, 1)
-            os.close(console)
-            os.close(nothing)
-
-
-def any_console(arguments: list[str]) -> None:
-    """Let the console take any text: what its encoding lacks is printed as an escape. A file of
-    settings is UTF-8, and has the bytes of paths as they are."""
-    # A file of the run's would get the number of a console that was closed, as by `>&-`.
-    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(free, True)
-    os.close(free)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed when the process started
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="backslashreplace")
-    if arguments == ["--settings"]:
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-
-
-def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let `write` fill a temporary file, sync it, and rename it to `path`: all of it or nothing.
-    The folder is made again if it has been removed."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno:
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class Run:
-    """A process's place in the job (rank, device, dtype) and, on rank 0, the job's logs."""
-
-    def __init__(self, hp: Hyperparameters) -> None:
-        self.hp = hp
-        numbers = (launched(name, os.environ) for name in LAUNCHER)
-        self.rank, self.world_size, self.local_rank = numbers
-        self.signal = self.stop = self.stopped = 0  # what this process was sent; what all know of
-        self.end: Path | None = None  # a checkpoint for as long as there is no score
-        self.problem = ""  # why this process cannot go on, if it has set `signal` to FAILED
-        self.warnings: list[str] = []  # from before the log is open
-        self.kernels = contextlib.ExitStack()  # what is set in PyTorch for this run
-        self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
-        there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
-        kind = next(there) if hp.device == "auto" else hp.device
-        self.device = torch.device(kind, self.local_rank if kind == "cuda" else None)
-        # Without AMX, a CPU multiplies bf16 no faster than fp32.
-        amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-        fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and amx
-        bf16 = {"auto": fast, "bf16": True, "fp32": False}[hp.dtype]
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.forward_rows = (hp.micro_batch_tokens or FORWARD_TOKENS[kind]) // hp.train_seq_len or 1
-        # Compiling takes a minute, at the first time: on a CPU that pays for large steps alone.
-        large = hp.train_batch_tokens * hp.num_layers * hp.model_dim**2 > 10**10
-        tools = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
-        auto = kind == "cuda" or (kind == "cpu" and large and tools and not hp.eval_only)
-        self.compile = bool(hp.compile == "1" or (hp.compile == "auto" and auto))
-
-    def start(self) -> None:
-        """Seed the generators, meet the other ranks, and open the logs with what a rerun needs."""
-        if self.rank == 0:
-            self.lock_run()
-        torch.manual_seed(self.hp.seed)
-        cuda = self.device.type == "cuda"
-        # Compiled for a CPU, the embedding's gradient is otherwise summed in any order.
-        torch.use_deterministic_algorithms(self.device.type == "cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-        attention = choose_attention(self)
-        if cuda and attention == "sdpa":  # PyTorch's own choice
-            attention = f"sdpa:{attention_backend(self)}"
-        if self.world_size > 1:
-            self.meet()
-        if self.rank == 0:
-            # Names of files may be of any bytes: these are written as they are.
-            options = {"mode": "a", "encoding": "utf-8", "errors": "surrogateescape"}
-            self.text, self.metrics = (
-                open(path, buffering=1, **options)  # noqa: SIM115
-                for path in (f"{self.dir}.txt", self.dir / "metrics.jsonl")
-            )
-            source = read_once(__file__).decode()
-            print(source, "=" * 100, settings_dotenv(self.hp), sep="\n", file=self.text)
-            device = torch.cuda.get_device_name() if cuda else self.device.type
-            line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
-            line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size} "
-            line += f"attention:{attention}"
-            settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
-            self.log(line, "start", versions=line, settings=settings)
-            for warning in self.warnings:
-                self.log(f"warning: {warning}")
-
-    def meet(self) -> None:
-        """Form a group with the other ranks. Raises UserError if they do not come."""
-        env = os.environ.get
-        where = f"{env('MASTER_ADDR')}:{env('MASTER_PORT')}"
-        waiting = f"rank {self.rank} waits for the other {self.world_size - 1} ranks at {where}"
-        advice = "each needs its own RANK and the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-        if self.rank:
-            advice += "; rank 0 checks the validation data before it comes"
-        # One or two of a node speak for all: on a large validation set each wait is that long.
-        patience = PATIENCE * {0: 1, 1: 2}.get(self.local_rank, 24)
-        timer = threading.Timer(patience, say, [f"{waiting}; {advice}"])
-        timer.daemon = True
-        timer.start()
-        try:
-            store = next(dist.rendezvous("env://"))[0]
-            # torchrun shows ranks it restarts the addresses of the dead (PyTorch issue 135712).
-            one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")  # counts the restarts for all
-            store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "") * one_node, store)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            place = {"rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group(backend, store=store, **place)
-        except RuntimeError as error:  # of which those of torch.distributed are kinds
-            raise UserError(f"{waiting}, and cannot meet them: {error}") from None
-        finally:
-            timer.cancel()
-
-    def lock_run(self) -> None:
-        """Make the run's folder this process's own. Raises UserError if a live process has it."""
-        self.dir.mkdir(parents=True, exist_ok=True)
-        path = self.dir / "lock"
-        self.lock = open(path, "a")  # noqa: SIM115
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"RUN_ID={self.dir.name}: in use by {path.read_text()}") from None
-        path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
-        for left in self.dir.glob(".*.partial"):  # by a process that was killed
-            left.unlink()
-
-    def listen(self) -> None:
-        """Note signals that ask to stop, for `clock`, and exit at once at the second one. Those
-        that are ignored, as nohup and a shell's background jobs ask, stay so."""
-
-        def note(number: int, _: Any) -> None:
-            if self.signal and time.monotonic() > self.noted + 2:  # torchrun repeats what it gets
-                os._exit(128 + number)
-            if not self.signal:
-                self.ask_to_stop(number)
-
-        for number in (*ENDING, signal.SIGUSR1):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, note)
-
-    def ask_to_stop(self, number: int) -> None:
-        """Let all ranks stop at their next look at the clock, as a signal asks, or FAILED."""
-        self.signal = number
-        self.noted = time.monotonic()
-
-    def fail(self, problem: str) -> None:
-        """Let all ranks stop, since this one cannot go on."""
-        self.problem = problem
-        self.ask_to_stop(FAILED)
-
-    def log(self, line: str, event: str = "", **fields: Any) -> None:
-        """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
-        if self.rank == 0:
-            say(line)
-            with contextlib.suppress(OSError):  # a full disk
-                print(line, file=self.text)
-                if event:
-                    print(json.dumps({"event": event, **fields}), file=self.metrics)
-
-    def recover(self) -> None:
-        """Take back `fail`, on whichever rank it was."""
-        self.signal = self.signal % FAILED
-        self.stop = self.stopped = 0
-
-    def on_first(self, action: Callable[[], Any]) -> Any:
-        """Call a function on rank 0 alone: what it returns, and None on the other ranks. If it
-        raises there, all ranks raise UserError; only that of rank 0 has a message."""
-        result = None
-        try:
-            result = action() if self.rank == 0 else None
-        except (OSError, UserError) as error:
-            self.fail(str(error))
-        self.clock()
-        require(self.stop != FAILED, self.problem)
-        self.stopped = False  # a signal is not for what must be done whole
-        return result
-
-    def clock(self, synchronize: bool = False) -> float:
-        """Rank 0's seconds, if asked after the device's work; tells all ranks of signals to any."""
-        if synchronize and self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
-        now = torch.DoubleTensor([time.perf_counter() * (self.rank == 0), self.signal])
-        if self.world_size > 1:
-            dist.all_reduce(now, dist.ReduceOp.MAX)
-        self.stop = int(now[1])
-        self.stopped = self.stop in (*ENDING, FAILED)
-        return now[0].item()
-
-
-def free_memory(device: torch.device) -> None:
-    """Give memory that PyTorch keeps, but does not use, back to the device."""
-    if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that a device, or the machine, has too little memory."""
-    return bool(re.search("out of memory|allocate memory", str(error)))
-
-
-GRAPHS = 64  # shapes of a batch that a model may be compiled for; PyTorch's own limit is 8
-
-
-class Compiled:
-    """A compiled model; where compiling turns out not to work, the model itself: the compiler does
-    not run, its folder of temporary files is full or may hold no programs, or a limit is passed."""
-
-    def __init__(self, model: nn.Module, run: Run) -> None:
-        self.model, self.run, self.forward = model, run, None
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        try:
-            if self.forward is None:
-                torch._dynamo.config.recompile_limit = GRAPHS
-                self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
-            return self.forward(*inputs)
-        except Exception as error:  # compilers raise what they like
-            self.give_up(error)
-        return self.forward(*inputs)
-
-    def give_up(self, error: Exception) -> None:
-        """Go on without the compiler. Raises the error if it is not the compiler's to mend, and
-        UserError with COMPILE=1."""
-        if self.forward is self.model or is_out_of_memory(error):
-            raise error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = [line for line in lines[1:] if re.search("error:|not permitted|No space", line)]
-        why = f"{type(error).__name__}: {'; '.join([*lines[:1], *told[:1]])}"
-        require(self.run.hp.compile == "auto", f"COMPILE=1: it does not work here: {why}")
-        self.run.log(f"warning: COMPILE=auto does not work here, going on without: {why}")
-        self.forward = self.model
-
-
-Forward = Callable[[Tensor, Tensor], Tensor]  # of a batch's inputs and targets: the NLL
-
-
-def later(number: Tensor) -> Callable[[], float]:
-    """A function that gives a number on the device, without waiting for what follows it there."""
-    host = number.to("cpu", non_blocking=number.is_cuda)
-    if not number.is_cuda:
-        return host.item
-    event = torch.cuda.Event()
-    event.record()
-    return lambda: (event.synchronize(), host.item())[1]
-
-
-# PyTorch first tries the kernel that is asked for, then these in turn. FlashAttention 3 and 4 are
-# packages that take the place of its FlashAttention 2.
-BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-KERNELS = {"cudnn": BACKENDS[0], "fa2": BACKENDS[1], "fa3": BACKENDS[1], "fa4": BACKENDS[1]}
-FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", "fa2")}
-ATTENTION_ERROR = 0.03  # at any position, of its norm; rounding to bf16 makes up to 0.008
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q, (B, H, T, Dh), to k and v, whose heads may be fewer: like q."""
-    gqa = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-
-
-def choose_attention(run: Run) -> str:
-    """Point scaled_dot_product_attention at the kernel that ATTENTION names, or at the fastest that
-    runs here, and is right; its name. Raises UserError if there is none."""
-    head_dim, problem = run.hp.model_dim // run.hp.num_heads, ""
-    place = run.device.type if run.dtype == torch.bfloat16 else "fp32"
-    major = torch.cuda.get_device_capability()[0] if place == "cuda" else 0
-    fastest = (*FASTEST.get(major, ("amx",)), "sdpa")
-    for kernel in fastest if run.hp.attention == "auto" else (run.hp.attention,):
-        needs = {"sdpa": place, "amx": "cpu"}.get(kernel, "cuda")
-        with contextlib.ExitStack() as undo:
-            try:
-                require(place == needs, f"needs DEVICE={needs} and DTYPE=bf16")
-                use_kernel(kernel, head_dim, run, undo)
-            except Exception as error:  # a missing package, or one built for another machine
-                problem = str(error)
-                continue
-            problem = "" if place == "fp32" else attention_problem(run)
-            if not problem:
-                run.kernels = undo.pop_all()
-                # A compiled model holds its kernel, of which the compiler's cache knows nothing.
-                torch.compiler.config.cache_key_tag = kernel
-                return kernel
-            run.warnings.append(f"ATTENTION={kernel}: {problem}")
-    raise UserError(f"ATTENTION={run.hp.attention}: {problem}")
-
-
-def use_kernel(kernel: str, head_dim: int, run: Run, undo: contextlib.ExitStack) -> None:
-    """Let PyTorch use a kernel until `undo`. Raises an Exception if it does not."""
-    if kernel == "amx":
-        importlib.import_module("amx_attention").activate(head_dim)
-    if kernel in ("fa3", "fa4"):
-        torch.nn.attention.activate_flash_attention_impl(kernel.upper())
-        undo.callback(torch.nn.attention.restore_flash_attention_impl)
-    if kernel in KERNELS:
-        attention_backend(run)  # PyTorch sets its own order at the first question, over any other
-        order = sorted(BACKENDS, key=lambda name: name != KERNELS[kernel])
-        undo.enter_context(sdpa_kernel([getattr(SDPBackend, n) for n in order], set_priority=True))
-        taken = attention_backend(run)
-        require(taken == order[0], f"PyTorch takes {taken} for this model")
-
-
-def attention_inputs(run: Run) -> list[Tensor]:
-    """Random q, k and v of one sequence, (1, H, T, Dh), and a gradient of their result, strided as
-    the model's; T is from 2 to 2048."""
-    hp, random = run.hp, torch.Generator().manual_seed(0)
-    T, head_dim = min(max(hp.train_seq_len, 2), 2048), hp.model_dim // hp.num_heads
-    counts = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads, hp.num_heads)
-    made = [torch.randn(1, T, heads, head_dim, generator=random) for heads in counts]
-    q, k, v, grad = (x.to(run.device, run.dtype).transpose(1, 2) for x in made)
-    return [q.contiguous(), k.contiguous(), v, grad]
-
-
-def attention_backend(run: Run) -> str:
-    """Ask PyTorch which of its kernels it takes for the model's attention in training."""
-    q, k, v = (x.requires_grad_() for x in attention_inputs(run)[:3])
-    gqa = q.size(1) != k.size(1)
-    return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=gqa)).name
-
-
-def attention_problem(run: Run) -> str:
-    """Compare attention and its gradients, at each position, with plain products in fp32: what is
-    wrong, or nothing. Kernels have been wrong at a few lengths alone (PyTorch issue 196678)."""
-    *inputs, grad = attention_inputs(run)
-
-    def results(dtype: torch.dtype) -> list[Tensor]:
-        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
-        y = attend(q, k, v)
-        return [y.detach(), *torch.autograd.grad(y, (q, k, v), grad.to(dtype))]
-
-    try:
-        ours = results(run.dtype)
-    except RuntimeError as error:
-        return f"does not run here: {error}"
-    with sdpa_kernel(SDPBackend.MATH):
-        exact = results(torch.float32)
-    for name, a, b in zip(("result", "dq", "dk", "dv"), ours, exact, strict=True):
-        errors = (a.float() - b).norm(dim=(1, 3)) / b.norm(dim=(1, 3))
-        error = float(errors[:, name == "dq" :].max())  # the first query has one key: its dq is 0
-        if not error < ATTENTION_ERROR:  # or not a number
-            return f"wrong here: its {name} is {100 * error:.1f}% from that of plain products"
-    return ""
-
-
-# ===================================== DATA =====================================
-# A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then uint16
-# tokens; a document is its BOS and what follows. This is the format of the published data.
-SHARD_MAGIC, SHARD_HEADER_BYTES = (20240520, 1), 1024
-SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
-FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
-IGNORE = -100  # target of a padding position: the default ignore_index of cross_entropy
-
-
-def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
-    """The shards of "train" or "val", in order; sidecars (fineweb_val_bytes_*) are not shards."""
-    return sorted(Path(hp.data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
-
-
-def shard_size(path: Path) -> int:
-    """The number of a shard's tokens. Raises UserError if it is not a whole shard."""
-    magic, version, count = map(int, [*np.fromfile(path, "<i4", 3), 0, 0, 0][:3])
-    require((magic, version) == SHARD_MAGIC, f"{path}: not a token shard: no {SHARD_MAGIC} in it")
-    whole = count > 0 and path.stat().st_size == SHARD_HEADER_BYTES + 2 * count
-    require(whole, f"{path}: truncated or damaged: not as long as {count} tokens; get it again")
-    return count
-
-
-class TokenStream:
-    """The shards of a split as one endless sequence that starts over after its last token."""
-
-    def __init__(self, split: str, run: Run, ids: int = 0) -> None:
-        self.paths, self.ids = shard_paths(run.hp, split), ids or run.hp.vocab_size
-        self.sizes = [shard_size(path) for path in self.paths]
-        self.ends = np.cumsum(self.sizes)
-        self.identity = ""  # what all the tokens are, however they lie in shards, once it is known
-        self.total = int(self.ends[-1])
-        scan = min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1
-        for start in range(0, scan, 2**22):
-            self.read(start, min(2**22, scan - start))
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), uint16 (count,). Raises UserError at an impossible id."""
-        pieces, end = [], start + count
-        while start < end:
-            index = int(np.searchsorted(self.ends, start % self.total, "right"))
-            offset = start % self.total - int(self.ends[index]) + self.sizes[index]
-            path, most = self.paths[index], min(end - start, self.sizes[index] - offset)
-            piece = np.fromfile(path, "<u2", most, offset=SHARD_HEADER_BYTES + 2 * offset)
-            require(len(piece) == most, f"{path}: has become shorter; get it again")
-            worst, at = int(piece.max()), f"{path}, token {offset + piece.argmax()}"
-            require(worst < self.ids, f"{at}: id {worst}, VOCAB_SIZE={self.ids}")
-            pieces.append(piece)
-            start += len(piece)
-        return np.concatenate(pieces)
-
-    def identify(self) -> None:
-        """Begin to find out `identity`, beside what follows: a checkpoint needs it, and the end of
-        a run may leave no time to read all the data."""
-
-        def read_all() -> None:
-            digest = hashlib.sha256()
-            with contextlib.suppress(OSError, UserError):  # what cannot be read, training will tell
-                for start in range(0, self.total, 2**22):
-                    digest.update(self.read(start, min(2**22, self.total - start)))
-                self.identity = f"{self.total} tokens, sha256 {digest.hexdigest()}"
-
-        self.identifying = threading.Thread(target=read_all, daemon=True)
-        self.identifying.start()
-
-
-def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tensor]]:
-    """The micro-batches from step `first` on, int64 (2, rows, T), made while the last is computed.
-    Step s is the tokens from s·TRAIN_BATCH_TOKENS on, of which each rank has a contiguous share."""
-    hp, T = run.hp, run.hp.train_seq_len
-    total = hp.train_batch_tokens // T
-    start, stop = (total * rank // run.world_size for rank in (run.rank, run.rank + 1))
-    most = math.ceil(total / run.world_size)
-    rows = math.ceil(most / math.ceil(most / run.forward_rows))
-
-    def load(step: int) -> list[Tensor]:
-        span = stream.read(step * hp.train_batch_tokens + start * T, (stop - start) * T + 1)
-        pair = torch.from_numpy(np.stack((span[:-1], span[1:])).astype(np.int64))
-        share = torch.tensor([[0], [IGNORE]]).repeat(1, math.ceil((stop - start) / rows) * rows * T)
-        share[:, : pair.size(1)] = pair  # the last rows may stay empty
-        share = share.view(2, -1, rows, T).transpose(0, 1).contiguous()
-        share = share.pin_memory() if run.device.type == "cuda" else share
-        return [*share.to(run.device, non_blocking=True)]
-
-    with ThreadPoolExecutor(1) as worker:
-        ahead = worker.submit(load, first)
-        for step in itertools.count(first + 1):
-            ready, ahead = ahead.result(), worker.submit(load, step)
-            yield ready
-
-
 # ===================================== MODEL =====================================
 # Weights are fp32 masters, cast where they are used. One forward pass serves training and scoring.
 
@@ -872,6 +396,12 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     (cos, sin), r = rotary, 2 * rotary.size(-1)
     (a, b), rest = x[..., :r].chunk(2, dim=-1), x[..., r:]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q, (B, H, T, Dh), to k and v, whose heads may be fewer: like q."""
+    gqa = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
 
 
 class Attention(nn.Module):
@@ -1071,6 +601,97 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
     warmdown = hp.warmdown_frac * (step + left) if hp.warmdown_frac != "" else hp.warmdown_iters
     full = min(1.0, max(0.0, left / warmdown)) if warmdown > 0 else 1.0
     return full + (1 - full) * hp.final_lr_frac
+
+
+# ===================================== DATA =====================================
+# A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then uint16
+# tokens; a document is its BOS and what follows. This is the format of the published data.
+SHARD_MAGIC, SHARD_HEADER_BYTES = (20240520, 1), 1024
+SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
+FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
+IGNORE = -100  # target of a padding position: the default ignore_index of cross_entropy
+
+
+def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
+    """The shards of "train" or "val", in order; sidecars (fineweb_val_bytes_*) are not shards."""
+    return sorted(Path(hp.data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
+
+
+def shard_size(path: Path) -> int:
+    """The number of a shard's tokens. Raises UserError if it is not a whole shard."""
+    magic, version, count = map(int, [*np.fromfile(path, "<i4", 3), 0, 0, 0][:3])
+    require((magic, version) == SHARD_MAGIC, f"{path}: not a token shard: no {SHARD_MAGIC} in it")
+    whole = count > 0 and path.stat().st_size == SHARD_HEADER_BYTES + 2 * count
+    require(whole, f"{path}: truncated or damaged: not as long as {count} tokens; get it again")
+    return count
+
+
+class TokenStream:
+    """The shards of a split as one endless sequence that starts over after its last token."""
+
+    def __init__(self, split: str, run: Run, ids: int = 0) -> None:
+        self.paths, self.ids = shard_paths(run.hp, split), ids or run.hp.vocab_size
+        self.sizes = [shard_size(path) for path in self.paths]
+        self.ends = np.cumsum(self.sizes)
+        self.identity = ""  # what all the tokens are, however they lie in shards, once it is known
+        self.total = int(self.ends[-1])
+        scan = min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1
+        for start in range(0, scan, 2**22):
+            self.read(start, min(2**22, scan - start))
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count), uint16 (count,). Raises UserError at an impossible id."""
+        pieces, end = [], start + count
+        while start < end:
+            index = int(np.searchsorted(self.ends, start % self.total, "right"))
+            offset = start % self.total - int(self.ends[index]) + self.sizes[index]
+            path, most = self.paths[index], min(end - start, self.sizes[index] - offset)
+            piece = np.fromfile(path, "<u2", most, offset=SHARD_HEADER_BYTES + 2 * offset)
+            require(len(piece) == most, f"{path}: has become shorter; get it again")
+            worst, at = int(piece.max()), f"{path}, token {offset + piece.argmax()}"
+            require(worst < self.ids, f"{at}: id {worst}, VOCAB_SIZE={self.ids}")
+            pieces.append(piece)
+            start += len(piece)
+        return np.concatenate(pieces)
+
+    def identify(self) -> None:
+        """Begin to find out `identity`, beside what follows: a checkpoint needs it, and the end of
+        a run may leave no time to read all the data."""
+
+        def read_all() -> None:
+            digest = hashlib.sha256()
+            with contextlib.suppress(OSError, UserError):  # what cannot be read, training will tell
+                for start in range(0, self.total, 2**22):
+                    digest.update(self.read(start, min(2**22, self.total - start)))
+                self.identity = f"{self.total} tokens, sha256 {digest.hexdigest()}"
+
+        self.identifying = threading.Thread(target=read_all, daemon=True)
+        self.identifying.start()
+
+
+def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tensor]]:
+    """The micro-batches from step `first` on, int64 (2, rows, T), made while the last is computed.
+    Step s is the tokens from s·TRAIN_BATCH_TOKENS on, of which each rank has a contiguous share."""
+    hp, T = run.hp, run.hp.train_seq_len
+    total = hp.train_batch_tokens // T
+    start, stop = (total * rank // run.world_size for rank in (run.rank, run.rank + 1))
+    most = math.ceil(total / run.world_size)
+    rows = math.ceil(most / math.ceil(most / run.forward_rows))
+
+    def load(step: int) -> list[Tensor]:
+        span = stream.read(step * hp.train_batch_tokens + start * T, (stop - start) * T + 1)
+        pair = torch.from_numpy(np.stack((span[:-1], span[1:])).astype(np.int64))
+        share = torch.tensor([[0], [IGNORE]]).repeat(1, math.ceil((stop - start) / rows) * rows * T)
+        share[:, : pair.size(1)] = pair  # the last rows may stay empty
+        share = share.view(2, -1, rows, T).transpose(0, 1).contiguous()
+        share = share.pin_memory() if run.device.type == "cuda" else share
+        return [*share.to(run.device, non_blocking=True)]
+
+    with ThreadPoolExecutor(1) as worker:
+        ahead = worker.submit(load, first)
+        for step in itertools.count(first + 1):
+            ready, ahead = ahead.result(), worker.submit(load, step)
+            yield ready
 
 
 # ===================================== EVALUATION =====================================
@@ -1545,6 +1166,387 @@ def fit_artifact(model: GPT, run: Run) -> bytes:
     further = "" if 0.997 * cap <= fill <= cap else " (it cannot do more)"
     run.log(f"fit_budget:{hp.fit_budget} {what} tries:{len(tried)} fill:{fill / cap:.4f}{further}")
     return best
+
+
+# ===================================== DISTRIBUTED RUN =====================================
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # save, and stop; SIGUSR1: stop, and export
+FAILED = 1000  # over all signals: a rank cannot go on
+PATIENCE = 5.0  # seconds after which a wait for other ranks is told
+
+
+@functools.cache
+def read_once(path: str) -> bytes:
+    """Read a file at its first use. What a run was started with counts to its end, although the
+    script or the tokenizer may be edited or removed meanwhile."""
+    return Path(path).read_bytes()
+
+
+def say(line: str) -> None:
+    """Print a line. A console that cannot be written, be it a closed pipe or terminal or a full
+    disk, loses the line and ends nothing."""
+    with contextlib.suppress(OSError):
+        print(line)
+    flush_console()
+
+
+def flush_console() -> None:
+    """Write what is to be printed. What cannot be is dropped: it would fail again at each line, and
+    at the exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            console, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, 1)
+            sys.stdout.flush()
+            os.dup2(console, 1)
+            os.close(console)
+            os.close(nothing)
+
+
+def any_console(arguments: list[str]) -> None:
+    """Let the console take any text: what its encoding lacks is printed as an escape. A file of
+    settings is UTF-8, and has the bytes of paths as they are."""
+    # A file of the run's would get the number of a console that was closed, as by `>&-`.
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(free, True)
+    os.close(free)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when the process started
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    if arguments == ["--settings"]:
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let `write` fill a temporary file, sync it, and rename it to `path`: all of it or nothing.
+    The folder is made again if it has been removed."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno:
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Run:
+    """A process's place in the job (rank, device, dtype) and, on rank 0, the job's logs."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        self.hp = hp
+        numbers = (launched(name, os.environ) for name in LAUNCHER)
+        self.rank, self.world_size, self.local_rank = numbers
+        self.signal = self.stop = self.stopped = 0  # what this process was sent; what all know of
+        self.end: Path | None = None  # a checkpoint for as long as there is no score
+        self.problem = ""  # why this process cannot go on, if it has set `signal` to FAILED
+        self.warnings: list[str] = []  # from before the log is open
+        self.kernels = contextlib.ExitStack()  # what is set in PyTorch for this run
+        self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
+        there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
+        kind = next(there) if hp.device == "auto" else hp.device
+        self.device = torch.device(kind, self.local_rank if kind == "cuda" else None)
+        # Without AMX, a CPU multiplies bf16 no faster than fp32.
+        amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and amx
+        bf16 = {"auto": fast, "bf16": True, "fp32": False}[hp.dtype]
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.forward_rows = (hp.micro_batch_tokens or FORWARD_TOKENS[kind]) // hp.train_seq_len or 1
+        # Compiling takes a minute, at the first time: on a CPU that pays for large steps alone.
+        large = hp.train_batch_tokens * hp.num_layers * hp.model_dim**2 > 10**10
+        tools = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
+        auto = kind == "cuda" or (kind == "cpu" and large and tools and not hp.eval_only)
+        self.compile = bool(hp.compile == "1" or (hp.compile == "auto" and auto))
+
+    def start(self) -> None:
+        """Seed the generators, meet the other ranks, and open the logs with what a rerun needs."""
+        if self.rank == 0:
+            self.lock_run()
+        torch.manual_seed(self.hp.seed)
+        cuda = self.device.type == "cuda"
+        # Compiled for a CPU, the embedding's gradient is otherwise summed in any order.
+        torch.use_deterministic_algorithms(self.device.type == "cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        attention = choose_attention(self)
+        if cuda and attention == "sdpa":  # PyTorch's own choice
+            attention = f"sdpa:{attention_backend(self)}"
+        if self.world_size > 1:
+            self.meet()
+        if self.rank == 0:
+            # Names of files may be of any bytes: these are written as they are.
+            options = {"mode": "a", "encoding": "utf-8", "errors": "surrogateescape"}
+            self.text, self.metrics = (
+                open(path, buffering=1, **options)  # noqa: SIM115
+                for path in (f"{self.dir}.txt", self.dir / "metrics.jsonl")
+            )
+            source = read_once(__file__).decode()
+            print(source, "=" * 100, settings_dotenv(self.hp), sep="\n", file=self.text)
+            device = torch.cuda.get_device_name() if cuda else self.device.type
+            line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
+            line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size} "
+            line += f"attention:{attention}"
+            settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
+            self.log(line, "start", versions=line, settings=settings)
+            for warning in self.warnings:
+                self.log(f"warning: {warning}")
+
+    def meet(self) -> None:
+        """Form a group with the other ranks. Raises UserError if they do not come."""
+        env = os.environ.get
+        where = f"{env('MASTER_ADDR')}:{env('MASTER_PORT')}"
+        waiting = f"rank {self.rank} waits for the other {self.world_size - 1} ranks at {where}"
+        advice = "each needs its own RANK and the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        if self.rank:
+            advice += "; rank 0 checks the validation data before it comes"
+        # One or two of a node speak for all: on a large validation set each wait is that long.
+        patience = PATIENCE * {0: 1, 1: 2}.get(self.local_rank, 24)
+        timer = threading.Timer(patience, say, [f"{waiting}; {advice}"])
+        timer.daemon = True
+        timer.start()
+        try:
+            store = next(dist.rendezvous("env://"))[0]
+            # torchrun shows ranks it restarts the addresses of the dead (PyTorch issue 135712).
+            one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")  # counts the restarts for all
+            store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "") * one_node, store)
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            place = {"rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group(backend, store=store, **place)
+        except RuntimeError as error:  # of which those of torch.distributed are kinds
+            raise UserError(f"{waiting}, and cannot meet them: {error}") from None
+        finally:
+            timer.cancel()
+
+    def lock_run(self) -> None:
+        """Make the run's folder this process's own. Raises UserError if a live process has it."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        path = self.dir / "lock"
+        self.lock = open(path, "a")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"RUN_ID={self.dir.name}: in use by {path.read_text()}") from None
+        path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+        for left in self.dir.glob(".*.partial"):  # by a process that was killed
+            left.unlink()
+
+    def listen(self) -> None:
+        """Note signals that ask to stop, for `clock`, and exit at once at the second one. Those
+        that are ignored, as nohup and a shell's background jobs ask, stay so."""
+
+        def note(number: int, _: Any) -> None:
+            if self.signal and time.monotonic() > self.noted + 2:  # torchrun repeats what it gets
+                os._exit(128 + number)
+            if not self.signal:
+                self.ask_to_stop(number)
+
+        for number in (*ENDING, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, note)
+
+    def ask_to_stop(self, number: int) -> None:
+        """Let all ranks stop at their next look at the clock, as a signal asks, or FAILED."""
+        self.signal = number
+        self.noted = time.monotonic()
+
+    def fail(self, problem: str) -> None:
+        """Let all ranks stop, since this one cannot go on."""
+        self.problem = problem
+        self.ask_to_stop(FAILED)
+
+    def log(self, line: str, event: str = "", **fields: Any) -> None:
+        """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
+        if self.rank == 0:
+            say(line)
+            with contextlib.suppress(OSError):  # a full disk
+                print(line, file=self.text)
+                if event:
+                    print(json.dumps({"event": event, **fields}), file=self.metrics)
+
+    def recover(self) -> None:
+        """Take back `fail`, on whichever rank it was."""
+        self.signal = self.signal % FAILED
+        self.stop = self.stopped = 0
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Call a function on rank 0 alone: what it returns, and None on the other ranks. If it
+        raises there, all ranks raise UserError; only that of rank 0 has a message."""
+        result = None
+        try:
+            result = action() if self.rank == 0 else None
+        except (OSError, UserError) as error:
+            self.fail(str(error))
+        self.clock()
+        require(self.stop != FAILED, self.problem)
+        self.stopped = False  # a signal is not for what must be done whole
+        return result
+
+    def clock(self, synchronize: bool = False) -> float:
+        """Rank 0's seconds, if asked after the device's work; tells all ranks of signals to any."""
+        if synchronize and self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+        now = torch.DoubleTensor([time.perf_counter() * (self.rank == 0), self.signal])
+        if self.world_size > 1:
+            dist.all_reduce(now, dist.ReduceOp.MAX)
+        self.stop = int(now[1])
+        self.stopped = self.stop in (*ENDING, FAILED)
+        return now[0].item()
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that PyTorch keeps, but does not use, back to the device."""
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that a device, or the machine, has too little memory."""
+    return bool(re.search("out of memory|allocate memory", str(error)))
+
+
+GRAPHS = 64  # shapes of a batch that a model may be compiled for; PyTorch's own limit is 8
+
+
+class Compiled:
+    """A compiled model; where compiling turns out not to work, the model itself: the compiler does
+    not run, its folder of temporary files is full or may hold no programs, or a limit is passed."""
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        self.model, self.run, self.forward = model, run, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        try:
+            if self.forward is None:
+                torch._dynamo.config.recompile_limit = GRAPHS
+                self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
+            return self.forward(*inputs)
+        except Exception as error:  # compilers raise what they like
+            self.give_up(error)
+        return self.forward(*inputs)
+
+    def give_up(self, error: Exception) -> None:
+        """Go on without the compiler. Raises the error if it is not the compiler's to mend, and
+        UserError with COMPILE=1."""
+        if self.forward is self.model or is_out_of_memory(error):
+            raise error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = [line for line in lines[1:] if re.search("error:|not permitted|No space", line)]
+        why = f"{type(error).__name__}: {'; '.join([*lines[:1], *told[:1]])}"
+        require(self.run.hp.compile == "auto", f"COMPILE=1: it does not work here: {why}")
+        self.run.log(f"warning: COMPILE=auto does not work here, going on without: {why}")
+        self.forward = self.model
+
+
+Forward = Callable[[Tensor, Tensor], Tensor]  # of a batch's inputs and targets: the NLL
+
+
+def later(number: Tensor) -> Callable[[], float]:
+    """A function that gives a number on the device, without waiting for what follows it there."""
+    host = number.to("cpu", non_blocking=number.is_cuda)
+    if not number.is_cuda:
+        return host.item
+    event = torch.cuda.Event()
+    event.record()
+    return lambda: (event.synchronize(), host.item())[1]
+
+
+# PyTorch first tries the kernel that is asked for, then these in turn. FlashAttention 3 and 4 are
+# packages that take the place of its FlashAttention 2.
+BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+KERNELS = {"cudnn": BACKENDS[0], "fa2": BACKENDS[1], "fa3": BACKENDS[1], "fa4": BACKENDS[1]}
+FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", "fa2")}
+ATTENTION_ERROR = 0.03  # at any position, of its norm; rounding to bf16 makes up to 0.008
+
+
+def choose_attention(run: Run) -> str:
+    """Point scaled_dot_product_attention at the kernel that ATTENTION names, or at the fastest that
+    runs here, and is right; its name. Raises UserError if there is none."""
+    head_dim, problem = run.hp.model_dim // run.hp.num_heads, ""
+    place = run.device.type if run.dtype == torch.bfloat16 else "fp32"
+    major = torch.cuda.get_device_capability()[0] if place == "cuda" else 0
+    fastest = (*FASTEST.get(major, ("amx",)), "sdpa")
+    for kernel in fastest if run.hp.attention == "auto" else (run.hp.attention,):
+        needs = {"sdpa": place, "amx": "cpu"}.get(kernel, "cuda")
+        with contextlib.ExitStack() as undo:
+            try:
+                require(place == needs, f"needs DEVICE={needs} and DTYPE=bf16")
+                use_kernel(kernel, head_dim, run, undo)
+            except Exception as error:  # a missing package, or one built for another machine
+                problem = str(error)
+                continue
+            problem = "" if place == "fp32" else attention_problem(run)
+            if not problem:
+                run.kernels = undo.pop_all()
+                # A compiled model holds its kernel, of which the compiler's cache knows nothing.
+                torch.compiler.config.cache_key_tag = kernel
+                return kernel
+            run.warnings.append(f"ATTENTION={kernel}: {problem}")
+    raise UserError(f"ATTENTION={run.hp.attention}: {problem}")
+
+
+def use_kernel(kernel: str, head_dim: int, run: Run, undo: contextlib.ExitStack) -> None:
+    """Let PyTorch use a kernel until `undo`. Raises an Exception if it does not."""
+    if kernel == "amx":
+        importlib.import_module("amx_attention").activate(head_dim)
+    if kernel in ("fa3", "fa4"):
+        torch.nn.attention.activate_flash_attention_impl(kernel.upper())
+        undo.callback(torch.nn.attention.restore_flash_attention_impl)
+    if kernel in KERNELS:
+        attention_backend(run)  # PyTorch sets its own order at the first question, over any other
+        order = sorted(BACKENDS, key=lambda name: name != KERNELS[kernel])
+        undo.enter_context(sdpa_kernel([getattr(SDPBackend, n) for n in order], set_priority=True))
+        taken = attention_backend(run)
+        require(taken == order[0], f"PyTorch takes {taken} for this model")
+
+
+def attention_inputs(run: Run) -> list[Tensor]:
+    """Random q, k and v of one sequence, (1, H, T, Dh), and a gradient of their result, strided as
+    the model's; T is from 2 to 2048."""
+    hp, random = run.hp, torch.Generator().manual_seed(0)
+    T, head_dim = min(max(hp.train_seq_len, 2), 2048), hp.model_dim // hp.num_heads
+    counts = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads, hp.num_heads)
+    made = [torch.randn(1, T, heads, head_dim, generator=random) for heads in counts]
+    q, k, v, grad = (x.to(run.device, run.dtype).transpose(1, 2) for x in made)
+    return [q.contiguous(), k.contiguous(), v, grad]
+
+
+def attention_backend(run: Run) -> str:
+    """Ask PyTorch which of its kernels it takes for the model's attention in training."""
+    q, k, v = (x.requires_grad_() for x in attention_inputs(run)[:3])
+    gqa = q.size(1) != k.size(1)
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=gqa)).name
+
+
+def attention_problem(run: Run) -> str:
+    """Compare attention and its gradients, at each position, with plain products in fp32: what is
+    wrong, or nothing. Kernels have been wrong at a few lengths alone (PyTorch issue 196678)."""
+    *inputs, grad = attention_inputs(run)
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
+        y = attend(q, k, v)
+        return [y.detach(), *torch.autograd.grad(y, (q, k, v), grad.to(dtype))]
+
+    try:
+        ours = results(run.dtype)
+    except RuntimeError as error:
+        return f"does not run here: {error}"
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = results(torch.float32)
+    for name, a, b in zip(("result", "dq", "dk", "dv"), ours, exact, strict=True):
+        errors = (a.float() - b).norm(dim=(1, 3)) / b.norm(dim=(1, 3))
+        error = float(errors[:, name == "dq" :].max())  # the first query has one key: its dq is 0
+        if not error < ATTENTION_ERROR:  # or not a number
+            return f"wrong here: its {name} is {100 * error:.1f}% from that of plain products"
+    return ""
 
 
 # ===================================== CHECKPOINTS =====================================
@@ -2033,6 +2035,9 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> Path:
         run.on_first(lambda: export(model, run, room))
     report("val", score(trainer.forward, val, run)[1], step, elapsed, run)
     return run.dir / "final_model.artifact"
+
+
+# ===================================== MAIN =====================================
 
 
 def main(arguments: list[str]) -> int | None:
