@@ -18,8 +18,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -32,7 +30,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import struct
 import sys
 import sysconfig
@@ -230,7 +227,8 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
             meant = f"did you mean {near[0]}?" if near else "see --help"
             problems.append(f"{name}={text}: no such setting; {meant}")
     hp = Hyperparameters(**values, given=frozenset(name.upper() for name in values))
-    problems += launcher_problems(environ) + broken_rules(hp, check_places)
+    problems += keeper_class().problems(hp, environ, check_places)
+    problems += broken_rules(hp, check_places)
     require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
     return hp
 
@@ -601,6 +599,12 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
     warmdown = hp.warmdown_frac * (step + left) if hp.warmdown_frac != "" else hp.warmdown_iters
     full = min(1.0, max(0.0, left / warmdown)) if warmdown > 0 else 1.0
     return full + (1 - full) * hp.final_lr_frac
+
+
+def muon_momentum(hp: Hyperparameters, step: int) -> float:
+    """Momentum of Muon at `step`: linearly up to MUON_MOMENTUM, then constant."""
+    ramp = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
+    return (1 - ramp) * hp.muon_momentum_warmup_start + ramp * hp.muon_momentum
 
 
 # ===================================== DATA =====================================
@@ -1169,59 +1173,27 @@ def fit_artifact(model: GPT, run: Run) -> bytes:
 
 
 # ===================================== DISTRIBUTED RUN =====================================
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # save, and stop; SIGUSR1: stop, and export
-FAILED = 1000  # over all signals: a rank cannot go on
-PATIENCE = 5.0  # seconds after which a wait for other ranks is told
+# Every rank runs the same program. Rank 0's clock alone decides when training ends. What a rank is
+# asked, as by a signal, or finds, as that it cannot go on, all ranks learn when they ask the clock.
+FINISH = 10  # as SIGUSR1 asks: train no further, and export
+FAILED = 1000  # over the numbers of all signals: a rank cannot go on
 
 
 @functools.cache
 def read_once(path: str) -> bytes:
-    """Read a file at its first use. What a run was started with counts to its end, although the
-    script or the tokenizer may be edited or removed meanwhile."""
+    """Read a file at its first use.
+
+    What a run was started with counts to its end, although the script or the tokenizer may be
+    edited or removed meanwhile.
+    """
     return Path(path).read_bytes()
-
-
-def say(line: str) -> None:
-    """Print a line. A console that cannot be written, be it a closed pipe or terminal or a full
-    disk, loses the line and ends nothing."""
-    with contextlib.suppress(OSError):
-        print(line)
-    flush_console()
-
-
-def flush_console() -> None:
-    """Write what is to be printed. What cannot be is dropped: it would fail again at each line, and
-    at the exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError):
-            console, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, 1)
-            sys.stdout.flush()
-            os.dup2(console, 1)
-            os.close(console)
-            os.close(nothing)
-
-
-def any_console(arguments: list[str]) -> None:
-    """Let the console take any text: what its encoding lacks is printed as an escape. A file of
-    settings is UTF-8, and has the bytes of paths as they are."""
-    # A file of the run's would get the number of a console that was closed, as by `>&-`.
-    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(free, True)
-    os.close(free)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed when the process started
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="backslashreplace")
-    if arguments == ["--settings"]:
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Let `write` fill a temporary file, sync it, and rename it to `path`: all of it or nothing.
-    The folder is made again if it has been removed."""
+
+    The folder is made again if it has been removed.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1238,147 +1210,232 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class Keeper:
+    """Stand in for keeper.py, which protects, resumes and explains a run.
+
+    Its class of the same name does more in these places. Without that file, no more is done than
+    here. With it or without, the run ends on the same bits.
+    """
+
+    source = ""  # of keeper.py
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @staticmethod
+    def problems(hp: Hyperparameters, environ: Mapping[str, str], check_places: bool) -> list[str]:
+        """Say what is wrong with the settings: some need keeper.py."""
+        needing = [name for name in ("RESUME", "SAVE_EVERY") if getattr(hp, name.lower())]
+        advice = f"needs keeper.py beside {Path(__file__).name}"
+        return [f"{name}={getattr(hp, name.lower())}: {advice}" for name in needing]
+
+    @staticmethod
+    def help() -> str:
+        """Tell where the settings are explained."""
+        return "All settings: class Hyperparameters, or --help with keeper.py beside this file."
+
+    @staticmethod
+    def console(arguments: list[str]) -> None:
+        """Prepare the console for any text."""
+
+    @staticmethod
+    def flush() -> None:
+        """Write what is to be printed."""
+        sys.stdout.flush()
+
+    @staticmethod
+    def say(line: str) -> None:
+        """Print a line."""
+        print(line, flush=True)
+
+    def begin(self) -> None:
+        """Take the run's folder, on rank 0, before the logs are open."""
+
+    def waiting(self, what: str) -> contextlib.AbstractContextManager[Any]:
+        """Tell `what` is waited for, if it takes long."""
+        return contextlib.nullcontext()
+
+    def compiled(self, model: GPT) -> Forward:
+        """Compile a model."""
+        return compile_model(model)
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Check what a run needs, before its first step."""
+
+    def retry(self, trainer: Trainer, step: int, error: RuntimeError) -> None:
+        """Make a priming step possible that failed."""
+        raise error
+
+    def primed(self, trainer: Trainer) -> None:
+        """End the priming."""
+
+    def resume(self, trainer: Trainer) -> tuple[int, float]:
+        """Restore an earlier run: its last step, and the seconds that it has trained."""
+        return 0, 0.0
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether to save after a step."""
+        return False
+
+    def save(self, trainer: Trainer, step: int, elapsed: float, last: bool) -> None:
+        """Save what the rest of the run depends on."""
+
+    def diagnose(self, trainer: Trainer, batch: list[Tensor]) -> str:
+        """Say what is not finite in a batch, and how to go on."""
+        return f"no more is known without keeper.py beside {Path(__file__).name}"
+
+    def trained(self, trainer: Trainer, step: int, elapsed: float) -> None:
+        """Tell why training has ended."""
+
+    def write(self, files: dict[Path, Callable[[IO[bytes]], Any]]) -> None:
+        """Write the files of a trained model, of which each is filled by a function."""
+        for path, fill in files.items():
+            atomic_write(path, fill)
+
+    def scored(self) -> None:
+        """Remove what is of no use after the final score."""
+
+    def close(self) -> None:
+        """Give back what `begin` and `prepare` took."""
+
+
+@functools.cache
+def keeper_class() -> type[Keeper]:
+    """Find the Keeper of keeper.py, if that stands beside this file and can run here."""
+    path = Path(__file__).with_name("keeper.py")
+    if not path.is_file():
+        return Keeper
+    if __name__ == "__main__":  # the keeper imports this module, not a second one
+        sys.modules["train_gpt"] = sys.modules[__name__]
+    try:
+        return importlib.import_module("keeper").Keeper
+    except ImportError:  # it is for POSIX alone
+        return Keeper
+
+
 class Run:
-    """A process's place in the job (rank, device, dtype) and, on rank 0, the job's logs."""
+    """Hold a process's place in the job (rank, device, dtype) and, on rank 0, the job's logs."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         self.hp = hp
-        numbers = (launched(name, os.environ) for name in LAUNCHER)
-        self.rank, self.world_size, self.local_rank = numbers
-        self.signal = self.stop = self.stopped = 0  # what this process was sent; what all know of
-        self.end: Path | None = None  # a checkpoint for as long as there is no score
-        self.problem = ""  # why this process cannot go on, if it has set `signal` to FAILED
-        self.warnings: list[str] = []  # from before the log is open
-        self.kernels = contextlib.ExitStack()  # what is set in PyTorch for this run
+        self.rank = launched("RANK", os.environ)
+        self.world_size = launched("WORLD_SIZE", os.environ)
+        self.local_rank = launched("LOCAL_RANK", os.environ)
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
-        there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
-        kind = next(there) if hp.device == "auto" else hp.device
-        self.device = torch.device(kind, self.local_rank if kind == "cuda" else None)
-        # Without AMX, a CPU multiplies bf16 no faster than fp32.
-        amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-        fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and amx
-        bf16 = {"auto": fast, "bf16": True, "fp32": False}[hp.dtype]
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.forward_rows = (hp.micro_batch_tokens or FORWARD_TOKENS[kind]) // hp.train_seq_len or 1
-        # Compiling takes a minute, at the first time: on a CPU that pays for large steps alone.
-        large = hp.train_batch_tokens * hp.num_layers * hp.model_dim**2 > 10**10
-        tools = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
-        auto = kind == "cuda" or (kind == "cpu" and large and tools and not hp.eval_only)
-        self.compile = bool(hp.compile == "1" or (hp.compile == "auto" and auto))
+        self.text: IO[str] | None = None  # the text log, once it is open
+        self.metrics: IO[str] | None = None
+        self.warnings: list[str] = []  # from before that
+        self.device = choose_device(hp, self.local_rank)
+        self.dtype = choose_dtype(hp, self.device.type)
+        tokens = hp.micro_batch_tokens or FORWARD_TOKENS[self.device.type]
+        self.forward_rows = max(1, tokens // hp.train_seq_len)
+        self.compile = chooses_to_compile(hp, self.device.type)
+        self.kernels = contextlib.ExitStack()  # what is set in PyTorch for this run
+        self.signal = 0  # what this process was asked: a signal's number, FINISH or FAILED
+        self.stop = 0  # what one of all processes was asked
+        self.stopped = False  # whether that ends the run without a result
+        self.problem = ""  # why this process cannot go on
+        self.keeper = keeper_class()(self)
 
     def start(self) -> None:
-        """Seed the generators, meet the other ranks, and open the logs with what a rerun needs."""
+        """Seed the generators, meet the other ranks, and open the logs."""
         if self.rank == 0:
-            self.lock_run()
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.keeper.begin()
         torch.manual_seed(self.hp.seed)
-        cuda = self.device.type == "cuda"
         # Compiled for a CPU, the embedding's gradient is otherwise summed in any order.
         torch.use_deterministic_algorithms(self.device.type == "cpu")
-        if cuda:
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
-        if cuda and attention == "sdpa":  # PyTorch's own choice
+        if attention == "sdpa" and self.device.type == "cuda":  # PyTorch's own choice
             attention = f"sdpa:{attention_backend(self)}"
         if self.world_size > 1:
             self.meet()
         if self.rank == 0:
-            # Names of files may be of any bytes: these are written as they are.
-            options = {"mode": "a", "encoding": "utf-8", "errors": "surrogateescape"}
-            self.text, self.metrics = (
-                open(path, buffering=1, **options)  # noqa: SIM115
-                for path in (f"{self.dir}.txt", self.dir / "metrics.jsonl")
-            )
-            source = read_once(__file__).decode()
-            print(source, "=" * 100, settings_dotenv(self.hp), sep="\n", file=self.text)
-            device = torch.cuda.get_device_name() if cuda else self.device.type
-            line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
-            line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size} "
-            line += f"attention:{attention}"
-            settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
-            self.log(line, "start", versions=line, settings=settings)
-            for warning in self.warnings:
-                self.log(f"warning: {warning}")
+            self.open_logs(attention)
+
+    def open_logs(self, attention: str) -> None:
+        """Open the logs, and begin them with what a rerun needs: sources, settings, versions."""
+        # Names of files may be of any bytes: these are written as they are.
+        options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}
+        self.text = open(f"{self.dir}.txt", "a", **options)  # noqa: SIM115
+        self.metrics = open(self.dir / "metrics.jsonl", "a", **options)  # noqa: SIM115
+        sources = [read_once(__file__).decode(), self.keeper.source]
+        parts = [*filter(None, sources), settings_dotenv(self.hp)]
+        print(f"\n{'=' * 100}\n".join(parts), file=self.text)
+        is_cuda = self.device.type == "cuda"
+        device = torch.cuda.get_device_name() if is_cuda else self.device.type
+        line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
+        line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size} "
+        line += f"attention:{attention}"
+        settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
+        self.log(line, "start", versions=line, settings=settings)
+        for warning in self.warnings:
+            self.log(f"warning: {warning}")
 
     def meet(self) -> None:
         """Form a group with the other ranks. Raises UserError if they do not come."""
         env = os.environ.get
         where = f"{env('MASTER_ADDR')}:{env('MASTER_PORT')}"
         waiting = f"rank {self.rank} waits for the other {self.world_size - 1} ranks at {where}"
-        advice = "each needs its own RANK and the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-        if self.rank:
-            advice += "; rank 0 checks the validation data before it comes"
-        # One or two of a node speak for all: on a large validation set each wait is that long.
-        patience = PATIENCE * {0: 1, 1: 2}.get(self.local_rank, 24)
-        timer = threading.Timer(patience, say, [f"{waiting}; {advice}"])
-        timer.daemon = True
-        timer.start()
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        # torchrun shows ranks that it restarts the addresses of the dead (PyTorch issue 135712). On
+        # one node, it counts the restarts alike for all.
+        one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")
+        prefix = env("TORCHELASTIC_RESTART_COUNT", "") if one_node else ""
         try:
-            store = next(dist.rendezvous("env://"))[0]
-            # torchrun shows ranks it restarts the addresses of the dead (PyTorch issue 135712).
-            one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")  # counts the restarts for all
-            store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "") * one_node, store)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            place = {"rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group(backend, store=store, **place)
+            with self.keeper.waiting(waiting):
+                store, _, _ = next(dist.rendezvous("env://"))
+                store = dist.PrefixStore(prefix, store)
+                place = {"rank": self.rank, "world_size": self.world_size}
+                dist.init_process_group(backend, store=store, **place)
         except RuntimeError as error:  # of which those of torch.distributed are kinds
             raise UserError(f"{waiting}, and cannot meet them: {error}") from None
-        finally:
-            timer.cancel()
 
-    def lock_run(self) -> None:
-        """Make the run's folder this process's own. Raises UserError if a live process has it."""
-        self.dir.mkdir(parents=True, exist_ok=True)
-        path = self.dir / "lock"
-        self.lock = open(path, "a")  # noqa: SIM115
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"RUN_ID={self.dir.name}: in use by {path.read_text()}") from None
-        path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
-        for left in self.dir.glob(".*.partial"):  # by a process that was killed
-            left.unlink()
+    def log(self, line: str, event: str = "", **fields: Any) -> None:
+        """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
+        if self.rank > 0:
+            return
+        self.keeper.say(line)
+        with contextlib.suppress(OSError):  # a full disk
+            if self.text:
+                print(line, file=self.text)
+            if self.metrics and event:
+                print(json.dumps({"event": event, **fields}), file=self.metrics)
 
-    def listen(self) -> None:
-        """Note signals that ask to stop, for `clock`, and exit at once at the second one. Those
-        that are ignored, as nohup and a shell's background jobs ask, stay so."""
+    def clock(self, synchronize: bool = False) -> float:
+        """Tell rank 0's seconds, if asked after the device's work; all ranks call it together.
 
-        def note(number: int, _: Any) -> None:
-            if self.signal and time.monotonic() > self.noted + 2:  # torchrun repeats what it gets
-                os._exit(128 + number)
-            if not self.signal:
-                self.ask_to_stop(number)
-
-        for number in (*ENDING, signal.SIGUSR1):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, note)
-
-    def ask_to_stop(self, number: int) -> None:
-        """Let all ranks stop at their next look at the clock, as a signal asks, or FAILED."""
-        self.signal = number
-        self.noted = time.monotonic()
+        They also learn what one of them was asked.
+        """
+        if synchronize and self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+        seconds = time.perf_counter() if self.rank == 0 else 0.0
+        now = torch.tensor([seconds, self.signal], dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(now, dist.ReduceOp.MAX)
+        self.stop = int(now[1])
+        self.stopped = self.stop not in (0, FINISH)
+        return now[0].item()
 
     def fail(self, problem: str) -> None:
         """Let all ranks stop, since this one cannot go on."""
         self.problem = problem
-        self.ask_to_stop(FAILED)
-
-    def log(self, line: str, event: str = "", **fields: Any) -> None:
-        """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
-        if self.rank == 0:
-            say(line)
-            with contextlib.suppress(OSError):  # a full disk
-                print(line, file=self.text)
-                if event:
-                    print(json.dumps({"event": event, **fields}), file=self.metrics)
+        self.signal = FAILED
 
     def recover(self) -> None:
         """Take back `fail`, on whichever rank it was."""
-        self.signal = self.signal % FAILED
-        self.stop = self.stopped = 0
+        if self.signal == FAILED:
+            self.signal = 0
+        self.stop = 0
+        self.stopped = False
 
     def on_first(self, action: Callable[[], Any]) -> Any:
-        """Call a function on rank 0 alone: what it returns, and None on the other ranks. If it
-        raises there, all ranks raise UserError; only that of rank 0 has a message."""
+        """Call a function on rank 0 alone: what it returns, and None on the other ranks.
+
+        If it raises there, all ranks raise UserError; only that of rank 0 has a message.
+        """
         result = None
         try:
             result = action() if self.rank == 0 else None
@@ -1389,73 +1446,50 @@ class Run:
         self.stopped = False  # a signal is not for what must be done whole
         return result
 
-    def clock(self, synchronize: bool = False) -> float:
-        """Rank 0's seconds, if asked after the device's work; tells all ranks of signals to any."""
-        if synchronize and self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
-        now = torch.DoubleTensor([time.perf_counter() * (self.rank == 0), self.signal])
-        if self.world_size > 1:
-            dist.all_reduce(now, dist.ReduceOp.MAX)
-        self.stop = int(now[1])
-        self.stopped = self.stop in (*ENDING, FAILED)
-        return now[0].item()
+
+def choose_device(hp: Hyperparameters, local_rank: int) -> torch.device:
+    """Take the device that DEVICE names, or the first kind that is there."""
+    kind = hp.device
+    if kind == "auto":
+        there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
+        kind = next(there)
+    return torch.device(kind, local_rank if kind == "cuda" else None)
 
 
-def free_memory(device: torch.device) -> None:
-    """Give memory that PyTorch keeps, but does not use, back to the device."""
-    if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()
+def choose_dtype(hp: Hyperparameters, kind: str) -> torch.dtype:
+    """Take bf16 where a device multiplies it fast, unless DTYPE says otherwise."""
+    if hp.dtype != "auto":
+        return torch.bfloat16 if hp.dtype == "bf16" else torch.float32
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:  # without AMX, a CPU multiplies bf16 no faster than fp32
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = kind == "cpu" and capabilities.get("amx_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that a device, or the machine, has too little memory."""
-    return bool(re.search("out of memory|allocate memory", str(error)))
+def chooses_to_compile(hp: Hyperparameters, kind: str) -> bool:
+    """Tell whether to compile: with COMPILE=auto, on CUDA, and on a CPU where it pays.
 
-
-GRAPHS = 64  # shapes of a batch that a model may be compiled for; PyTorch's own limit is 8
-
-
-class Compiled:
-    """A compiled model; where compiling turns out not to work, the model itself: the compiler does
-    not run, its folder of temporary files is full or may hold no programs, or a limit is passed."""
-
-    def __init__(self, model: nn.Module, run: Run) -> None:
-        self.model, self.run, self.forward = model, run, None
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        try:
-            if self.forward is None:
-                torch._dynamo.config.recompile_limit = GRAPHS
-                self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
-            return self.forward(*inputs)
-        except Exception as error:  # compilers raise what they like
-            self.give_up(error)
-        return self.forward(*inputs)
-
-    def give_up(self, error: Exception) -> None:
-        """Go on without the compiler. Raises the error if it is not the compiler's to mend, and
-        UserError with COMPILE=1."""
-        if self.forward is self.model or is_out_of_memory(error):
-            raise error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = [line for line in lines[1:] if re.search("error:|not permitted|No space", line)]
-        why = f"{type(error).__name__}: {'; '.join([*lines[:1], *told[:1]])}"
-        require(self.run.hp.compile == "auto", f"COMPILE=1: it does not work here: {why}")
-        self.run.log(f"warning: COMPILE=auto does not work here, going on without: {why}")
-        self.forward = self.model
+    There, compiling takes a minute, at the first time. That pays for large steps alone.
+    """
+    if hp.compile != "auto":
+        return hp.compile == "1"
+    if kind != "cpu" or hp.eval_only:
+        return kind == "cuda"
+    large = hp.train_batch_tokens * hp.num_layers * hp.model_dim**2 > 10**10
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return bool(large and shutil.which("g++") and headers.exists())
 
 
 Forward = Callable[[Tensor, Tensor], Tensor]  # of a batch's inputs and targets: the NLL
+GRAPHS = 64  # shapes of a batch that a model may be compiled for; PyTorch's own limit is 8
 
 
-def later(number: Tensor) -> Callable[[], float]:
-    """A function that gives a number on the device, without waiting for what follows it there."""
-    host = number.to("cpu", non_blocking=number.is_cuda)
-    if not number.is_cuda:
-        return host.item
-    event = torch.cuda.Event()
-    event.record()
-    return lambda: (event.synchronize(), host.item())[1]
+def compile_model(model: GPT) -> Forward:
+    """Compile a model, for a batch of any shape when it first comes."""
+    torch._dynamo.config.recompile_limit = GRAPHS
+    return torch.compile(model, dynamic=False, fullgraph=True)
 
 
 # PyTorch first tries the kernel that is asked for, then these in turn. FlashAttention 3 and 4 are
@@ -1467,18 +1501,22 @@ ATTENTION_ERROR = 0.03  # at any position, of its norm; rounding to bf16 makes u
 
 
 def choose_attention(run: Run) -> str:
-    """Point scaled_dot_product_attention at the kernel that ATTENTION names, or at the fastest that
-    runs here, and is right; its name. Raises UserError if there is none."""
-    head_dim, problem = run.hp.model_dim // run.hp.num_heads, ""
+    """Use the kernel that ATTENTION names, or the fastest that runs here and is right; its name.
+
+    Raises UserError if there is none.
+    """
     place = run.device.type if run.dtype == torch.bfloat16 else "fp32"
-    major = torch.cuda.get_device_capability()[0] if place == "cuda" else 0
-    fastest = (*FASTEST.get(major, ("amx",)), "sdpa")
-    for kernel in fastest if run.hp.attention == "auto" else (run.hp.attention,):
+    names = [run.hp.attention]
+    if run.hp.attention == "auto":
+        major = torch.cuda.get_device_capability()[0] if place == "cuda" else 0
+        names = [*FASTEST.get(major, ("amx",)), "sdpa"]
+    problem = ""
+    for kernel in names:
         needs = {"sdpa": place, "amx": "cpu"}.get(kernel, "cuda")
         with contextlib.ExitStack() as undo:
             try:
                 require(place == needs, f"needs DEVICE={needs} and DTYPE=bf16")
-                use_kernel(kernel, head_dim, run, undo)
+                use_kernel(kernel, run, undo)
             except Exception as error:  # a missing package, or one built for another machine
                 problem = str(error)
                 continue
@@ -1492,30 +1530,41 @@ def choose_attention(run: Run) -> str:
     raise UserError(f"ATTENTION={run.hp.attention}: {problem}")
 
 
-def use_kernel(kernel: str, head_dim: int, run: Run, undo: contextlib.ExitStack) -> None:
+def use_kernel(kernel: str, run: Run, undo: contextlib.ExitStack) -> None:
     """Let PyTorch use a kernel until `undo`. Raises an Exception if it does not."""
     if kernel == "amx":
+        head_dim = run.hp.model_dim // run.hp.num_heads
         importlib.import_module("amx_attention").activate(head_dim)
     if kernel in ("fa3", "fa4"):
         torch.nn.attention.activate_flash_attention_impl(kernel.upper())
         undo.callback(torch.nn.attention.restore_flash_attention_impl)
     if kernel in KERNELS:
         attention_backend(run)  # PyTorch sets its own order at the first question, over any other
-        order = sorted(BACKENDS, key=lambda name: name != KERNELS[kernel])
-        undo.enter_context(sdpa_kernel([getattr(SDPBackend, n) for n in order], set_priority=True))
+        wanted = KERNELS[kernel]
+        order = [wanted, *(name for name in BACKENDS if name != wanted)]
+        backends = [getattr(SDPBackend, name) for name in order]
+        undo.enter_context(sdpa_kernel(backends, set_priority=True))
         taken = attention_backend(run)
-        require(taken == order[0], f"PyTorch takes {taken} for this model")
+        require(taken == wanted, f"PyTorch takes {taken} for this model")
 
 
 def attention_inputs(run: Run) -> list[Tensor]:
-    """Random q, k and v of one sequence, (1, H, T, Dh), and a gradient of their result, strided as
-    the model's; T is from 2 to 2048."""
-    hp, random = run.hp, torch.Generator().manual_seed(0)
-    T, head_dim = min(max(hp.train_seq_len, 2), 2048), hp.model_dim // hp.num_heads
-    counts = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads, hp.num_heads)
-    made = [torch.randn(1, T, heads, head_dim, generator=random) for heads in counts]
-    q, k, v, grad = (x.to(run.device, run.dtype).transpose(1, 2) for x in made)
-    return [q.contiguous(), k.contiguous(), v, grad]
+    """Make random q, k, v of one sequence, (1, H, T, Dh), and a gradient of their result.
+
+    They are strided as the model's; T is from 2 to 2048.
+    """
+    hp = run.hp
+    random = torch.Generator().manual_seed(0)
+    T = min(max(hp.train_seq_len, 2), 2048)
+    head_dim = hp.model_dim // hp.num_heads
+
+    def made(heads: int) -> Tensor:
+        x = torch.randn(1, T, heads, head_dim, generator=random)
+        return x.to(run.device, run.dtype).transpose(1, 2)
+
+    q = made(hp.num_heads).contiguous()
+    k = made(hp.num_kv_heads).contiguous()
+    return [q, k, made(hp.num_kv_heads), made(hp.num_heads)]
 
 
 def attention_backend(run: Run) -> str:
@@ -1526,8 +1575,10 @@ def attention_backend(run: Run) -> str:
 
 
 def attention_problem(run: Run) -> str:
-    """Compare attention and its gradients, at each position, with plain products in fp32: what is
-    wrong, or nothing. Kernels have been wrong at a few lengths alone (PyTorch issue 196678)."""
+    """Compare attention and its gradients with plain products in fp32: what is wrong, or nothing.
+
+    Each position is compared: kernels have been wrong at a few alone (PyTorch issue 196678).
+    """
     *inputs, grad = attention_inputs(run)
 
     def results(dtype: torch.dtype) -> list[Tensor]:
@@ -1543,164 +1594,96 @@ def attention_problem(run: Run) -> str:
         exact = results(torch.float32)
     for name, a, b in zip(("result", "dq", "dk", "dv"), ours, exact, strict=True):
         errors = (a.float() - b).norm(dim=(1, 3)) / b.norm(dim=(1, 3))
-        error = float(errors[:, name == "dq" :].max())  # the first query has one key: its dq is 0
+        first = 1 if name == "dq" else 0  # the first query has one key: its dq is 0
+        error = float(errors[:, first:].max())
         if not error < ATTENTION_ERROR:  # or not a number
             return f"wrong here: its {name} is {100 * error:.1f}% from that of plain products"
     return ""
-
-
-# ===================================== CHECKPOINTS =====================================
-# SHA-256, then what torch.save makes of tensors and plain values: loading runs no code.
-
-
-def write_checkpoint(state: dict[str, Any], run: Run) -> None:
-    """Write what `Trainer.state` gave, and delete the oldest. A full disk costs but a warning."""
-    path, buffer = run.dir / checkpoint_name(state["step"]), io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getbuffer()
-    try:
-        atomic_write(path, lambda f: f.writelines((hashlib.sha256(content).digest(), content)))
-    except OSError as error:
-        return run.log(f"warning: no checkpoint of step {state['step']}: {error}")
-    for old in checkpoints(run)[run.hp.save_total_limit :]:
-        old.unlink()
-
-
-def checkpoint_name(step: int) -> str:
-    """The name of the checkpoint of a step."""
-    return f"checkpoint_{step:07d}.pt"
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step that a checkpoint's name tells; 0 if it is no checkpoint's name."""
-    found = re.fullmatch(r"checkpoint_(\d+)\.pt", path.name)
-    return int(found[1]) if found else 0
-
-
-def checkpoints(run: Run) -> list[Path]:
-    """The checkpoints in the run's folder, that of the latest step first. The times of files tell
-    nothing: a copy, a restore or a wrong clock changes them."""
-    found = filter(checkpoint_step, run.dir.glob("checkpoint_*.pt"))
-    return sorted(found, key=checkpoint_step, reverse=True)
-
-
-def set_aside(run: Run, step: int, resumed: Path | None) -> None:
-    """Rename what the training that starts at `step` does not go on from, so that it is neither
-    taken for this training's nor deleted in its place."""
-    ours = resumed and resumed.resolve()
-    later = [p for p in checkpoints(run) if checkpoint_step(p) >= step and p.resolve() != ours]
-    for path in later:
-        path.replace(path.with_name(f"old_{path.name}"))
-    if later:
-        names = ", ".join(path.name for path in later)
-        run.log(
-            f"set aside as old_checkpoint_*.pt, as this training does not go on from it: {names}"
-        )
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint. Raises an Exception of any kind if it is none, or of another step
-    than its name says."""
-    content = memoryview(path.read_bytes())
-    require(hashlib.sha256(content[32:]).digest() == content[:32], "truncated or damaged")
-    state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-    step = checkpoint_step(path)
-    require(step in (0, state["step"]), f"it holds step {state['step']}")
-    return {**state, "settings": {**state["settings"]}}
-
-
-def find_checkpoint(run: Run, stream: TokenStream) -> dict[str, Any] | None:
-    """The state that RESUME asks for; None if that is auto, and there is none. Raises UserError if
-    it cannot be read, or was made under settings, or with training data, that matter."""
-    hp, auto, state = run.hp, run.hp.resume == "auto", None
-    for path in checkpoints(run) if auto else [Path(hp.resume)]:
-        try:
-            state = read_checkpoint(path)
-            break
-        except Exception as error:  # crafted content can raise anything
-            require(auto, f"{path}: not a checkpoint: {error}")
-            run.log(f"warning: {path}: not a checkpoint: {error}; trying the one before it")
-    if state is None:
-        return run.log("resume:auto no checkpoint; starting at step 0")
-    grave, whole = check_origin(state, path, run, stream), state.get("whole", True)
-    run.end = path if auto and not whole else None
-    exported = (run.dir / "final_model.artifact").exists()
-    if state.get("stop") == signal.SIGUSR1 and not grave and not (whole and exported):
-        run.ask_to_stop(signal.SIGUSR1)  # training had been ended; what is left is the export
-    return state | {"path": path}
-
-
-def check_origin(state: dict[str, Any], path: Path, run: Run, stream: TokenStream) -> str:
-    """Log what differs from the settings and data that a checkpoint was made with; of that, what
-    changes the result. Raises UserError if the run may not go on from it."""
-    stream.identifying.join()
-    then, now = state["settings"], setting_texts(run.hp) | {"DATA": stream.identity}
-    if not then.get("DATA"):
-        run.log(f"warning: {path}: not known with what training data it was made")
-        then["DATA"] = now["DATA"]
-    changed = {n: f"\n  {n}={then.get(n)}, now {now[n]}" for n in now if then.get(n) != now[n]}
-    grave = "".join(line for name, line in changed.items() if name not in NEUTRAL_SETTINGS)
-    advice = "other settings made it, set them back or set RESUME_CHANGED=1"
-    require(not grave or run.hp.resume_changed, f"{path}: {advice}:{grave}")
-    over = "it has no optimizer state: its training was over, and only its settings can finish it"
-    require(state.get("whole", True) or not grave, f"{path}: {over}{grave}")
-    run.log(f"resume:{path} step:{state['step']}{''.join(changed.values())}")
-    return grave
 
 
 # ===================================== TRAINING =====================================
 AHEAD = {"cuda": 2}  # steps that the host asks for, at most, before the device has done them
 
 
-def place(sizes: dict[str, int], parts: int) -> tuple[dict[str, tuple[int, int]], int]:
-    """Divide tensors of these sizes among equal parts of a buffer, each wholly into one: the part
-    of each and its offset in the buffer, and the width of a part, whose last element stays free."""
-    loads, places = [0] * parts, {}
+def divide(sizes: dict[str, int], ranks: int) -> tuple[dict[str, tuple[int, int]], int]:
+    """Divide tensors of these sizes among equal shares of a buffer, each wholly into one.
+
+    Returns the owner of each and its offset in the owner's share, and the width of a share, whose
+    last element stays free.
+    """
+    loads = [0] * ranks
+    places = {}
     for name in sorted(sizes, key=sizes.get, reverse=True):
-        part = loads.index(min(loads))
-        places[name] = part, loads[part]
-        loads[part] += math.ceil(sizes[name] / 64) * 64  # aligned for vector instructions
-    width = max(loads) + 64
-    return {name: (part, part * width + at) for name, (part, at) in places.items()}, width
+        owner = loads.index(min(loads))
+        places[name] = (owner, loads[owner])
+        loads[owner] += math.ceil(sizes[name] / 64) * 64  # aligned for vector instructions
+    return places, max(loads) + 64
+
+
+def later(number: Tensor) -> Callable[[], float]:
+    """Return a function that gives a number on the device, without waiting for later work there."""
+    host = number.to("cpu", non_blocking=number.is_cuda)
+    if not number.is_cuda:
+        return host.item
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait() -> float:
+        event.synchronize()
+        return host.item()
+
+    return wait
 
 
 class Trainer:
-    """The model, its optimizers, and its gradients on one rank. Weights are views of one buffer,
-    gradients of another. With ZERO_LEVEL=1 (ZeRO, arXiv 1910.02054) these have a part a rank, which
-    sums the gradients of it alone and updates its weights. A part's last element is the loss."""
+    """Train a model: its data, gradients and optimizers on one rank.
+
+    Each rank owns a share of the parameters (ZeRO, arXiv 1910.02054), each of them whole. The
+    weights of all shares are one buffer, fp32 (ranks, width), and so are the gradients; parameters
+    are views of these. A rank sums the gradients of its share over the ranks (reduce-scatter),
+    updates its share, and hands it to all (all-gather). The last gradient of a share is the loss.
+    """
 
     def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
-        self.model, self.forward, self.stream, self.run = model, forward, stream, run
+        self.model = model
+        self.forward = forward
+        self.stream = stream
+        self.run = run
         self.params = dict(model.named_parameters())
-        self.parts, self.part = (run.world_size, run.rank) if run.hp.zero_level else (1, 0)
-        self.places, width = place({n: p.numel() for n, p in self.params.items()}, self.parts)
-        self.weights, self.grads = torch.zeros(2, self.parts, width, device=run.device)
+        sizes = {name: p.numel() for name, p in self.params.items()}
+        self.places, width = divide(sizes, run.world_size)
+        self.weights = torch.zeros(run.world_size, width, device=run.device)
+        self.grads = torch.zeros_like(self.weights)
         for name, p in self.params.items():
-            data, p.grad = (self.view(name, buffer) for buffer in (self.weights, self.grads))
-            p.data = data.copy_(p.detach())
-        self.average = self.weights.clone() if run.hp.ema_decay else None
-        ours = {n: p for n, p in self.params.items() if self.places[n][0] == self.part}
-        self.optimizers = build_optimizers(ours, run)
-        self.tensors = {name: {"weights": self.view(name, self.weights)} for name in self.params}
-        for name, tensors in self.tensors.items():
-            tensors |= {} if self.average is None else {"average": self.view(name, self.average)}
-            for optimizer in self.optimizers:
-                tensors |= optimizer.state.get(self.params[name], {})
-        self.bad_in_a_row, self.late = torch.zeros((), device=run.device), []
+            owner, _ = self.places[name]
+            weight = self.within(name, self.weights[owner])
+            p.data = weight.copy_(p.detach())
+            p.grad = self.within(name, self.grads[owner])
+        self.share = self.weights[run.rank]
+        self.average = self.share.clone() if run.hp.ema_decay else None
+        self.owned = {n: p for n, p in self.params.items() if self.places[n][0] == run.rank}
+        self.optimizers = build_optimizers(self.owned, run)
+        self.bad_in_a_row = torch.zeros((), device=run.device)
+        self.late: list[tuple[int, Callable[[], float], list[Tensor]]] = []
         self.feed_from(0)
 
-    def view(self, name: str, buffer: Tensor) -> Tensor:
-        """The part of a buffer that belongs to a parameter."""
-        p, at = self.params[name], self.places[name][1]
-        return buffer.view(-1)[at : at + p.numel()].view_as(p)
+    def within(self, name: str, share: Tensor) -> Tensor:
+        """View the part of its owner's share that belongs to a parameter."""
+        p = self.params[name]
+        _, offset = self.places[name]
+        return share[offset : offset + p.numel()].view_as(p)
 
     def feed_from(self, step: int) -> None:
         """Read the batches from a step on."""
-        self.feed, self.upcoming = batches(self.stream, self.run, step), None
+        self.feed = batches(self.stream, self.run, step)
+        self.upcoming: list[Tensor] | None = None
 
     def fetch(self) -> None:
-        """Have the next batch ready. If it cannot be read, as when a shard has been removed, all
-        ranks are asked to stop: the steps before it are not lost."""
+        """Have the next batch ready.
+
+        If it cannot be read, as when a shard has been removed, all ranks are asked to stop: the
+        steps before it are not lost.
+        """
         self.upcoming = None
         try:
             self.upcoming = next(self.feed, None)  # it ends after an error
@@ -1708,397 +1691,279 @@ class Trainer:
             self.run.fail(f"the training data cannot be read any more: {error}")
 
     def step(self, step: int, elapsed: float, dry: bool = False) -> Tensor:
-        """Update the weights from the next global batch; its mean loss in nats, fp32 (). If `dry`,
-        or loss or gradient is not finite, only `bad_in_a_row` changes; no rank waits to know."""
+        """Update the weights from the next global batch; its mean loss in nats, fp32 ().
+
+        If `dry`, or if loss or gradient is not finite, only `bad_in_a_row` changes. No rank waits
+        to know that.
+        """
         hp = self.run.hp
+        self.accumulate()
+        grads = self.grads[self.run.rank]
+        square = self.reduce(grads)
+        loss = grads[-1].clone()
+        bad = ~(square + loss).isfinite() | dry
+        if hp.grad_clip_norm:
+            grads *= (hp.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        grads.masked_fill_(bad, 0)
+        self.update(step, elapsed, bad)
+        gathering = self.gather()
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
+        self.late.append((step, later(self.bad_in_a_row), self.batch))
+        self.fetch()  # meanwhile, the ranks exchange weights
+        if gathering:
+            gathering.wait()
+        return loss
+
+    def accumulate(self) -> None:
+        """Add up loss and gradients over the micro-batches of this rank."""
         self.grads.zero_()
         if self.upcoming is None:
             self.fetch()
         require(self.upcoming is not None, self.run.problem)
         self.batch = self.upcoming
         for inputs, targets in self.batch:
-            loss = self.forward(inputs, targets).sum() / hp.train_batch_tokens
+            loss = self.forward(inputs, targets).sum() / self.run.hp.train_batch_tokens
             loss.backward()
             self.grads[:, -1] += loss.detach()
-        ours = self.grads[self.part]
-        square = self.reduce(ours)
-        loss = ours[-1].clone()
-        bad = ~(square + loss).isfinite() | dry
-        if hp.grad_clip_norm:
-            ours *= (hp.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
-        ours.masked_fill_(bad, 0)
-        ramp = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
-        momentum = (1 - ramp) * hp.muon_momentum_warmup_start + ramp * hp.muon_momentum
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group.update(lr=group["base_lr"] * lr_scale(hp, step, elapsed), momentum=momentum)
-            optimizer.found_inf, optimizer.grad_scale = bad.float(), None
-            optimizer.step()
-        if self.parts > 1:
-            dist.all_gather([*self.weights], self.weights[self.part].clone())
-        if self.average is not None:  # e ← d·e + (1 - d)·w
-            self.average.lerp_(self.weights, (1 - hp.ema_decay) * (~bad).float())
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
-        self.late.append((step, later(self.bad_in_a_row), self.batch))
-        self.fetch()
-        return loss
 
-    def reduce(self, ours: Tensor) -> Tensor:
-        """Sum our part of the gradients over the ranks; the square of the norm of all parts."""
-        if self.parts > 1:
-            total = torch.empty_like(ours)
+    def reduce(self, grads: Tensor) -> Tensor:
+        """Sum the gradients of the own share over the ranks; the square of the norm of all."""
+        if self.run.world_size > 1:
+            total = torch.empty_like(grads)
             dist.reduce_scatter(total, [*self.grads])
-            ours.copy_(total)
-        elif self.run.world_size > 1:
-            dist.all_reduce(ours)
-        square = ours[:-1].norm() ** 2
-        if self.parts > 1:
+            grads.copy_(total)
+        square = grads[:-1].norm() ** 2
+        if self.run.world_size > 1:
             dist.all_reduce(square)
         return square
+
+    def update(self, step: int, elapsed: float, bad: Tensor) -> None:
+        """Let the optimizers update the own share, and move its average: e ← d·e + (1 - d)·w."""
+        hp = self.run.hp
+        scale = lr_scale(hp, step, elapsed)
+        momentum = muon_momentum(hp, step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group.update(lr=group["base_lr"] * scale, momentum=momentum)
+            optimizer.found_inf = bad.float()
+            optimizer.grad_scale = None
+            optimizer.step()
+        if self.average is not None:
+            self.average.lerp_(self.share, (1 - hp.ema_decay) * (~bad).float())
+
+    def gather(self) -> dist.Work | None:
+        """Begin to hand the own share of the weights to all ranks."""
+        if self.run.world_size == 1:
+            return None
+        return dist.all_gather([*self.weights], self.share.clone(), async_op=True)
+
+    def finish(self) -> None:
+        """Put the average in the place of the weights: what is exported is what is validated."""
+        if self.average is not None:
+            self.share.copy_(self.average)
+            if gathering := self.gather():
+                gathering.wait()
 
     def look_back(self, delay: int) -> None:
         """Log skipped steps, `delay` steps late; raise UserError after MAX_BAD_STEPS in a row."""
         while len(self.late) > delay:
             step, number, batch = self.late.pop(0)
-            if count := int(number()):
-                line = f"skipped_step:{step} loss or gradient not finite, {count} in a row"
-                self.run.log(line, "skipped_step", step=step, in_a_row=count)
-                if count >= self.run.hp.max_bad_steps:
-                    rates = sorted({g["lr"] for o in self.optimizers for g in o.param_groups})
-                    last = next(iter(checkpoints(self.run)), "none")
-                    what = f"first: {self.diagnose(batch)}; learning rates {rates}"
-                    raise UserError(f"{line}; {what}; checkpoint: {last}")
-
-    def diagnose(self, batch: list[Tensor]) -> str:
-        """What is not finite in a batch: a weight, or the first activation or gradient."""
-        found = [f"weight {n}" for n, p in self.params.items() if not p.isfinite().all()]
-
-        def look(name: str, _: nn.Module, inputs: Any, output: Tensor) -> None:
-            found.extend([f"output of {name or 'the model'}"] * (not output.isfinite().all()))
-
-        for name, module in self.model.named_modules():
-            module.register_forward_hook(functools.partial(look, name))
-        self.grads.zero_()
-        for inputs, targets in batch:
-            self.model(inputs, targets).sum().backward()
-        backwards = reversed(self.params.items())
-        found += [f"gradient of {n}" for n, p in backwards if not p.grad.isfinite().all()]
-        return found[0] if found else f"nothing in the batch of rank {self.run.rank}"
-
-    def state(self, step: int, elapsed: float, whole: bool = True) -> dict[str, Any]:
-        """A copy of all that the rest of the run depends on; on rank 0, of all parts. Unless it is
-        to be `whole`, the optimizers' state is left out: nothing needs it after the last step."""
-        params = {}
-        for name in self.params:
-            if self.places[name][0] == self.run.rank:
-                tensors = self.tensors[name].items()
-                kept = {k: t for k, t in tensors if whole or k in ("weights", "average")}
-                params[name] = {k: t.detach().cpu().clone() for k, t in kept.items()}
-        if self.parts > 1:
-            shares = [{}] * self.parts if self.part == 0 else None
-            dist.gather_object(params, shares)
-            params = {name: t for share in shares or [] for name, t in share.items()}
-        settings = setting_texts(self.run.hp) | {"DATA": self.stream.identity}
-        progress = {"step": step, "elapsed": elapsed, "stop": int(self.run.stop), "whole": whole}
-        random = torch.get_rng_state()
-        return {**progress, "random": random, "settings": settings, "params": params}
-
-    def resume(self, state: dict[str, Any] | None) -> tuple[int, float]:
-        """Go on from rank 0's state, if it has one: the step, and the seconds trained so far."""
-        given = [state]
-        if self.run.world_size > 1:
-            dist.broadcast_object_list(given)
-        if not (state := given[0]):
-            return 0, 0.0
-        theirs = {name: kept["weights"].shape for name, kept in state["params"].items()}
-        ours = {name: p.shape for name, p in self.params.items()}
-        require(theirs == ours, "RESUME: the checkpoint is of a model of another shape")
-        for name, kept in state["params"].items():
-            for key, t in self.tensors[name].items():
-                # An average that was not kept then starts as the weights.
-                missing = kept["weights"] if key == "average" else t
-                t.detach().copy_(kept.get(key, missing))
-        torch.set_rng_state(state["random"])
-        self.feed_from(state["step"])
-        return state["step"], state["elapsed"]
+            count = int(number())
+            if count == 0:
+                continue
+            line = f"skipped_step:{step} loss or gradient not finite, {count} in a row"
+            self.run.log(line, "skipped_step", step=step, in_a_row=count)
+            if count >= self.run.hp.max_bad_steps:
+                raise UserError(f"{line}; {self.run.keeper.diagnose(self, batch)}")
 
     def prime(self) -> None:
-        """Take WARMUP_STEPS steps that compile every kernel and change nothing. Where the memory
-        does not suffice, halve the micro-batches: sums over a batch stay the same."""
-        step, planned = 0, self.run.forward_rows
+        """Take WARMUP_STEPS steps that compile every kernel and change nothing."""
+        step = 0
         with torch.random.fork_rng(devices=[]):
             while step < self.run.hp.warmup_steps:
-                if problem := self.dry_step(step):
-                    self.halve(problem, step)
-                else:
+                try:
+                    self.step(step, 0.0, dry=True)
                     step += 1
-        rows = torch.tensor(self.run.forward_rows)
-        if self.run.world_size > 1:  # validation, too, is divided by it
-            dist.all_reduce(rows, dist.ReduceOp.MIN)
-        if rows < planned:
-            self.run.forward_rows = int(rows)
-            self.run.log(f"out of memory: going on with {rows} sequences at a time")
-        self.bad_in_a_row, self.late = self.bad_in_a_row * 0, []
+                except RuntimeError as error:
+                    self.run.keeper.retry(self, step, error)
+        self.run.keeper.primed(self)
+        self.bad_in_a_row.zero_()
+        self.late.clear()
         self.feed_from(0)
-
-    def dry_step(self, step: int) -> str:
-        """Take a step that changes nothing: the error's text if the memory did not suffice."""
-        try:
-            self.step(step, 0.0, dry=True)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                return str(error)
-            if not isinstance(self.forward, Compiled):
-                raise
-            self.forward.give_up(error)  # its gradient cannot be compiled
-            self.feed_from(step)
-        else:
-            return ""
-        return self.dry_step(step)
-
-    def halve(self, problem: str, step: int) -> None:
-        """Go on from a step with micro-batches of half the size. Raises UserError if that is 0."""
-        self.run.forward_rows = self.batch[0].size(1) // 2
-        require(self.run.forward_rows, f"out of memory with a single sequence: {problem}")
-        self.feed_from(step)
-        free_memory(self.run.device)
 
 
 def report(event: str, losses: dict[str, float], step: int, elapsed: float, run: Run) -> None:
     """Log the losses of a step, `elapsed` seconds into training."""
     values = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
-    ms, rate = 1e3 * elapsed, step * run.hp.train_batch_tokens / max(elapsed, 1e-9)
+    ms = 1e3 * elapsed
+    rate = step * run.hp.train_batch_tokens / max(elapsed, 1e-9)
     times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms tok_s:{rate:.0f}"
-    times_event = {"step": step, "train_time_ms": ms, "tokens_per_second": rate}
     line = f"step:{step}/{run.hp.iterations} {values} {times}"
-    run.log(line, event, **times_event, **losses)
+    run.log(line, event, step=step, train_time_ms=ms, tokens_per_second=rate, **losses)
 
 
 def train(
     trainer: Trainer, val: Validation, run: Run, step: int, elapsed: float
 ) -> tuple[int, float]:
-    """Train from `step` on until ITERATIONS, the wallclock cap by rank 0's clock, or a signal: the
-    last step, and the seconds. The clock stands in validation, and while a checkpoint is copied to
-    be written beside the steps. With SAVE_EVERY=0 the end of training is kept in one too, without
-    the optimizers' state: if what follows fails, RESUME=auto repeats that alone."""
-    hp, start, saved, writing = run.hp, run.clock(synchronize=True) - elapsed, step, None
-    with ThreadPoolExecutor(1) as writer:
-        while True:
-            capped = 0 < hp.max_wallclock_seconds <= elapsed
-            last = capped or step >= hp.iterations or run.stop == signal.SIGUSR1
-            if last and run.stop == FAILED:
-                run.recover()  # no more data is needed
-            due = last or (hp.save_every and step % hp.save_every == 0)
-            if (due or run.stopped) and step > saved:
-                elapsed, saved = run.clock(synchronize=True) - start, step
-                trainer.look_back(0)
-                if run.rank == 0 and not run.stopped:
-                    trainer.stream.identifying.join()
-                whole = bool(hp.save_every) or not last
-                run.end = run.dir / checkpoint_name(step) if not whole else None
-                state = trainer.state(step, elapsed, whole)
-                if run.rank == 0:
-                    writing = writing and writing.result()
-                    writing = writer.submit(write_checkpoint, state, run)
-                start = run.clock() - elapsed
-            if run.stopped or last:
-                break
-            if hp.val_loss_every and step % hp.val_loss_every == 0:
-                elapsed = run.clock(synchronize=True) - start
-                trainer.look_back(0)
-                report("val", score(trainer.forward, val, run)[1], step, elapsed, run)
-                start = run.clock(synchronize=True) - elapsed
-            loss = trainer.step(step, elapsed)
-            step += 1
-            early = step <= 10
-            logged = hp.train_log_every and (early or step % hp.train_log_every == 0)
-            trainer.look_back(0 if early or logged else AHEAD.get(run.device.type, 0))
-            # The device will have done all steps by then, if it keeps its mean pace.
-            elapsed = (run.clock() - start) * step / (step - len(trainer.late))
-            if logged:
-                report("train", {"train_loss": loss.item()}, step, elapsed, run)
-        trainer.look_back(0)
-    return step, elapsed
+    """Train from `step` on until ITERATIONS, the wallclock cap, or a signal.
 
-
-def keep_room(run: Run, model: GPT) -> Path:
-    """Take room on the disk for artifact and raw weights, until they are written: a disk that gets
-    full in hours of training must not cost them. Raises UserError if there is none now."""
-    room = run.dir / ".room.partial"
-    need = 2**16 + 6 * sum(p.numel() for p in model.parameters())  # at most 2 + 4 bytes each
-    with open(room, "wb") as file:
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, need)
-            else:
-                file.write(bytes(need))
-                file.flush()
-            problem = ""
-        except OSError as error:
-            too_little = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            problem = error.strerror if too_little else ""  # others: this disk cannot promise room
-            file.truncate(0)
-    if problem:
-        room.unlink()
-        free = shutil.disk_usage(run.dir).free
-        what = f"artifact and weights need up to {need} bytes, {free} are free"
-        raise UserError(f"{run.dir}: {problem}: {what}; make room there, or set OUT_DIR")
-    return room
-
-
-def export(model: GPT, run: Run, room: Path) -> None:
-    """Write artifact and raw weights, each even if the other cannot be. Raises UserError that says
-    how to go on."""
-    raw = io.BytesIO()  # torch.save would hide what the disk says
-    torch.save({name: w.cpu().clone() for name, w in model.state_dict().items()}, raw)
-    room.unlink(missing_ok=True)
-    contents = {
-        "final_model.artifact": lambda file: file.write(fit_artifact(model, run)),
-        "final_model.pt": lambda file: file.write(raw.getbuffer()),
-    }
-    written, problems = [path.name for path in checkpoints(run)[:1]], []
-    for name, write in contents.items():
-        try:
-            atomic_write(run.dir / name, write)
-            written.append(name)
-        except (OSError, UserError) as error:
-            problems.append(f"{name}: {error}")
-    free = f"{shutil.disk_usage(run.dir).free} bytes are free in {run.dir}"
-    advice = f"put it right, and finish with {how_to_go_on(run)}"
-    kept = f"kept: {', '.join(written) or 'nothing'}"
-    what = f"training is over, but its result is not all written: {'; '.join(problems)}"
-    require(not problems, f"{what}; {kept}; {free}; {advice}")
-
-
-def how_to_go_on(run: Run) -> str:
-    """The settings that let a run go on from its newest checkpoint."""
-    return f"RUN_ID={shlex.quote(run.dir.name)} RESUME=auto"
-
-
-def prepare(trainer: Trainer, run: Run) -> tuple[dict[str, Any] | None, Path]:
-    """Before training, on rank 0: the state to resume, if any, and the room kept on the disk."""
-    trainer.stream.identify()
-    forecast(trainer.model, run)
-    state = find_checkpoint(run, trainer.stream) if run.hp.resume else None
-    set_aside(run, state["step"] if state else 0, state and state.pop("path"))
-    return state, keep_room(run, trainer.model)
-
-
-def log_data(stream: TokenStream, run: Run) -> None:
-    """Log how much training data there is, and how often it will be read."""
+    Returns the last step and the seconds of training. Rank 0's clock counts, and stands in
+    validation and while a checkpoint is copied.
+    """
     hp = run.hp
-    run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
-    planned = hp.iterations * hp.train_batch_tokens / stream.total
-    line = f"epochs_planned:{planned:.2f}"
-    if planned >= 2:
-        line += f" warning: each training token is read {planned:.1f} times"
-        if hp.max_wallclock_seconds:
-            line += " at most; MAX_WALLCLOCK_SECONDS may end it before"
-    run.log(line)
+    start = run.clock(synchronize=True) - elapsed
+    while True:
+        capped = 0 < hp.max_wallclock_seconds <= elapsed
+        last = capped or step >= hp.iterations or run.stop == FINISH
+        if last and run.stop == FAILED:
+            run.recover()  # no more data is needed
+        if last or run.stopped or run.keeper.is_due(step):
+            elapsed = run.clock(synchronize=True) - start
+            trainer.look_back(0)
+            run.keeper.save(trainer, step, elapsed, last)
+            start = run.clock() - elapsed
+        if last or run.stopped:
+            return step, elapsed
+        if hp.val_loss_every and step % hp.val_loss_every == 0:
+            elapsed = run.clock(synchronize=True) - start
+            trainer.look_back(0)
+            _, losses = score(trainer.forward, val, run)
+            report("val", losses, step, elapsed, run)
+            start = run.clock(synchronize=True) - elapsed
+        loss = trainer.step(step, elapsed)
+        step += 1
+        early = step <= 10
+        logged = hp.train_log_every and (early or step % hp.train_log_every == 0)
+        trainer.look_back(0 if early or logged else AHEAD.get(run.device.type, 0))
+        # The device will have done all steps by then, if it keeps its mean pace.
+        elapsed = (run.clock() - start) * step / (step - len(trainer.late))
+        if logged:
+            report("train", {"train_loss": loss.item()}, step, elapsed, run)
 
 
-def log_end(stream: TokenStream, run: Run, step: int, elapsed: float) -> None:
-    """Log why training ended before ITERATIONS, how often the data was read if over once, and the
-    memory of a GPU that it took."""
-    why = "wallclock_cap" * (step < run.hp.iterations)
-    if run.stop:
-        why = signal.Signals(run.stop).name if run.stop < FAILED else "failure"
-    if why:
-        run.log(f"stopping_early: {why} train_time:{1e3 * elapsed:.0f}ms step:{step}")
-    epochs = step * run.hp.train_batch_tokens / stream.total
-    if epochs > 1:
-        run.log(f"epochs:{epochs:.2f}")
-    if run.device.type == "cuda":
-        allocated = torch.cuda.max_memory_allocated() >> 20
-        reserved = torch.cuda.max_memory_reserved() >> 20
-        run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+def export(model: GPT, run: Run) -> None:
+    """Write the artifact and the raw weights. Raises UserError or OSError."""
+    # Copies: weights are views of one buffer. And on a CPU, any machine reads them.
+    weights = {name: w.cpu().clone() for name, w in model.state_dict().items()}
+    raw = io.BytesIO()  # torch.save would hide what the disk says
+    torch.save(weights, raw)
+    run.keeper.write(
+        {
+            run.dir / "final_model.artifact": lambda file: file.write(fit_artifact(model, run)),
+            run.dir / "final_model.pt": lambda file: file.write(raw.getbuffer()),
+        }
+    )
 
 
-def train_and_export(trainer: Trainer, val: Validation, run: Run) -> Path:
-    """Train, and write raw weights and artifact, whose path it is; after a signal, a checkpoint."""
-    model, stream = trainer.model, trainer.stream
-    log_data(stream, run)
-    with contextlib.ExitStack() as at_end:
-        resumed, room = run.on_first(lambda: prepare(trainer, run)) or (None, None)
-        if room:
-            at_end.callback(room.unlink, missing_ok=True)
-        trainer.prime()
-        step, elapsed = train(trainer, val, run, *trainer.resume(resumed))
-        log_end(stream, run, step, elapsed)
-        if run.stopped:
-            run.log(f"to go on: {how_to_go_on(run)}")
-            run.clock()  # no rank leaves, and lets a launcher end the others, before all is written
-            require(run.stop != FAILED, run.problem)
-            return Path()
-        if trainer.average is not None:  # what is exported is what is validated
-            trainer.weights.copy_(trainer.average)
-        run.on_first(lambda: export(model, run, room))
-    report("val", score(trainer.forward, val, run)[1], step, elapsed, run)
-    return run.dir / "final_model.artifact"
+def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
+    """Train, and write artifact and raw weights; if a signal asks for it, a checkpoint instead."""
+    keeper = run.keeper
+    keeper.prepare(trainer)
+    trainer.prime()
+    step, elapsed = train(trainer, val, run, *keeper.resume(trainer))
+    keeper.trained(trainer, step, elapsed)
+    require(run.stop != FAILED, run.problem)
+    if run.stopped:
+        return
+    trainer.finish()
+    run.on_first(lambda: export(trainer.model, run))
+    _, losses = score(trainer.forward, val, run)
+    report("val", losses, step, elapsed, run)
 
 
 # ===================================== MAIN =====================================
 
 
-def main(arguments: list[str]) -> int | None:
-    """Train, export and score a model, or only score one; the exit code if a signal ended it."""
+def score_artifact(path: Path, model: GPT, forward: Forward, val: Validation, run: Run) -> None:
+    """Log the score of an artifact and its size, and write SAVE_NLL.
+
+    The size is checked against ARTIFACT_MAX_BYTES. Raises UserError.
+    """
+    if run.rank == 0:
+        _, weights = load_artifact(path, run.hp)
+        model.load_state_dict(weights)
+    if run.world_size > 1:
+        for p in model.parameters():
+            dist.broadcast(p.detach(), 0)
+    nll, final = score(forward, val, run)
+    if run.rank > 0:
+        return
+    name = scheme(run.hp)
+    text = " ".join(f"{key}:{value:.8f}" for key, value in final.items())
+    run.log(f"final_{name}_roundtrip_exact {text}")
+    code = len(read_once(__file__))
+    size = path.stat().st_size
+    cap = run.hp.artifact_max_bytes
+    sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": cap}
+    line = f"Total submission size {name}: {code + size} bytes ({code} code, {size} artifact)"
+    run.log(line, "final", **final, **sizes)
+    run.keeper.scored()
+    if run.hp.save_nll:
+        save_nll(nll, val, run.hp)
+    require(code + size <= cap, f"{line}, over ARTIFACT_MAX_BYTES={cap}; all is saved")
+
+
+def main(arguments: list[str]) -> int:
+    """Train, export and score a model, or only score one; 0, or the exit code after a signal."""
     require(arguments in ([], ["--help"], ["--settings"]), f"{arguments}: see --help")
     if arguments == ["--help"]:
-        return print(__doc__, settings_table(), sep="\n", flush=True)
+        print(__doc__, keeper_class().help(), sep="\n", flush=True)
+        return 0
     hp = load_settings(os.environ, check_places=not arguments)
     if arguments == ["--settings"]:
-        return print(settings_dotenv(hp), flush=True)
+        print(settings_dotenv(hp), flush=True)
+        return 0
     artifact = Path(hp.artifact)
-    run = Run(load_artifact(artifact, hp)[0] if hp.eval_only else hp)
-    stream = None if hp.eval_only else TokenStream("train", run)
+    if hp.eval_only:
+        hp, _ = load_artifact(artifact, hp)
+    run = Run(hp)
+    try:
+        return do_run(run, artifact)
+    finally:
+        run.keeper.close()
+
+
+def do_run(run: Run, artifact: Path) -> int:
+    """Do what a run's settings ask for; 0, or the exit code after a signal."""
+    stream = None if run.hp.eval_only else TokenStream("train", run)
     val = Validation(run)
-    if not hp.eval_only:  # an artifact tells what it was trained with
+    if stream:  # an artifact tells what it was trained with
         run.hp = dataclasses.replace(run.hp, bos=val.bos)
     run.start()
     model = GPT(run.hp, run.dtype).to(run.device)
-    forward = Compiled(model, run) if run.compile else model
+    forward = run.keeper.compiled(model) if run.compile else model
     run.log(val.note)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     if stream:
-        run.listen()
-        artifact = train_and_export(Trainer(model, forward, stream, run), val, run)
+        train_and_export(Trainer(model, forward, stream, run), val, run)
         if run.stopped:
             return 128 + run.stop
-    if run.rank == 0:
-        model.load_state_dict(load_artifact(artifact, hp)[1])
-    for p in model.parameters() if run.world_size > 1 else ():
-        dist.broadcast(p.detach(), 0)
-    nll, final = score(forward, val, run)
-    if run.rank == 0:
-        text, name = " ".join(f"{k}:{v:.8f}" for k, v in final.items()), scheme(run.hp)
-        run.log(f"final_{name}_roundtrip_exact {text}")
-        code, size = len(read_once(__file__)), artifact.stat().st_size
-        cap = hp.artifact_max_bytes
-        sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": cap}
-        line = f"Total submission size {name}: {code + size} bytes ({code} code, {size} artifact)"
-        run.log(line, "final", **final, **sizes)
-        if run.end:
-            run.end.unlink(missing_ok=True)
-        if hp.save_nll:
-            save_nll(nll, val, hp)
-        require(code + size <= cap, f"{line}, over ARTIFACT_MAX_BYTES={cap}; all is saved")
+        artifact = run.dir / "final_model.artifact"
+    score_artifact(artifact, model, forward, val, run)
+    return 0
 
 
-if __name__ == "__main__":
-    any_console(sys.argv[1:])
+def run_program() -> None:
+    """Run `main` as a program: its errors in one line, and its exit code."""
+    keeper = keeper_class()
+    keeper.console(sys.argv[1:])
     try:
         code = main(sys.argv[1:])
         if dist.is_initialized():
             dist.barrier()
-            os._exit(code or 0)  # gloo's threads now and then abort a regular exit
+            os._exit(code)  # gloo's threads now and then abort a regular exit
         sys.exit(code)
     except BrokenPipeError:
-        flush_console()
+        keeper.flush()
         sys.exit(1)  # nobody reads what was asked for
     except (UserError, OSError) as problem:
         # Before they meet, the ranks of a node find the same problems. The first one speaks; the
         # others do if no launcher has ended them by then.
-        flush_console()
+        keeper.flush()
         first = os.environ.get("LOCAL_RANK", "0") in ("", "0")
         time.sleep(0 if first or dist.is_initialized() else 2)
         sys.exit(f"{Path(__file__).name}: error: {problem}" if str(problem) else 1)
+
+
+if __name__ == "__main__":
+    run_program()

@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import REPO
 
+import keeper
 import train_gpt
-from train_gpt import Compiled, Hyperparameters, Run, UserError
+from keeper import Compiled
+from train_gpt import Hyperparameters, Run, UserError
 
 
 def compiled(choice: str, monkeypatch, failure: Exception | None = None) -> Compiled:
@@ -101,7 +103,9 @@ def test_a_gradient_that_cannot_be_compiled_is_found_in_priming(run, monkeypatch
 
 REAL = """
 import torch
-from train_gpt import Compiled, Hyperparameters, Run
+import keeper
+from keeper import Compiled
+from train_gpt import Hyperparameters, Run
 run = Run(Hyperparameters(device="cpu", compile="auto"))
 run.rank = 1
 model = Compiled(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), run)
@@ -123,8 +127,8 @@ def test_a_real_compiler_that_does_not_run(tmp_path):
 
 def test_out_of_memory_is_known_by_its_words():
     words = ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"]
-    assert [train_gpt.is_out_of_memory(RuntimeError(text)) for text in words] == [True, True]
-    assert not train_gpt.is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert [keeper.is_out_of_memory(RuntimeError(text)) for text in words] == [True, True]
+    assert not keeper.is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
 
 
 # ---- graphs: one for each shape of a batch, in training and in scoring

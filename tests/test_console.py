@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import SCRIPT, events, run_main
 
+import keeper
 import train_gpt
 
 
@@ -56,9 +57,9 @@ def test_lines_are_printed_again_once_the_console_can_be_written(monkeypatch, ca
     with open(1, "w", closefd=False) as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         os.dup2(full, 1)
-        train_gpt.say("lost")
+        keeper.Keeper.say("lost")
         os.dup2(console, 1)
-        train_gpt.say("printed")
+        keeper.Keeper.say("printed")
     assert capfd.readouterr().out == "printed\n"
 
 

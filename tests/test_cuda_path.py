@@ -15,6 +15,7 @@ from conftest import REPO, shard_bytes
 from programs import TECHNIQUES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import keeper
 import train_gpt as tg
 
 sys.path.insert(0, str(REPO / "benchmarks"))
@@ -110,21 +111,22 @@ def test_batches_come_to_the_device(trainer):
 
 def test_weights_gradients_and_state_are_fp32_on_the_device(trainer):
     trainer.step(0, 0.0)
-    kept = [t for tensors in trainer.tensors.values() for t in tensors.values()]
-    kept += [p.grad for p in trainer.params.values()]
+    kept = [trainer.weights, trainer.average, *(p.grad for p in trainer.params.values())]
+    states = [keeper.optimizer_state(trainer, p) for p in trainer.params.values()]
+    kept += [t for state in states for t in state.values()]
     assert {(t.device, t.dtype) for t in kept} == {(CUDA, torch.float32)}
-    names = {name for tensors in trainer.tensors.values() for name in tensors}
-    assert names >= {"weights", "average", "momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    names = {name for state in states for name in state}
+    assert names >= {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
 
 
 def test_a_checkpoint_is_of_the_host(trainer):
-    state = trainer.state(0, 0.0)
+    state = keeper.gather_state(trainer, 0, 0.0, whole=True)
     kept = [t for tensors in state["params"].values() for t in tensors.values()]
     assert {t.device.type for t in kept} == {"cpu"}
 
 
 def test_a_resumed_state_comes_to_the_device(trainer):
-    trainer.resume(trainer.state(3, 1.0))
+    keeper.restore_state(trainer, keeper.gather_state(trainer, 3, 1.0, whole=True))
     assert {p.device for p in trainer.params.values()} == {CUDA}
 
 
@@ -150,7 +152,7 @@ def test_the_peak_of_memory_is_logged(trainer, cuda_run, monkeypatch):
     monkeypatch.setattr(cuda_run, "log", lambda line, *_: lines.append(line))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10184 * 2**20 + 5)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10588 * 2**20)
-    tg.log_end(trainer.stream, cuda_run, 8, 1.0)
+    cuda_run.keeper.trained(trainer, 8, 1.0)
     assert lines[-1] == "peak memory allocated: 10184 MiB reserved: 10588 MiB"
 
 

@@ -293,7 +293,7 @@ def test_eval_only_logs_the_final_line(scored):
 
 def test_eval_only_does_not_train(scored):
     assert [line for line in scored.lines if line.startswith("step:")] == []
-    assert {path.name for path in scored.folder.iterdir()} == {"lock", "metrics.jsonl"}
+    assert {path.name for path in scored.folder.iterdir()} == {"metrics.jsonl"}
 
 
 def test_saved_nll_has_one_float32_a_scored_token(scored, dataset):
@@ -653,7 +653,7 @@ def assert_same_training(a: Path, b: Path) -> None:
     losses = [[e["train_loss"] for e in events(folder, "train")] for folder in (a, b)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     losses = [[e["val_loss"] for e in events(folder, "val")] for folder in (a, b)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [64, 128, 512])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import SCRIPT, events, load_weights, same_bits, shard_bytes, tiny_settings
 
+import keeper
 import train_gpt
 from train_gpt import Run, UserError, load_settings
 
@@ -195,7 +196,7 @@ def test_memory_is_given_back_once_nothing_of_the_failed_step_is_left(run, monke
         monkeypatch.undo()
 
     monkeypatch.setattr(train_gpt.Attention, "forward", watch)
-    monkeypatch.setattr(train_gpt, "free_memory", freed)
+    monkeypatch.setattr(keeper, "free_memory", freed)
     monkeypatch.setattr(train_gpt.F, "cross_entropy", fail)
     run("freed", **PRIMED)
     assert left

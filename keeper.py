@@ -1,0 +1,663 @@
+"""Protect, resume and explain a run of train_gpt.py, beside which this file stands.
+
+Checkpoints and RESUME, signals, the lock of a run's folder, smaller micro-batches where the memory
+does not suffice, the search for what is not finite, the forecast of the artifact's size, checks of
+places, and the table of settings. Nothing here changes a weight, a byte of the artifact or an NLL:
+train_gpt.py alone ends on the same bits. It does without this file, and where that cannot run
+(fcntl is for POSIX alone).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import io
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import train_gpt as core
+from train_gpt import FAILED, FINISH, UserError, require
+
+# ===================================== CONSOLE =====================================
+# A console that cannot be written, be it a closed pipe or terminal or a full disk, ends nothing.
+
+
+def flush_console() -> None:
+    """Write what is to be printed.
+
+    What cannot be written is dropped: it would fail again at each line, and at the exit.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            console = os.dup(1)
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, 1)
+            sys.stdout.flush()
+            os.dup2(console, 1)
+            os.close(console)
+            os.close(nothing)
+
+
+def any_console(arguments: list[str]) -> None:
+    """Let the console take any text: what its encoding lacks is printed as an escape.
+
+    A file of settings is UTF-8, and has the bytes of paths as they are.
+    """
+    # A file of the run's would get the number of a console that was closed, as by `>&-`.
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(free, True)
+    os.close(free)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when the process started
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    if arguments == ["--settings"]:
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+# ===================================== COMPILER AND MEMORY =====================================
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that a device, or the machine, has too little memory."""
+    return bool(re.search("out of memory|allocate memory", str(error)))
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that PyTorch keeps, but does not use, back to the device."""
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
+
+
+class Compiled:
+    """Run a compiled model, or the model itself where compiling turns out not to work.
+
+    Then the compiler does not run, its folder of temporary files is full or may hold no programs,
+    or a limit is passed.
+    """
+
+    def __init__(self, model: nn.Module, run: core.Run) -> None:
+        self.model = model
+        self.run = run
+        self.forward: core.Forward | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        try:
+            if self.forward is None:
+                self.forward = core.compile_model(self.model)
+            return self.forward(*inputs)
+        except Exception as error:  # compilers raise what they like
+            self.give_up(error)
+        return self.forward(*inputs)
+
+    def give_up(self, error: Exception) -> None:
+        """Go on without the compiler.
+
+        Raises the error if it is not the compiler's to mend, and UserError with COMPILE=1.
+        """
+        if self.forward is self.model or is_out_of_memory(error):
+            raise error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = [line for line in lines[1:] if re.search("error:|not permitted|No space", line)]
+        why = f"{type(error).__name__}: {'; '.join([*lines[:1], *told[:1]])}"
+        require(self.run.hp.compile == "auto", f"COMPILE=1: it does not work here: {why}")
+        self.run.log(f"warning: COMPILE=auto does not work here, going on without: {why}")
+        self.forward = self.model
+
+
+# ===================================== CHECKPOINTS =====================================
+# SHA-256, then what torch.save makes of tensors and plain values: loading runs no code.
+
+
+def checkpoint_name(step: int) -> str:
+    """Name the checkpoint of a step."""
+    return f"checkpoint_{step:07d}.pt"
+
+
+def checkpoint_step(path: Path) -> int:
+    """Read the step from a checkpoint's name; 0 if it is no checkpoint's name."""
+    found = re.fullmatch(r"checkpoint_(\d+)\.pt", path.name)
+    return int(found[1]) if found else 0
+
+
+def checkpoints(run: core.Run) -> list[Path]:
+    """List the checkpoints in the run's folder, that of the latest step first.
+
+    The times of files tell nothing: a copy, a restore or a wrong clock changes them.
+    """
+    found = filter(checkpoint_step, run.dir.glob("checkpoint_*.pt"))
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def write_checkpoint(state: dict[str, Any], run: core.Run) -> None:
+    """Write what `gather_state` gave, and delete the oldest. A full disk costs but a warning."""
+    path = run.dir / checkpoint_name(state["step"])
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    digest = hashlib.sha256(content).digest()
+    try:
+        core.atomic_write(path, lambda file: file.writelines((digest, content)))
+    except OSError as error:
+        run.log(f"warning: no checkpoint of step {state['step']}: {error}")
+        return
+    for old in checkpoints(run)[run.hp.save_total_limit :]:
+        old.unlink()
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read the state in a checkpoint.
+
+    Raises an Exception of any kind if it is none, or of another step than its name says.
+    """
+    content = memoryview(path.read_bytes())
+    require(hashlib.sha256(content[32:]).digest() == content[:32], "truncated or damaged")
+    state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    step = checkpoint_step(path)
+    require(step in (0, state["step"]), f"it holds step {state['step']}")
+    state["settings"] = dict(state["settings"])
+    return state
+
+
+def set_aside(run: core.Run, step: int, resumed: Path | None) -> None:
+    """Rename the checkpoints that the training from `step` on does not go on from.
+
+    Else they would be taken for this training's, or deleted in its place.
+    """
+    ours = resumed.resolve() if resumed else None
+    later = [p for p in checkpoints(run) if checkpoint_step(p) >= step and p.resolve() != ours]
+    for path in later:
+        path.replace(path.with_name(f"old_{path.name}"))
+    if later:
+        names = ", ".join(path.name for path in later)
+        why = "as this training does not go on from it"
+        run.log(f"set aside as old_checkpoint_*.pt, {why}: {names}")
+
+
+def find_checkpoint(run: core.Run) -> tuple[Path | None, dict[str, Any] | None]:
+    """Read the checkpoint that RESUME asks for; None if that is auto, and there is none.
+
+    Raises UserError if it cannot be read.
+    """
+    auto = run.hp.resume == "auto"
+    for path in checkpoints(run) if auto else [Path(run.hp.resume)]:
+        try:
+            return path, read_checkpoint(path)
+        except Exception as error:  # crafted content can raise anything
+            require(auto, f"{path}: not a checkpoint: {error}")
+            run.log(f"warning: {path}: not a checkpoint: {error}; trying the one before it")
+    run.log("resume:auto no checkpoint; starting at step 0")
+    return None, None
+
+
+def check_origin(state: dict[str, Any], path: Path, data: str, run: core.Run) -> str:
+    """Log what differs from the settings and data that a checkpoint was made with.
+
+    Returns those lines that change the result. Raises UserError if the run may not go on from it.
+    """
+    then = state["settings"]
+    now = core.setting_texts(run.hp) | {"DATA": data}
+    if not then.get("DATA"):
+        run.log(f"warning: {path}: not known with what training data it was made")
+        then["DATA"] = now["DATA"]
+    # A setting that it lacks was at its default: it was made before there was one.
+    defaults = core.setting_texts(core.Hyperparameters())
+    lines = {
+        name: f"\n  {name}={then.get(name, defaults.get(name))}, now {text}"
+        for name, text in now.items()
+        if then.get(name, defaults.get(name)) != text
+    }
+    grave = "".join(line for name, line in lines.items() if name not in core.NEUTRAL_SETTINGS)
+    advice = "other settings made it, set them back or set RESUME_CHANGED=1"
+    require(not grave or run.hp.resume_changed, f"{path}: {advice}:{grave}")
+    over = "it has no optimizer state: its training was over, and only its settings can finish it"
+    require(state.get("whole", True) or not grave, f"{path}: {over}{grave}")
+    run.log(f"resume:{path} step:{state['step']}{''.join(lines.values())}")
+    return grave
+
+
+def optimizer_state(trainer: core.Trainer, p: Tensor) -> dict[str, Any]:
+    """Find what its optimizer keeps for a parameter, empty before the first step."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            if any(p is q for q in group["params"]):
+                return optimizer.state[p]
+    raise KeyError("a parameter that no optimizer owns")
+
+
+def gather_state(trainer: core.Trainer, step: int, elapsed: float, whole: bool) -> dict[str, Any]:
+    """Copy all that the rest of the run depends on; on rank 0, of all ranks.
+
+    Unless it is to be `whole`, the optimizers' state is left out: nothing needs it after the last
+    step.
+    """
+    run = trainer.run
+    params = {}
+    for name, p in trainer.owned.items():
+        kept = {"weights": p}
+        if trainer.average is not None:
+            kept["average"] = trainer.within(name, trainer.average)
+        if whole:
+            kept |= optimizer_state(trainer, p)
+        params[name] = {
+            key: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+            for key, value in kept.items()
+        }
+    if run.world_size > 1:
+        shares = [{}] * run.world_size if run.rank == 0 else None
+        dist.gather_object(params, shares)
+        params = {}
+        for share in shares or []:
+            params |= share
+    return {
+        "step": step,
+        "elapsed": elapsed,
+        "stop": int(run.stop),
+        "whole": whole,
+        "random": torch.get_rng_state(),
+        "settings": core.setting_texts(run.hp),
+        "params": params,
+    }
+
+
+def restore_state(trainer: core.Trainer, state: dict[str, Any]) -> None:
+    """Put a state of `gather_state` into a trainer, of which each rank takes what it owns."""
+    theirs = {name: kept["weights"].shape for name, kept in state["params"].items()}
+    ours = {name: p.shape for name, p in trainer.params.items()}
+    require(theirs == ours, "RESUME: the checkpoint is of a model of another shape")
+    for name, p in trainer.params.items():
+        p.detach().copy_(state["params"][name]["weights"])
+    for name, p in trainer.owned.items():
+        kept = dict(state["params"][name])
+        weights = kept.pop("weights")
+        # An average that was not kept then starts as the weights.
+        average = kept.pop("average", weights)
+        if trainer.average is not None:
+            trainer.within(name, trainer.average).copy_(average)
+        restore_optimizer(trainer, p, kept)
+    torch.set_rng_state(state["random"])
+    trainer.feed_from(state["step"])
+
+
+def restore_optimizer(trainer: core.Trainer, p: Tensor, kept: dict[str, Any]) -> None:
+    """Put back what an optimizer kept for a parameter, be that made yet or not."""
+    state = optimizer_state(trainer, p)
+    for key, value in kept.items():
+        if isinstance(state.get(key), Tensor):
+            state[key].detach().copy_(value)  # others may hold views of it
+        else:
+            state[key] = value.to(p.device) if isinstance(value, Tensor) else value
+
+
+# ===================================== SAYING WHY =====================================
+
+
+def forecast(model: core.GPT, run: core.Run) -> None:
+    """Log the artifact's size for the initial weights, with Gaussian ones where they are zero."""
+    core.forecast(model, run)
+
+
+def log_data(stream: core.TokenStream, run: core.Run) -> None:
+    """Log how much training data there is, and how often it will be read."""
+    hp = run.hp
+    run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
+    planned = hp.iterations * hp.train_batch_tokens / stream.total
+    line = f"epochs_planned:{planned:.2f}"
+    if planned >= 2:
+        line += f" warning: each training token is read {planned:.1f} times"
+        if hp.max_wallclock_seconds:
+            line += " at most; MAX_WALLCLOCK_SECONDS may end it before"
+    run.log(line)
+
+
+def why_ended(run: core.Run, step: int) -> str:
+    """Say why training ended before ITERATIONS; nothing if it did not."""
+    if run.stop == FAILED:
+        return "failure"
+    if run.stop == FINISH:
+        return signal.SIGUSR1.name
+    if run.stop:
+        return signal.Signals(run.stop).name
+    return "wallclock_cap" if step < run.hp.iterations else ""
+
+
+def how_to_go_on(run: core.Run) -> str:
+    """Name the settings that let a run go on from its newest checkpoint."""
+    return f"RUN_ID={shlex.quote(run.dir.name)} RESUME=auto"
+
+
+def what_is_not_finite(trainer: core.Trainer, batch: list[Tensor]) -> str:
+    """Find what is not finite in a batch: a weight, or the first activation or gradient."""
+    found = [f"weight {n}" for n, p in trainer.params.items() if not p.isfinite().all()]
+
+    def look(name: str, _: nn.Module, inputs: Any, output: Tensor) -> None:
+        if not output.isfinite().all():
+            found.append(f"output of {name or 'the model'}")
+
+    for name, module in trainer.model.named_modules():
+        module.register_forward_hook(functools.partial(look, name))
+    trainer.grads.zero_()
+    for inputs, targets in batch:
+        trainer.model(inputs, targets).sum().backward()
+    for name, p in reversed(trainer.params.items()):
+        if not p.grad.isfinite().all():
+            found.append(f"gradient of {name}")
+    return found[0] if found else f"nothing in the batch of rank {trainer.run.rank}"
+
+
+# ===================================== THE KEEPER =====================================
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # save, and stop; SIGUSR1: stop, and export
+PATIENCE = 5.0  # seconds after which a wait for other ranks is told
+
+
+class Keeper(core.Keeper):
+    """Keep a run: see the class of this name in train_gpt.py for when each method is called."""
+
+    source = core.read_once(__file__).decode()
+    help = staticmethod(core.settings_table)
+    console = staticmethod(any_console)
+    flush = staticmethod(flush_console)
+
+    def __init__(self, run: core.Run) -> None:
+        super().__init__(run)
+        self.state: dict[str, Any] | None = None  # of the checkpoint to resume, on rank 0
+        self.saved = -1  # the step of the newest checkpoint
+        self.end: Path | None = None  # a checkpoint for as long as there is no score
+        self.lock: IO[str] | None = None  # of the run's folder
+        self.room: Path | None = None  # on the disk, for what is exported
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future[None] | None = None
+        self.noted = 0.0  # when the first signal came
+        self.halved = False  # whether a micro-batch did not fit
+
+    @staticmethod
+    def problems(
+        hp: core.Hyperparameters, environ: Mapping[str, str], check_places: bool
+    ) -> list[str]:
+        """Say what is wrong with a launcher's variables, and with the places that settings name."""
+        return core.launcher_problems(environ)
+
+    @staticmethod
+    def say(line: str) -> None:
+        """Print a line. A console that cannot be written loses the line and ends nothing."""
+        with contextlib.suppress(OSError):
+            print(line)
+        flush_console()
+
+    # ---- before training
+
+    def begin(self) -> None:
+        """Make the run's folder this process's own. Raises UserError if a live process has it."""
+        folder = self.run.dir
+        path = folder / "lock"
+        self.lock = open(path, "a")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"RUN_ID={folder.name}: in use by {path.read_text()}") from None
+        path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
+        for left in folder.glob(".*.partial"):  # by a process that was killed
+            left.unlink()
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Tell what is waited for, if it takes long, and what may be wrong then."""
+        advice = "each needs its own RANK and the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        if self.run.rank > 0:
+            advice += "; rank 0 checks the validation data before it comes"
+        # One or two of a node speak for all: on a large validation set each wait is that long.
+        patience = PATIENCE * {0: 1, 1: 2}.get(self.run.local_rank, 24)
+        timer = threading.Timer(patience, self.say, [f"{what}; {advice}"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def compiled(self, model: core.GPT) -> core.Forward:
+        """Compile a model, and go on without where that does not work."""
+        return Compiled(model, self.run)
+
+    def prepare(self, trainer: core.Trainer) -> None:
+        """Listen to signals, forecast the size, find the checkpoint, and take room on the disk."""
+        self.listen()
+        log_data(trainer.stream, self.run)
+        self.run.on_first(lambda: self.prepare_first(trainer))
+
+    def prepare_first(self, trainer: core.Trainer) -> None:
+        """Do what rank 0 does of `prepare`."""
+        run = self.run
+        trainer.stream.identify()
+        forecast(trainer.model, run)
+        path = None
+        if run.hp.resume:
+            path, self.state = find_checkpoint(run)
+        if self.state:
+            self.check(trainer, path, self.state)
+        self.saved = self.state["step"] if self.state else 0
+        set_aside(run, self.saved, path)
+        self.room = self.take_room(trainer.model)
+
+    def check(self, trainer: core.Trainer, path: Path, state: dict[str, Any]) -> None:
+        """Find out what is left to do after a checkpoint: training, or the export alone."""
+        run = self.run
+        trainer.stream.identifying.join()
+        grave = check_origin(state, path, trainer.stream.identity, run)
+        whole = state.get("whole", True)
+        if run.hp.resume == "auto" and not whole:
+            self.end = path
+        exported = (run.dir / "final_model.artifact").exists()
+        over = state.get("stop") == FINISH and not grave
+        if over and not (whole and exported):
+            self.run.signal = FINISH  # training had been ended; what is left is the export
+
+    def listen(self) -> None:
+        """Note signals that ask to stop, for the clock, and exit at once at the second one.
+
+        Those that are ignored, as nohup and a shell's background jobs ask, stay so.
+        """
+        for number in (*ENDING, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.note)
+
+    def note(self, number: int, _: Any) -> None:
+        """Remember the first signal; at a second one, exit."""
+        now = time.monotonic()
+        if self.noted and now > self.noted + 2:  # torchrun repeats what it gets
+            os._exit(128 + number)
+        self.noted = self.noted or now
+        if not self.run.signal:
+            self.run.signal = FINISH if number == signal.SIGUSR1 else number
+
+    def take_room(self, model: core.GPT) -> Path:
+        """Take room on the disk for artifact and raw weights, until they are written.
+
+        A disk that gets full in hours of training must not cost them. Raises UserError if there is
+        none now.
+        """
+        folder = self.run.dir
+        room = folder / ".room.partial"
+        need = 2**16 + 6 * sum(p.numel() for p in model.parameters())  # at most 2 + 4 bytes each
+        problem = ""
+        with open(room, "wb") as file:
+            try:
+                fill(file, need)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    problem = error.strerror
+                file.truncate(0)  # after another error: this disk cannot promise room
+        if problem:
+            room.unlink()
+            free = shutil.disk_usage(folder).free
+            what = f"artifact and weights need up to {need} bytes, {free} are free"
+            raise UserError(f"{folder}: {problem}: {what}; make room there, or set OUT_DIR")
+        return room
+
+    # ---- priming
+
+    def retry(self, trainer: core.Trainer, step: int, error: RuntimeError) -> None:
+        """Go on from a priming step that failed: without the compiler, or in smaller parts.
+
+        Sums over a batch stay the same, whatever the micro-batches. Raises UserError if a single
+        sequence does not fit.
+        """
+        if not is_out_of_memory(error):
+            if not isinstance(trainer.forward, Compiled):
+                raise error
+            trainer.forward.give_up(error)  # its gradient cannot be compiled
+            trainer.feed_from(step)
+            return
+        self.halved = True
+        self.run.forward_rows = trainer.batch[0].size(1) // 2
+        require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
+        trainer.feed_from(step)
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
+        free_memory(self.run.device)
+
+    def primed(self, trainer: core.Trainer) -> None:
+        """Let all ranks take micro-batches of the size that fits everywhere."""
+        run = self.run
+        rows = torch.tensor(run.forward_rows)
+        if run.world_size > 1:  # validation, too, is divided by it
+            dist.all_reduce(rows, dist.ReduceOp.MIN)
+        if self.halved or rows < run.forward_rows:
+            run.log(f"out of memory: going on with {rows} sequences at a time")
+        run.forward_rows = int(rows)
+
+    def resume(self, trainer: core.Trainer) -> tuple[int, float]:
+        """Go on from rank 0's checkpoint, if it has one."""
+        given = [self.state]
+        if self.run.world_size > 1:
+            dist.broadcast_object_list(given)
+        self.state = None
+        (state,) = given
+        self.saved = 0
+        if not state:
+            return 0, 0.0
+        restore_state(trainer, state)
+        self.saved = state["step"]
+        return state["step"], state["elapsed"]
+
+    # ---- training
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether SAVE_EVERY asks for a checkpoint after a step."""
+        every = self.run.hp.save_every
+        return step > self.saved and bool(every) and step % every == 0
+
+    def save(self, trainer: core.Trainer, step: int, elapsed: float, last: bool) -> None:
+        """Copy the state, and write it beside the next steps.
+
+        With SAVE_EVERY=0 the end of training is kept too, without the optimizers' state: if what
+        follows fails, RESUME=auto repeats that alone.
+        """
+        run = self.run
+        if step > self.saved:
+            self.saved = step
+            whole = bool(run.hp.save_every) or not last
+            self.end = None if whole else run.dir / checkpoint_name(step)
+            state = gather_state(trainer, step, elapsed, whole)
+            if run.rank == 0:
+                if not run.stopped:
+                    trainer.stream.identifying.join()
+                state["settings"]["DATA"] = trainer.stream.identity
+                self.wait()
+                self.writing = self.writer.submit(write_checkpoint, state, run)
+        if last or run.stopped:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written."""
+        if self.writing:
+            self.writing.result()
+        self.writing = None
+
+    def diagnose(self, trainer: core.Trainer, batch: list[Tensor]) -> str:
+        """Say what is not finite in a batch, the learning rates, and what to go on from."""
+        rates = sorted({g["lr"] for o in trainer.optimizers for g in o.param_groups})
+        last = next(iter(checkpoints(self.run)), "none")
+        found = what_is_not_finite(trainer, batch)
+        return f"first: {found}; learning rates {rates}; checkpoint: {last}"
+
+    # ---- after training
+
+    def trained(self, trainer: core.Trainer, step: int, elapsed: float) -> None:
+        """Log why training ended, how often the data was read, and the memory of a GPU."""
+        run = self.run
+        if why := why_ended(run, step):
+            run.log(f"stopping_early: {why} train_time:{1e3 * elapsed:.0f}ms step:{step}")
+        epochs = step * run.hp.train_batch_tokens / trainer.stream.total
+        if epochs > 1:
+            run.log(f"epochs:{epochs:.2f}")
+        if run.device.type == "cuda":
+            allocated = torch.cuda.max_memory_allocated() >> 20
+            reserved = torch.cuda.max_memory_reserved() >> 20
+            run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+        if run.stopped:
+            run.log(f"to go on: {how_to_go_on(run)}")
+            run.clock()  # no rank leaves, and lets a launcher end the others, before all is written
+
+    def write(self, files: dict[Path, Callable[[IO[bytes]], Any]]) -> None:
+        """Write each file even if another cannot be. Raises UserError that says how to go on."""
+        run = self.run
+        self.leave_room()
+        written = [path.name for path in checkpoints(run)[:1]]
+        problems = []
+        for path, fill_file in files.items():
+            try:
+                core.atomic_write(path, fill_file)
+                written.append(path.name)
+            except (OSError, UserError) as error:
+                problems.append(f"{path.name}: {error}")
+        free = f"{shutil.disk_usage(run.dir).free} bytes are free in {run.dir}"
+        advice = f"put it right, and finish with {how_to_go_on(run)}"
+        kept = f"kept: {', '.join(written) or 'nothing'}"
+        what = f"training is over, but its result is not all written: {'; '.join(problems)}"
+        require(not problems, f"{what}; {kept}; {free}; {advice}")
+
+    def scored(self) -> None:
+        """Remove the checkpoint that only the export and the score needed."""
+        if self.end:
+            self.end.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Give back the room on the disk, and the run's folder."""
+        self.leave_room()
+        if self.lock:
+            self.lock.close()
+
+    def leave_room(self) -> None:
+        """Give back the room on the disk."""
+        if self.room:
+            self.room.unlink(missing_ok=True)
+        self.room = None
+
+
+def fill(file: IO[bytes], size: int) -> None:
+    """Let a file take `size` bytes of its disk. Raises OSError."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    file.write(bytes(size))
+    file.flush()
