@@ -18,7 +18,7 @@ from types import FrameType
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("logs", "sample")
 MANIFEST = Path("data", "datasets", "sample_sp1024", "manifest.json")
-SETTINGS = {"CONFIG": "data/sample.env", "RUN_ID": RUN.name, "OUT_DIR": str(RUN.parent)}
+SETTINGS = {"CONFIG": "configs/sample.env", "RUN_ID": RUN.name, "OUT_DIR": str(RUN.parent)}
 # glibc keeps what is freed, on large pages, instead of asking Linux for it again in each step.
 MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import copy_checkout, tracked
+from conftest import copy_checkout
 
 import train_gpt
 
@@ -50,14 +50,6 @@ def test_sections_come_in_the_order_of_the_design():
 def test_the_readme_has_the_table_of_settings():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"<!-- settings -->\n{train_gpt.settings_table()}\n<!-- /settings -->" in readme
-
-
-CONFIGS = [path for path in tracked() if path.name in ("sample.env", "config.env")]
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
-def test_the_configurations_of_the_sample_and_the_records_are_valid(path):
-    train_gpt.load_settings({"CONFIG": str(path)}, check_places=False)
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])

@@ -137,12 +137,12 @@ def test_a_finished_run_is_summed_up_and_not_trained_again(clone):
     assert "summed up" in second
 
 
-@pytest.mark.parametrize("name", ["train_gpt.py", "data/sample.env", "data/prepare.py"])
+@pytest.mark.parametrize("name", ["train_gpt.py", "configs/sample.env", "data/prepare.py"])
 def test_other_code_or_data_train_anew(clone, name):
     clone.run()
     if name == "data/prepare.py":  # another sample
         (clone.folder / "data/datasets/sample_sp1024/manifest.json").write_text('{"new": 1}')
-    elif name == "data/sample.env":  # which the stub does not read
+    elif name == "configs/sample.env":  # which the stub does not read
         (clone.folder / "train_gpt.py").write_text(TRAIN.replace('"9"', '"8"'))
     else:
         (clone.folder / name).write_text(TRAIN + "# changed")
