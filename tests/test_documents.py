@@ -1,15 +1,78 @@
-"""README, docs/ and configs/: what they say of the script."""
+"""README, docs/ and configs/: what they say of the script, and what they link to."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
-from conftest import REPO, tracked
+from conftest import REPO, events, tracked
 
 import train_gpt
 
+LINK = re.compile(r"\]\((?!https?:)(.*?)\)")
 TRACKED = tracked()
+PAGES = [path for path in TRACKED if path.suffix == ".md"]
 CONFIGS = [path for path in TRACKED if path.parent.name == "configs"]
 RECORDED = [path for path in TRACKED if path.name == "config.env"]
+
+
+def read(name: str) -> str:
+    """The text of one of the repository's files."""
+    return (REPO / name).read_text(encoding="utf-8")
+
+
+def test_the_documents_have_the_table_of_settings():
+    page = read("docs/settings.md")
+    assert f"<!-- settings -->\n{train_gpt.settings_table()}\n<!-- /settings -->" in page
+
+
+def test_the_readme_is_at_most_12_kib():
+    assert len((REPO / "README.md").read_bytes()) <= 12 * 1024
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPO)))
+def test_links_lead_somewhere(page):
+    links = LINK.findall(without_code(page.read_text(encoding="utf-8")))
+    dead = [link for link in links if not leads_somewhere(page, link)]
+    assert dead == []
+
+
+def without_code(text: str) -> str:
+    """Leave out of a page what is shown as code: it may look like links and headings."""
+    lines = [line for line in text.splitlines() if not line.startswith("    ")]
+    return re.sub("`[^`]*`", "code", "\n".join(lines))
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    """Whether a relative link leads to a file of the repository, and to a heading in it."""
+    name, _, anchor = link.partition("#")
+    target = (page.parent / name).resolve() if name else page
+    if not any(path == target or target in path.parents for path in TRACKED):
+        return False
+    return not anchor or anchor in anchors(target.read_text(encoding="utf-8"))
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def documented_events() -> dict[str, set[str]]:
+    """The events of metrics.jsonl and their fields, as docs/logs.md lists them."""
+    table = read("docs/logs.md").split("<!-- events -->")[1].split("<!-- /events -->")[0]
+    rows = [re.findall("`(.*?)`", row) for row in table.splitlines()]
+    return {event: set(fields) for event, *fields in filter(None, rows)}
+
+
+def test_the_documents_list_the_events_and_their_fields(run):
+    seen = {}
+    with pytest.raises(train_gpt.UserError, match="not finite"):
+        run("exploding", TIED_EMBED_LR=1e38, ITERATIONS=6, MAX_BAD_STEPS=99)
+    for folder in (Path("logs/exploding"), run()):
+        for event in events(folder):
+            seen.setdefault(event.pop("event"), set()).add(frozenset(event))
+    assert seen == {event: {frozenset(fields)} for event, fields in documented_events().items()}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -20,6 +83,11 @@ def test_a_configuration_is_valid(path):
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
 def test_the_configuration_of_a_record_is_valid(path):
     train_gpt.load_settings({"CONFIG": str(path)}, check_places=False)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_readme_names_a_configuration(path):
+    assert f"`{path.name}`" in read("README.md")
 
 
 def test_the_baseline_is_the_default():

@@ -47,11 +47,6 @@ def test_sections_come_in_the_order_of_the_design():
     ]
 
 
-def test_the_readme_has_the_table_of_settings():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- settings -->\n{train_gpt.settings_table()}\n<!-- /settings -->" in readme
-
-
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
 def test_ruff_is_content(command, tmp_path):
     ruff = shutil.which("ruff", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
