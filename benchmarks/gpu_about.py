@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gpu_kit import write_whole
+from gpu_kit import ROOT, write_whole
 
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "zstandard", "matplotlib")
 PACKAGES += ("pytest", "hypothesis")
@@ -25,7 +25,7 @@ MISSING = "missing"
 
 
 def version(package: str) -> str:
-    """The version of an installed package."""
+    """Give the version of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -33,7 +33,7 @@ def version(package: str) -> str:
 
 
 def libraries() -> dict[str, str]:
-    """Versions of CUDA's libraries, as PyTorch was built with them."""
+    """Give the versions of CUDA's libraries, as PyTorch was built with them."""
     import torch
 
     def nccl() -> str:
@@ -49,7 +49,7 @@ def libraries() -> dict[str, str]:
 
 
 def card() -> dict[str, Any]:
-    """The GPU that PyTorch sees, if it sees one; else what it says of that."""
+    """Describe the GPU that PyTorch sees, if it sees one; else what it says of that."""
     import torch
 
     if not torch.cuda.is_available():
@@ -71,7 +71,7 @@ def card() -> dict[str, Any]:
 
 
 def driver() -> list[str]:
-    """The GPUs that the driver tells, whether or not PyTorch can use them."""
+    """List the GPUs that the driver tells, whether or not PyTorch can use them."""
     query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
@@ -81,25 +81,40 @@ def driver() -> list[str]:
     return done.stdout.splitlines()
 
 
-def checkout(given: list[str]) -> dict[str, Any]:
-    """What run.py tells of machine and commit, and what is wrong with the settings that are given.
-    run.py imports train_gpt.py, and with it all that a training needs."""
-    import run
+def settings_problems(given: list[str]) -> list[str]:
+    """Say what is wrong with the settings that are given, if anything is.
 
+    This imports train_gpt.py, and with it all that a training needs.
+    """
     import train_gpt
 
     problems = []
+    known = {}
     for word in given:
         name, _, text = word.partition("=")
-        if name not in train_gpt.FIELDS:
+        if name in train_gpt.FIELDS:
+            known[name] = text
+        else:
             problems.append(f"{word}: no such setting; see python train_gpt.py --help")
-            continue
-        try:
-            train_gpt.parse_setting(name, text)
-        except ValueError as problem:
-            problems.append(f"{word}: {problem}")
-    about = {"machine": run.machine(), "commit": run.commit(), "changed": run.changed_files()}
-    return about | {"settings_problems": problems}
+    try:
+        train_gpt.load_settings(known, check_places=False)
+    except train_gpt.UserError as problem:
+        headline, *each = str(problem).splitlines()
+        problems += [line.strip() for line in each] or [headline]
+    return problems
+
+
+def checkout(given: list[str]) -> dict[str, Any]:
+    """Tell machine and commit, and what is wrong with the settings that are given."""
+    import run_machine
+
+    sys.path.insert(0, str(ROOT))
+    return {
+        "machine": run_machine.machine(),
+        "commit": run_machine.commit(),
+        "changed": run_machine.changed_files(),
+        "settings_problems": settings_problems(given),
+    }
 
 
 def main(arguments: list[str]) -> None:

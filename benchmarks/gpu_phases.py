@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,13 +30,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import measure
-import run
-from gpu_kit import write_whole
+import run_process
+import run_scoring
+from gpu_kit import ROOT, write_whole
+from measure import number
 
 import train_gpt as tg
 
-ROOT = run.HERE.parent
-PR369 = ROOT / "records/track_10min_16mb/2026-11-21_PR369_Stack/config.env"
+PR369 = ROOT / "configs/pr369.env"
+if not PR369.is_file():  # its place before there was configs/
+    PR369 = ROOT / "records/track_10min_16mb/2026-11-21_PR369_Stack/config.env"
 NEEDS_CUDA = "needs CUDA"
 Settings = dict[str, str]
 
@@ -122,14 +124,14 @@ class Job:
     tflops: float | None  # the fastest matrix product, if it is known
 
     def settings(self, shape: Settings | None = None, pieces: str = "1024", **row: str) -> Settings:
-        """Settings of a run: what is given wins, but for what a row varies."""
+        """Give the settings of a run: what is given wins, but for what a row varies."""
         settings = SHORT | (shape or {})
         if self.tiny:
             settings |= TINY
         return settings | self.data.get(pieces, {}) | self.given | row
 
     def load(self, folder: str, shape: Settings | None = None, **row: str) -> tg.Hyperparameters:
-        """The same, resolved, for a run in this process that writes to a folder."""
+        """Resolve them for a run in this process that writes to a folder."""
         places = {"OUT_DIR": folder, "RUN_ID": "phase"}
         return tg.load_settings(self.settings(shape, **row) | places)
 
@@ -137,8 +139,17 @@ class Job:
 def clean_environment() -> None:
     """Forget variables that would set, or be taken for, a setting of train_gpt.py."""
     for name in [*os.environ]:
-        if any(name == known or tg.one_typo(name.upper(), known) for known in tg.FIELDS):
+        if name in tg.FIELDS or is_refused(name):
             del os.environ[name]
+
+
+def is_refused(name: str) -> bool:
+    """Tell whether train_gpt.py stops at a variable, as at SEEDS, which is close to SEED."""
+    try:
+        tg.load_settings({name: os.environ[name]}, check_places=False)
+    except tg.UserError as problem:
+        return f"{name}=" in str(problem)
+    return False
 
 
 def synchronize(device: str) -> None:
@@ -156,7 +167,7 @@ def seconds_each(call: Callable[[], Any], device: str, least: float = 0.1) -> fl
 
 
 def products(hp: tg.Hyperparameters) -> dict[str, tuple[int, int]]:
-    """Width of input and output of the model's matrix products."""
+    """Give the width of input and output of the model's matrix products."""
     dim, hidden = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
     keys = dim // hp.num_heads * hp.num_kv_heads
     return {
@@ -169,7 +180,7 @@ def products(hp: tg.Hyperparameters) -> dict[str, tuple[int, int]]:
 
 
 def environment(report: Report, job: Job) -> None:
-    """What the machine can do at most."""
+    """Measure what the machine can do at most."""
     report.row("train_gpt.py", "imports")
     with tempfile.TemporaryDirectory() as folder:
         places = {"OUT_DIR": folder, "RUN_ID": "phase"}
@@ -250,13 +261,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def kernel(name: str) -> contextlib.AbstractContextManager:
-    """The context in which PyTorch uses a kernel alone."""
+    """Give the context in which PyTorch uses a kernel alone."""
     backend = KERNELS.get(name)
     return sdpa_kernel(backend) if backend is not None else contextlib.nullcontext()
 
 
 def attention_results(inputs: list[Tensor], name: str, dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients of attention by a kernel, (B, T, heads, Dh)."""
+    """Compute output and gradients of attention by a kernel, (B, T, heads, Dh)."""
     *leaves, grad = inputs
     leaves = [x.detach().to(dtype).requires_grad_() for x in leaves]
     with kernel(name):
@@ -267,8 +278,10 @@ def attention_results(inputs: list[Tensor], name: str, dtype: torch.dtype) -> li
 
 
 def errors_of(ours: list[Tensor], exact: list[Tensor]) -> dict[str, list[float]]:
-    """Distance of each result from the exact one, of its norm: of all, and at the worst position.
-    Kernels have been wrong at the last positions alone (PyTorch issue 196678)."""
+    """Give the distance of each result from the exact one, of its norm: of all, and at the worst.
+
+    Kernels have been wrong at the last positions alone (PyTorch issue 196678).
+    """
     found = {}
     for name, a, b in zip(RESULTS, ours, exact, strict=True):
         difference, b = a.double() - b.double(), b.double()
@@ -280,20 +293,20 @@ def errors_of(ours: list[Tensor], exact: list[Tensor]) -> dict[str, list[float]]
 
 
 def verdict(errors: dict[str, list[float]]) -> str:
-    """What is wrong with a kernel's results, if anything is."""
+    """Tell what is wrong with a kernel's results, if anything is."""
     wrong = [name for name, (a, b) in errors.items() if not (a < WRONG and b < WRONG)]
     return f"WRONG in {', '.join(wrong)}" if wrong else "right"
 
 
 def choice(inputs: list[Tensor]) -> str:
-    """The kernel that PyTorch takes in training."""
+    """Name the kernel that PyTorch takes in training."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     number = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=True)
     return SDPBackend(number).name
 
 
 def check_kernel(name: str, device: str, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Errors and verdicts of a kernel for each length and layout."""
+    """Compare a kernel with float64 for each length and layout: errors and verdicts."""
     found = {}
     for T in lengths:
         for layout in LAYOUTS:
@@ -338,7 +351,7 @@ def correctness(report: Report, device: str, names: tuple[str, ...], most: int) 
 
 
 def attention_ms(inputs: list[Tensor], name: str, device: str) -> float:
-    """Milliseconds of attention forward and backward."""
+    """Time attention forward and backward, ms."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
 
     def once() -> None:
@@ -359,7 +372,7 @@ def attention_ms(inputs: list[Tensor], name: str, device: str) -> float:
 
 
 def attention(report: Report, job: Job) -> None:
-    """Which kernel runs, whether each is right forward and backward, and how fast it is."""
+    """Find which kernel runs, whether each is right forward and backward, and how fast it is."""
     device = "cpu" if job.tiny else "cuda"
     names = ON_CPU if job.tiny else ON_CUDA
     longest = 192 if job.tiny else 2048
@@ -395,19 +408,21 @@ SCORE = re.compile(r"^final_\S+_exact .*val_bpb:([\d.]+)")
 
 
 def said(lines: list[str], pattern: re.Pattern[str]) -> tuple[str, ...] | None:
-    """The groups of the last line that matches."""
+    """Give the groups of the last line that matches."""
     found = [match.groups() for line in lines if (match := pattern.search(line))]
     return found[-1] if found else None
 
 
-def training_figures(found: dict[str, Any], side: run.Side, tflops: float | None) -> dict[str, Any]:
-    """The figures of a run of train_gpt.py, as far as its lines tell them."""
+def training_figures(
+    found: dict[str, Any], side: run_process.Side, tflops: float | None
+) -> dict[str, Any]:
+    """Give the figures of a run of train_gpt.py, as far as its lines tell them."""
     lines = [line for _, line in found["lines"]]
     found = {"host_mib": None, "smi_gpu_mib": None, "wall_s": None} | found
-    found |= run.parse_log(found["lines"])
+    found |= run_process.parse_log(found["lines"])
     figures = {"first_step_s": found["first_step_s"], "wall_s": found["wall_s"]}
     if found["step_ms"]:
-        figures |= run.describe(side, found, tflops)
+        figures |= run_process.describe(side, found, tflops)
         ends = np.quantile(found["step_ms"], (0.25, 0.75))
         figures["step_ms_quartiles"] = [float(end) for end in ends]
         figures["steps_ms"] = found["step_ms"]
@@ -426,21 +441,21 @@ def training_figures(found: dict[str, Any], side: run.Side, tflops: float | None
 def train(settings: Settings, tflops: float | None) -> tuple[dict[str, Any], str]:
     """Run train_gpt.py to its score: its figures, and why it failed, if it did."""
     print("settings:", " ".join(f"{n}={t}" for n, t in settings.items()), flush=True)
-    side = run.make_side(run.SCRIPT, settings)
+    side = run_process.make_side(run_process.SCRIPT, settings)
     problem = ""
     try:
-        found = run.execute(run.SCRIPT, [], side.settings, 1, echo=True)
-    except run.BenchmarkError as error:
+        found = run_process.execute(run_process.SCRIPT, [], side.settings, 1, echo=True)
+    except run_process.BenchmarkError as error:
         found, problem = {"lines": error.lines}, str(error)
     return training_figures(found, side, tflops), problem
 
 
 def brief(figures: dict[str, Any]) -> str:
-    """The figures of a run in one line."""
+    """Tell the figures of a run in one line."""
     if not figures.get("step_ms"):
         return "no step times"
-    words = [f"{run.number(figures['step_ms'])} ms a step"]
-    words.append(f"{run.number(figures['tokens_per_s'])} tokens/s")
+    words = [f"{number(figures['step_ms'])} ms a step"]
+    words.append(f"{number(figures['tokens_per_s'])} tokens/s")
     if figures["mfu"]:
         words.append(f"MFU {figures['mfu']:.1f}%")
     on_gpu = figures["script_gpu_mib"] or figures["smi_gpu_mib"]
@@ -454,16 +469,16 @@ def training_rows(report: Report, figures: dict[str, Any], tflops: float | None)
     """Tell the figures of a run, one a row."""
     if figures.get("step_ms"):
         low, high = figures["step_ms_quartiles"]
-        spread = f"{run.number(low)} to {run.number(high)}"
-        report.row("step, ms", f"{run.number(figures['step_ms'])} ({spread})")
-        report.row("tokens/s", run.number(figures["tokens_per_s"]))
+        spread = f"{number(low)} to {number(high)}"
+        report.row("step, ms", f"{number(figures['step_ms'])} ({spread})")
+        report.row("tokens/s", number(figures["tokens_per_s"]))
         mfu = f"{figures['mfu']:.1f}% of {tflops:.4g} TFLOP/s" if figures["mfu"] else "n/a"
         report.row("MFU", mfu)
         for name, title in (("script_gpu_mib", "PyTorch's"), ("smi_gpu_mib", "nvidia-smi")):
             here = torch.cuda.is_available()
-            told = run.number(figures[name]) if here else NEEDS_CUDA
+            told = number(figures[name]) if here else NEEDS_CUDA
             report.row(f"peak GPU memory ({title}), MiB", told)
-        report.row("peak host memory, MiB", run.number(figures["host_mib"]))
+        report.row("peak host memory, MiB", number(figures["host_mib"]))
     for name, title in (
         ("first_step_s", "to the first step, s"),
         ("wall_s", "whole process, s"),
@@ -471,7 +486,7 @@ def training_rows(report: Report, figures: dict[str, Any], tflops: float | None)
         ("roundtrip_val_bpb", "val_bpb of the artifact"),
         ("artifact_bytes", "artifact, bytes"),
     ):
-        report.row(title, run.number(figures[name]))
+        report.row(title, number(figures[name]))
     report.row("attention", str(figures["attention"]))
     for line in figures["warnings"]:
         report.row("warning", line[:160])
@@ -489,24 +504,24 @@ def whole_run(report: Report, job: Job, shape: Settings | None = None) -> None:
 
 
 def baseline(report: Report, job: Job) -> None:
-    """The default configuration, from data to score."""
+    """Run the default configuration, from data to score."""
     whole_run(report, job)
 
 
 def record_shape() -> Settings:
-    """The stack of pull request 369, at twice its length of sequences."""
+    """Give the settings of pull request 369, at twice its length of sequences."""
     config = tg.read_dotenv(str(PR369))
     kept = {n: text for n, text in config.items() if n not in ("DATA_PATH", "TOKENIZER_PATH")}
     return kept | SHORT | {"TRAIN_SEQ_LEN": "2048", "EVAL_STRIDE": "0", "ITERATIONS": "12"}
 
 
 def pr369(report: Report, job: Job) -> None:
-    """The stack of pull request 369, from data to score."""
+    """Run the stack of pull request 369, from data to score."""
     whole_run(report, job, record_shape())
 
 
 def variants(job: Job) -> dict[str, Settings]:
-    """What is varied about the baseline, by the title of its row."""
+    """Give what is varied about the baseline, by the title of its row."""
     sizes = (256, 512, 1024) if job.tiny else (65536, 131072, 262144)
     few = {} if job.tiny else {"ITERATIONS": "8", "VAL_BATCH_SIZE": "65536", "VAL_TOKENS": "65536"}
     found = {f"{n:,} tokens a pass": few | {"MICRO_BATCH_TOKENS": str(n)} for n in sizes}
@@ -516,7 +531,7 @@ def variants(job: Job) -> dict[str, Settings]:
 
 
 def microbatch(report: Report, job: Job) -> None:
-    """What the size of a pass, compiling, and 8192 pieces cost."""
+    """Measure what the size of a pass, compiling, and 8192 pieces cost."""
     figures: dict[str, Any] = {}
 
     def add(title: str, settings: Settings) -> None:
@@ -548,13 +563,13 @@ TOP = 30
 
 
 def device_events(events: list[Any]) -> list[Any]:
-    """What ran on the device; regions that the host named are marked there too, and are no work."""
+    """Find what ran on the device; regions that the host named are marked there, and no work."""
     cpu = torch.autograd.DeviceType.CPU
     return [e for e in events if e.device_type != cpu and not e.is_user_annotation]
 
 
 def busy(spans: list[tuple[float, float]]) -> float:
-    """The time that is covered by spans, which may overlap."""
+    """Add up the time that is covered by spans, which may overlap."""
     total, end = 0.0, float("-inf")
     for first, last in sorted(spans):
         total += max(0.0, last - max(first, end))
@@ -563,7 +578,7 @@ def busy(spans: list[tuple[float, float]]) -> float:
 
 
 def heaviest(times: list[tuple[str, float, int]], steps: int) -> list[dict[str, Any]]:
-    """Names by milliseconds a step, with their share and calls a step; times are in µs."""
+    """Order names by ms a step, with their share and calls a step; times are in µs."""
     sums, calls = Counter(), Counter()
     for name, us, count in times:
         sums[name] += us
@@ -616,7 +631,7 @@ def show_kernels(report: Report, trainer: tg.Trainer, device: str, free_ms: floa
 
 
 def profile(report: Report, job: Job) -> None:
-    """Where a step of the baseline goes."""
+    """Find where a step of the baseline goes."""
     with tempfile.TemporaryDirectory() as folder:
         place, _, _, trainer = measure.prepare(job.load(folder), training=True)
         device, steps = place.device.type, 3 if job.tiny else 8
@@ -625,7 +640,7 @@ def profile(report: Report, job: Job) -> None:
         seconds, waited = measure.free_running(trainer, place, steps)
         free_ms = 1e3 * seconds / steps
         report.figure("free_step_ms", free_ms)
-        report.row("step, left to itself, ms", run.number(free_ms))
+        report.row("step, left to itself, ms", number(free_ms))
         report.row("there: the host's wait for data", f"{100 * waited / seconds:.2f}%")
         if device == "cuda":
             peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
@@ -634,7 +649,7 @@ def profile(report: Report, job: Job) -> None:
             report.row("peak GPU memory, MiB", told)
         else:
             report.row("peak GPU memory, MiB", NEEDS_CUDA)
-        report.found["headline"] = f"{run.number(free_ms)} ms a free step"
+        report.found["headline"] = f"{number(free_ms)} ms a free step"
         with report.attempt("kernels"):
             show_kernels(report, trainer, device, free_ms)
         with report.attempt("parts of a step"):
@@ -642,20 +657,19 @@ def profile(report: Report, job: Job) -> None:
 
 
 def show_parts(report: Report, steps: list[dict[str, float]]) -> None:
-    """Tell the mean seconds of the parts of a step."""
-    names = ("data", "forward", "backward", "optimizer", "other")
-    means = {name: 1e3 * statistics.mean(s.get(name, 0.0) for s in steps) for name in names}
+    """Tell the means of the parts of a step."""
+    means = measure.mean_parts(steps)
     whole = sum(means.values())
     report.figure("parts_ms", means)
     parts = [f"{name} {100 * ms / whole:.1f}%" for name, ms in means.items()]
-    report.row("parts of a step, waiting for each", f"{run.number(whole)} ms: {', '.join(parts)}")
+    report.row("parts of a step, waiting for each", f"{number(whole)} ms: {', '.join(parts)}")
 
 
 # ===================================== THE REST =====================================
 
 
 def evaluation(report: Report, job: Job) -> None:
-    """What ways of scoring cost, on the shape of pull request 369."""
+    """Measure what ways of scoring cost, on the shape of pull request 369."""
     shape = record_shape() | {"EVAL_STRIDE": "64", "VAL_TOKENS": "262144"}
     row = {"EVAL_STRIDE": "16"} if job.tiny else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -663,16 +677,16 @@ def evaluation(report: Report, job: Job) -> None:
 
         def tell(found: dict[str, Any]) -> None:
             report.figure("evaluation", found)
-            what, measured = run.evaluation_rows(found)[-1]
+            what, measured = run_scoring.evaluation_rows(found)[-1]
             report.row(what, measured)
 
         found = measure.evaluation(hp, tell)
-    plain = run.number(found["tokens_per_s"]["plain"])
+    plain = number(found["tokens_per_s"]["plain"])
     report.found["headline"] = f"{plain} tokens/s in a plain pass"
 
 
 def reductions(device: str, size: int) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """The collectives that train_gpt.py calls, with the bytes that each moves."""
+    """List the collectives that train_gpt.py calls, with the bytes that each moves."""
     clock = torch.zeros(2, dtype=torch.float64)
     rows = torch.tensor(3)
     flat = torch.randn(1, size, device=device)
@@ -694,7 +708,7 @@ def reductions(device: str, size: int) -> dict[str, tuple[int, Callable[[], Any]
 
 
 def collectives(report: Report, job: Job) -> None:
-    """Each collective of train_gpt.py in a group of one; the process ends as train_gpt.py does."""
+    """Time each collective of train_gpt.py in a group of one."""
     device = "cpu" if job.tiny else "cuda"
     backend = "gloo" if job.tiny else "cpu:gloo,cuda:nccl"
     if not job.tiny:
@@ -717,7 +731,7 @@ VERDICT = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
 
 
 def tests(report: Report, job: Job) -> None:
-    """tests/test_gpu.py: what passes, fails, and is skipped."""
+    """Run tests/test_gpu.py: what passes, fails, and is skipped."""
     options = ["-v", "-o", "addopts=", "--strict-markers", "-p", "no:cacheprovider"]
     options += ["--color=no", "-rfE", "--tb=short"]
     command = [sys.executable, "-m", "pytest", *options, "tests/test_gpu.py"]

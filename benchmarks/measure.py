@@ -1,4 +1,4 @@
-"""What benchmarks/run.py measures inside a process: model FLOPs, matmul speed, parts of a step.
+"""What benchmarks measure inside a process: model FLOPs, matmul speed, parts of a step, scoring.
 
     SETTING=... python benchmarks/measure.py ceiling | breakdown | evaluation OUT.json
 
@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import os
+import statistics
 import sys
 import time
 from collections import Counter
@@ -26,17 +27,33 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
 
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast")
-COLLECTIVES += ("reduce_scatter", "reduce_scatter_tensor")
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "broadcast",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
+PARTS = ("data", "forward", "backward", "optimizer", "communication", "other")  # of a step
+
+
+def number(value: float | None) -> str:
+    """Show four decimals of small numbers, none of large ones, n/a for what is not known."""
+    if value is None:
+        return "n/a"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if value >= 10 else f"{value:.4f}"
 
 
 def attention_flops_per_token(hp: tg.Hyperparameters) -> int:
-    """The part of a forward pass's FLOPs on one token that is attention's: 2·L·D·(T + 1)."""
+    """Count attention's FLOPs in a forward pass on one token: 2·L·D·(T + 1)."""
     return 2 * hp.num_layers * hp.model_dim * (hp.train_seq_len + 1)
 
 
 def flops_per_token(hp: tg.Hyperparameters, forward_only: bool = False) -> float:
-    """Model FLOPs of training on one token: 3·(2·W + 2·L·D·(T + 1)), a third of it forward.
+    """Count the model FLOPs of training on one token: 3·(2·W + 2·L·D·(T + 1)), a third forward.
 
     W are the weights a token is multiplied with: in each of the L layers D² for q, D² for the
     output, 2·D·Dkv for k and v, 2·D·H for the MLP; V·D for the head; BigramHash's expanding matrix.
@@ -44,7 +61,8 @@ def flops_per_token(hp: tg.Hyperparameters, forward_only: bool = False) -> float
     score and 2·D for its value. Backward has two products for each one forward. Elementwise work,
     table lookups, the optimizer and whatever is computed again are not counted.
     """
-    dim, kv_dim = hp.model_dim, hp.model_dim // hp.num_heads * hp.num_kv_heads
+    dim = hp.model_dim
+    kv_dim = dim // hp.num_heads * hp.num_kv_heads
     layer = 2 * dim * dim + 2 * dim * kv_dim + 2 * dim * int(hp.mlp_mult * dim)
     bigram = hp.bigram_dim * dim if hp.bigram_buckets else 0
     weights = hp.num_layers * layer + hp.vocab_size * dim + bigram
@@ -61,9 +79,12 @@ def synchronize(run: tg.Run) -> None:
 def seconds_each(
     call: Callable[[], Any], wait: Callable[[], None], least: float = 0.1, bursts: int = 3
 ) -> float:
-    """Seconds of a call: the best of so many bursts of at least `least` seconds; `wait` returns
-    when the device has done its work."""
-    count, times = 1, []
+    """Time a call, s: the best of so many bursts of at least `least` seconds.
+
+    `wait` returns when the device has done its work.
+    """
+    count = 1
+    times: list[float] = []
     call()
     while len(times) < bursts:
         wait()
@@ -80,16 +101,19 @@ def seconds_each(
 
 
 def matmul_tflops(run: tg.Run, rows: int, inner: int, cols: int) -> float:
-    """The best TFLOP/s of five bursts of at least 0.1 s of x·Wᵀ in the run's dtype."""
+    """Measure x·Wᵀ in the run's dtype: the best TFLOP/s of five bursts of at least 0.1 s."""
     x, w = (torch.randn(n, inner, device=run.device, dtype=run.dtype) for n in (rows, cols))
     seconds = seconds_each(lambda: x @ w.T, lambda: synchronize(run), bursts=5)
     return 2e-12 * rows * inner * cols / seconds
 
 
 def ceiling(hp: tg.Hyperparameters) -> dict[str, Any]:
-    """The fastest matrix product of several shapes, on the run's device and in its dtype."""
-    run, dim = tg.Run(hp), hp.model_dim
-    rows, side = (65536, 8192) if run.device.type == "cuda" else (4096, 2048)
+    """Find the fastest matrix product of several shapes, on the run's device, in its dtype."""
+    run = tg.Run(hp)
+    dim = hp.model_dim
+    on_gpu = run.device.type == "cuda"
+    rows = 65536 if on_gpu else 4096
+    side = 8192 if on_gpu else 2048
     shapes = [(rows, dim, 4 * dim), (rows, 4 * dim, dim), (side, side, side)]
     speeds = {"x".join(map(str, shape)): matmul_tflops(run, *shape) for shape in shapes}
     shape = max(speeds, key=speeds.get)
@@ -101,8 +125,11 @@ class Stopwatch:
     """Seconds by part; a part inside another one counts as itself alone."""
 
     def __init__(self, wait: Callable[[], None]) -> None:
-        self.wait, self.seconds, self.calls = wait, Counter(), Counter()
-        self.open, self.last = [], 0.0
+        self.wait = wait
+        self.seconds: dict[str, float] = Counter()
+        self.calls: dict[str, int] = Counter()
+        self.open: list[str] = []
+        self.last = 0.0
 
     def mark(self) -> None:
         """Give the time since the last mark to the part that is open."""
@@ -113,7 +140,7 @@ class Stopwatch:
         self.last = now
 
     def timed(self, part: str, function: Callable) -> Callable:
-        """`function`, whose time counts as that of `part`."""
+        """Wrap a function, so that its time counts as that of `part`."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             self.mark()
@@ -128,13 +155,13 @@ class Stopwatch:
         return wrapped
 
     def feed(self, feed: Any) -> Any:
-        """An iterator over `feed`, the wait for which counts as data."""
+        """Iterate over `feed`, the wait for which counts as data."""
         following = self.timed("data", feed.__next__)
         return iter(lambda: following(), object())
 
 
 def prepare(hp: tg.Hyperparameters, training: bool) -> tuple[tg.Run, Any, Any, Any]:
-    """What train_gpt.main sets up: the run, the validation, the forward pass, a primed trainer."""
+    """Set up as train_gpt.main does: run, validation, forward pass, and a primed trainer."""
     run = tg.Run(hp)
     stream = tg.TokenStream("train", run) if training else None
     val = tg.Validation(run)
@@ -149,7 +176,7 @@ def prepare(hp: tg.Hyperparameters, training: bool) -> tuple[tg.Run, Any, Any, A
 
 
 def free_running(trainer: tg.Trainer, run: tg.Run, steps: int) -> tuple[float, float]:
-    """Seconds of so many steps left to themselves, and of the host's wait for data in them."""
+    """Time so many steps left to themselves, and the host's wait for data in them, s."""
     watch = Stopwatch(lambda: None)
     with mock.patch.object(trainer, "feed", watch.feed(trainer.feed)):
         synchronize(run)
@@ -161,8 +188,7 @@ def free_running(trainer: tg.Trainer, run: tg.Run, steps: int) -> tuple[float, f
 
 
 def breakdown(hp: tg.Hyperparameters) -> dict[str, Any]:
-    """Seconds of each part of ITERATIONS steps; beside it the same number of steps without any
-    waiting, and one pass of evaluation."""
+    """Time each part of ITERATIONS steps, as many steps without any waiting, and an evaluation."""
     run, val, forward, trainer = prepare(hp, training=True)
     trainer.step(0, 0.0)
     alone, stall = free_running(trainer, run, hp.iterations)
@@ -177,8 +203,9 @@ def breakdown(hp: tg.Hyperparameters) -> dict[str, Any]:
 
 
 def step_parts(trainer: tg.Trainer, run: tg.Run, count: int) -> list[dict[str, float]]:
-    """Seconds of each part of so many steps, waiting for the device before and after each part."""
-    watch, steps = Stopwatch(lambda: synchronize(run)), []
+    """Time each part of so many steps, s, waiting for the device before and after each part."""
+    watch = Stopwatch(lambda: synchronize(run))
+    steps = []
     parts = [(dist, name, "communication") for name in COLLECTIVES]
     parts += [(trainer, "forward", "forward"), (torch.Tensor, "backward", "backward")]
     parts += [(optimizer, "step", "optimizer") for optimizer in trainer.optimizers]
@@ -193,13 +220,19 @@ def step_parts(trainer: tg.Trainer, run: tg.Run, count: int) -> list[dict[str, f
             step(number, 0.0)
             steps.append({part: s - before[part] for part, s in watch.seconds.items()})
     unseen = {"data", "forward", "backward", "optimizer"} - set(watch.calls)
-    what = f"Trainer.step no longer calls what is timed as {unseen}"
-    tg.require(not unseen, f"{what}: see step_parts")
+    if unseen:
+        what = f"Trainer.step no longer calls what is timed as {unseen}"
+        raise tg.UserError(f"{what}: see step_parts")
     return steps
 
 
+def mean_parts(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Give the mean of each part of the steps that step_parts has timed, ms."""
+    return {part: 1e3 * statistics.mean(step.get(part, 0.0) for step in steps) for part in PARTS}
+
+
 def passes(forward: Any, val: Any, run: tg.Run) -> float:
-    """Seconds of the second of two passes over the validation tokens: the first may compile."""
+    """Time the second of two passes over the validation tokens, s: the first may compile."""
     for _ in range(2):
         synchronize(run)
         start = time.perf_counter()
@@ -209,7 +242,7 @@ def passes(forward: Any, val: Any, run: tg.Run) -> float:
 
 
 def first_tokens(val: Any, count: int) -> Any:
-    """A validation over the first tokens of another, as one stream."""
+    """Make a validation over the first tokens of another, as one stream."""
     part = copy.copy(val)
     part.tokens = val.tokens[:count]
     part.starts = np.array([0, len(part.tokens)])
@@ -219,18 +252,23 @@ def first_tokens(val: Any, count: int) -> Any:
 def evaluation(
     hp: tg.Hyperparameters, tell: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Tokens scored a second: in a plain pass over the validation tokens, in windows of EVAL_STRIDE
-    (default 64), the same with each document by itself, and, over 256 windows, in a plain loop that
-    reads a window at a time. `tell` gets what is known after each of them."""
+    """Measure the tokens that each way of scoring scores a second.
+
+    They are a plain pass over the validation tokens, windows of EVAL_STRIDE (default 64), the same
+    with each document by itself, and, over 256 windows, a plain loop that reads a window at a time.
+    `tell` gets what is known after each of them.
+    """
     run, val, forward, _ = prepare(hp, training=False)
     hp = run.hp
-    stride, context = hp.eval_stride or 64, hp.eval_seq_len or hp.train_seq_len
+    stride = hp.eval_stride or 64
+    context = hp.eval_seq_len or hp.train_seq_len
     cases = {"plain": (0, 0), "sliding": (stride, 0), "documents": (stride, 1), "loop": (stride, 0)}
     rates: dict[str, float] = {}
     found = {"tokens_per_s": rates, "stride": stride, "context": context}
     for name, (step, isolated) in cases.items():
         if name == "loop":
-            run.forward_rows, val = 1, first_tokens(val, context + 255 * stride + 1)
+            run.forward_rows = 1
+            val = first_tokens(val, context + 255 * stride + 1)
         run.hp = dataclasses.replace(hp, eval_stride=step, eval_doc_isolated=isolated)
         rates[name] = (len(val.tokens) - 1) / passes(forward, val, run)
         tell(found)
@@ -240,7 +278,8 @@ def evaluation(
 def main(arguments: list[str]) -> None:
     """Measure, and write the result of rank 0."""
     kinds = {f.__name__: f for f in (ceiling, breakdown, evaluation)}
-    tg.require(len(arguments) == 2 and arguments[0] in kinds, __doc__)
+    if len(arguments) != 2 or arguments[0] not in kinds:
+        raise tg.UserError(__doc__)
     kind, out = arguments
     hp = tg.load_settings(os.environ, check_places=kind != "ceiling")
     result = kinds[kind](hp)

@@ -1,4 +1,4 @@
-"""benchmarks/run.py and measure.py: log lines, FLOPs, comparisons of fake scripts, parts."""
+"""benchmarks/run.py, its subjects and measure.py: log lines, FLOPs, comparisons, parts."""
 
 import json
 import subprocess
@@ -19,8 +19,13 @@ import train_gpt as tg
 BENCHMARKS = Path(tg.__file__).parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu_kit  # noqa: E402
 import measure  # noqa: E402
 import run as benchmark  # noqa: E402
+import run_compare  # noqa: E402
+import run_machine  # noqa: E402
+import run_process  # noqa: E402
+import run_scaling  # noqa: E402
 
 LOG = """
 starting up
@@ -58,22 +63,22 @@ def timed(text: str) -> list[tuple[float, str]]:
 
 
 def test_step_times_are_differences_without_the_first():
-    assert benchmark.parse_log(timed(LOG))["step_ms"] == pytest.approx([11.82, 12.06])
+    assert run_process.parse_log(timed(LOG))["step_ms"] == pytest.approx([11.82, 12.06])
 
 
 def test_a_step_average_of_something_else_is_not_used():
     lines = LOG.replace("step_avg:37.34ms", "step_avg:12.00ms")
-    assert benchmark.parse_log(timed(lines))["step_ms"] == pytest.approx([11.8, 12.08])
+    assert run_process.parse_log(timed(lines))["step_ms"] == pytest.approx([11.8, 12.08])
 
 
 def test_steps_between_logged_ones_share_the_time():
     lines = "\n".join(f"step:{s}/9 train_loss:1 train_time:{t}ms" for s, t in ((1, 5), (2, 9)))
     lines += "\nstep:6/9 train_loss:1 train_time:49ms"
-    assert benchmark.parse_log(timed(lines))["step_ms"] == [10.0]
+    assert run_process.parse_log(timed(lines))["step_ms"] == [10.0]
 
 
 def test_validations_peak_memory_and_the_first_step_are_read():
-    found = benchmark.parse_log(timed(LOG))
+    found = run_process.parse_log(timed(LOG))
     assert [(step, bpb) for step, _, bpb in found["val"]] == [(0, 4.0), (4, 3.5)]
     assert found["script_gpu_mib"] == 10184
     assert found["first_step_s"] == 3
@@ -112,16 +117,22 @@ def test_time_inside_another_part_counts_once(monkeypatch):
     assert watch.seconds == {"outer": 101.0, "inner": 10.0}
 
 
+def test_a_part_that_a_step_does_not_have_counts_as_nothing_in_its_mean():
+    means = measure.mean_parts([{"forward": 1.0, "data": 0.5}, {"forward": 3.0}])
+    others = {"backward": 0.0, "optimizer": 0.0, "communication": 0.0, "other": 0.0}
+    assert means == {"data": 250.0, "forward": 2000.0, **others}
+
+
 def test_bpb_is_compared_after_equal_tokens_and_after_equal_seconds():
     a = np.array([[0, 0, 4.0], [100, 10, 3.0], [200, 20, 2.0]])
     b = np.array([[0, 0, 4.0], [100, 5, 3.5], [150, 16, 1.0]])
-    found = benchmark.bpb_at_equal(a, b)
+    found = run_compare.bpb_at_equal(a, b)
     assert found["bpb_tokens"] == (3.0, 3.5)
     assert found["bpb_seconds"] == pytest.approx((2.4, 1.0))
 
 
 def test_bpb_after_equal_seconds_is_not_guessed_from_the_last_validation_alone():
-    found = benchmark.bpb_at_equal(np.array([[100, 10, 3.0]]), np.array([[100, 5, 3.5]]))
+    found = run_compare.bpb_at_equal(np.array([[100, 10, 3.0]]), np.array([[100, 5, 3.5]]))
     assert found == {"bpb_tokens": (3.0, 3.5), "bpb_seconds": (None, None)}
 
 
@@ -136,7 +147,7 @@ def fake(tmp_path) -> Path:
 @pytest.fixture
 def compare(fake, tmp_path, monkeypatch, capsys):
     """Run the tool on the fake script with a ceiling of 2 TFLOP/s: its report and its output."""
-    monkeypatch.setattr(benchmark, "worker", lambda *_: {"tflops": 2.0})
+    monkeypatch.setattr(run_process, "worker", lambda *_: {"tflops": 2.0})
 
     def start(*arguments: str) -> tuple[dict, str]:
         out = tmp_path / "results" / "found.json"
@@ -201,13 +212,13 @@ def test_what_is_given_wins_over_the_environment_and_that_over_the_config(
 
 def test_a_failing_script_shows_what_it_said(compare, fake):
     fake.write_text("import sys\nprint('warming up')\nsys.exit('no kernel for this')")
-    with pytest.raises(benchmark.BenchmarkError, match=r"code 1[^$]*warming up\n.*no kernel"):
+    with pytest.raises(run_process.BenchmarkError, match=r"code 1[^$]*warming up\n.*no kernel"):
         compare()
 
 
 def test_a_script_without_log_lines_is_refused(compare, fake):
     fake.write_text("print('step 1, loss 3.0')")
-    with pytest.raises(benchmark.BenchmarkError, match="TRAIN_LOG_EVERY"):
+    with pytest.raises(run_process.BenchmarkError, match="TRAIN_LOG_EVERY"):
         compare()
 
 
@@ -242,7 +253,7 @@ def here(tiny_env, monkeypatch):
         hp = tg.load_settings(settings | places)
         return {"tflops": 2.0} if kind == "ceiling" else getattr(measure, kind)(hp)
 
-    monkeypatch.setattr(benchmark, "worker", worker)
+    monkeypatch.setattr(run_process, "worker", worker)
     kept = [f"{n}={text}" for n, text in tiny_env.items() if n not in ("OUT_DIR", "RUN_ID")]
     return [*kept, "ITERATIONS=3"]
 
@@ -291,8 +302,8 @@ def test_ways_of_scoring_are_compared(here, tmp_path, monkeypatch, capsys):
     assert scored == [case for case in cases for _ in range(2)]
     costs = {n: found["tokens_per_s"]["plain"] / rate for n, rate in found["tokens_per_s"].items()}
     said = capsys.readouterr().out
-    assert f"one at a time | {benchmark.number(found['tokens_per_s']['loop'])} tokens/s, " in said
-    assert f", {benchmark.number(costs['sliding'])} plain passes |" in said
+    assert f"one at a time | {measure.number(found['tokens_per_s']['loop'])} tokens/s, " in said
+    assert f", {measure.number(costs['sliding'])} plain passes |" in said
 
 
 def test_the_first_tokens_are_a_stream_of_their_own():
@@ -323,7 +334,7 @@ def test_a_problem_ends_the_program_with_one_line(tmp_path):
 
 def test_scaling_draws_what_it_finds(compare, monkeypatch, tmp_path):
     sweeps = {"context": ("TRAIN_SEQ_LEN", [512, 1000]), "width": ("MODEL_DIM", [256, 1024])}
-    monkeypatch.setattr(benchmark, "SWEEPS", sweeps)
+    monkeypatch.setattr(run_scaling, "SWEEPS", sweeps)
     report, said = compare("--scaling")
     assert (tmp_path / "results" / "found.png").read_bytes().startswith(b"\x89PNG")
     assert [point["value"] for point in report["results"]["width"]] == [256, 1024]
@@ -331,7 +342,7 @@ def test_scaling_draws_what_it_finds(compare, monkeypatch, tmp_path):
 
 
 def test_a_point_of_scaling_that_fails_says_why(compare, fake, monkeypatch):
-    monkeypatch.setattr(benchmark, "SWEEPS", {"depth": ("NUM_LAYERS", [3, 6])})
+    monkeypatch.setattr(run_scaling, "SWEEPS", {"depth": ("NUM_LAYERS", [3, 6])})
     failing = "import os, sys\nif os.environ['NUM_LAYERS'] == '6': sys.exit('out of memory')\n"
     fake.write_text(failing + FAKE)
     report, said = compare("--scaling")
@@ -341,7 +352,7 @@ def test_a_point_of_scaling_that_fails_says_why(compare, fake, monkeypatch):
 
 def test_a_wider_model_has_more_heads():
     base = {"MODEL_DIM": "512", "NUM_HEADS": "8", "NUM_KV_HEADS": "4"}
-    changed = benchmark.scaling_settings(base, "MODEL_DIM", 768)
+    changed = run_scaling.scaling_settings(base, "MODEL_DIM", 768)
     assert (changed["NUM_HEADS"], changed["NUM_KV_HEADS"]) == ("12", "6")
 
 
@@ -351,7 +362,8 @@ def test_memory_of_all_processes_is_added(tmp_path):
     child = "import subprocess, sys\nif sys.argv[2:]: subprocess.Popen([*sys.orig_argv[:3]])\n"
     script.write_text(child + "import time\nn = 2**26\nx = b'x' * n\ntime.sleep(0.7)\n")
     one, two = (
-        benchmark.execute(script, arguments, {}, 1)["host_mib"] for arguments in (["a"], ["a", "b"])
+        run_process.execute(script, arguments, {}, 1)["host_mib"]
+        for arguments in (["a"], ["a", "b"])
     )
     assert 64 < one < 100
     assert 128 < two < 200
@@ -382,7 +394,7 @@ def test_a_gpu_that_does_not_tell_its_memory_ends_no_measurement(answer, fake, n
     nvidia_smi(answer)
     settings = {"ITERATIONS": "3", "TRAIN_LOG_EVERY": "1", "DATA_PATH": "/", "VAL_LOSS_EVERY": "0"}
     settings |= {"HOLD": "0.3"}
-    found = benchmark.execute(fake, [], settings, 1)
+    found = run_process.execute(fake, [], settings, 1)
     assert found["smi_gpu_mib"] is None
     assert found["host_mib"] > 1
 
@@ -390,7 +402,7 @@ def test_a_gpu_that_does_not_tell_its_memory_ends_no_measurement(answer, fake, n
 def test_a_gpu_that_ceases_to_tell_its_memory_keeps_its_peak(nvidia_smi):
     known = nvidia_smi("[N/A]")
     known.write_text("100\n")
-    watch = benchmark.MemoryWatch(1, benchmark.memory_used())
+    watch = run_machine.MemoryWatch(1, run_machine.memory_used())
     known.write_text("350\n")
     while watch.gpu != 250:
         assert watch.is_alive()
@@ -403,14 +415,14 @@ def test_a_gpu_that_ceases_to_tell_its_memory_keeps_its_peak(nvidia_smi):
 
 def test_a_missing_nvidia_smi_tells_of_no_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert benchmark.memory_used() == []
-    assert benchmark.git("status") is None
+    assert run_machine.memory_used() == []
+    assert gpu_kit.git("status") is None
 
 
 def test_what_a_script_prints_is_shown_as_it_comes_if_asked(fake, capfd):
     fake.write_text("import sys\nprint('step:1/2')\nsys.exit('no kernel for this')")
-    with pytest.raises(benchmark.BenchmarkError, match="no kernel for this") as caught:
-        benchmark.execute(fake, [], {}, 1, echo=True)
+    with pytest.raises(run_process.BenchmarkError, match="no kernel for this") as caught:
+        run_process.execute(fake, [], {}, 1, echo=True)
     assert [line for _, line in caught.value.lines] == ["step:1/2", "no kernel for this"]
     assert capfd.readouterr().out == "step:1/2\nno kernel for this\n"
 
@@ -432,4 +444,4 @@ def test_ways_of_scoring_are_told_one_by_one(tiny_env):
 
 def test_the_start_of_training_is_no_comparison():
     a, b = np.array([[0, 0, 4.0], [100, 10, 3.0]]), np.array([[0, 0, 4.0], [99, 5, 3.5]])
-    assert benchmark.bpb_at_equal(a, b)["bpb_tokens"] == (None, None)
+    assert run_compare.bpb_at_equal(a, b)["bpb_tokens"] == (None, None)

@@ -330,7 +330,7 @@ def test_a_step_is_taken_apart(job, report):
     assert report.found["status"] == "ok"
     assert rows["kernels a step"] == rows["peak GPU memory, MiB"] == "needs CUDA"
     assert sum(line["percent"] for line in figures["heaviest"]) <= 100.01
-    assert figures["parts_ms"].keys() == {"data", "forward", "backward", "optimizer", "other"}
+    assert [*figures["parts_ms"]] == [*gpu_phases.measure.PARTS]
 
 
 def test_ways_of_scoring_are_measured_on_the_records_shape(job, report):
@@ -356,7 +356,7 @@ sys.exit("the disk is full")
 def test_a_run_that_fails_at_its_end_leaves_its_step_times(job, report, monkeypatch, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(FAILING)
-    monkeypatch.setattr(gpu_phases.run, "SCRIPT", script)
+    monkeypatch.setattr(gpu_phases.run_process, "SCRIPT", script)
     gpu_phases.baseline(report, job)
     rows = dict(report.found["rows"])
     assert report.found["status"] == "failed"
@@ -371,7 +371,7 @@ def test_the_peak_memory_that_a_run_logs_is_told_where_there_is_a_gpu(
 ):
     script = tmp_path / "train.py"
     script.write_text(FAILING)
-    monkeypatch.setattr(gpu_phases.run, "SCRIPT", script)
+    monkeypatch.setattr(gpu_phases.run_process, "SCRIPT", script)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpu_phases.baseline(report, job)
     assert dict(report.found["rows"])["peak GPU memory (PyTorch's), MiB"] == "77"
@@ -447,6 +447,15 @@ def test_variables_that_would_be_settings_are_forgotten(monkeypatch):
         monkeypatch.setenv(name, "1")
     gpu_phases.clean_environment()
     assert {"SEED", "SEEDS", "CONFIG", "HOME"} & os.environ.keys() == {"HOME"}
+
+
+def test_no_variable_is_forgotten_for_what_is_wrong_elsewhere(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(train_gpt.UserError, match="LOCAL_RANK=3"):
+        train_gpt.load_settings({}, check_places=False)
+    gpu_phases.clean_environment()
+    assert "HOME" in os.environ
 
 
 def test_what_is_given_wins_but_for_what_a_row_varies(job):
