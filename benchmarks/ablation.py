@@ -39,7 +39,7 @@ def run(name: str, settings: dict[str, str], seed: int, config: Path) -> dict[st
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A Markdown table of results by case and seed."""
+    """Write a Markdown table of results by case and seed."""
     lines = [
         "| case | val_bpb, mean ± sd | difference, mean ± se | artifact bytes |",
         "|---|---|---|---|",

@@ -22,7 +22,7 @@ import amx_attention
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """The median of ten calls, after one that does not count."""
+    """Time a call, ms: the median of ten, after one that does not count."""
     work()
     times = []
     for _ in range(10):
@@ -33,7 +33,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def attend(leaves: list[Tensor], gradient: Tensor) -> tuple[Callable, Callable]:
-    """Functions that compute causal attention to k and v, and its gradients."""
+    """Give functions that compute causal attention to k and v, and its gradients."""
     options = {"is_causal": True, "enable_gqa": True}
     out = F.scaled_dot_product_attention(*leaves, **options)
 

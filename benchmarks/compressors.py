@@ -19,7 +19,7 @@ HEADER_BYTES = 1024
 
 
 def validation_text(data: Path, tokenizer: Path) -> bytes:
-    """The UTF-8 text of the validation shards in `data`, documents one after the other."""
+    """Decode the validation shards in `data` into UTF-8, documents one after the other."""
     sp = SentencePieceProcessor(model_file=str(tokenizer))
     shards = sorted(data.glob("fineweb_val_[0-9]*.bin"))
     if not shards:

@@ -84,8 +84,10 @@ PHASES = (
 
 
 def marked(mark: str) -> list[int]:
-    """The processes that have a mark in their environment, whatever group or session they are in;
-    none off Linux."""
+    """Find the processes that have a mark in their environment, whatever group they are in.
+
+    Off Linux there are none.
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
@@ -115,7 +117,7 @@ def kill_all(process: subprocess.Popen, mark: str) -> None:
 
 
 def capped(path: Path, most: int) -> str:
-    """A file's text; of a longer one the beginning and the end."""
+    """Read a file's text; of a longer one the beginning and the end."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         if size <= most:
@@ -173,7 +175,9 @@ class Bench:
 
     def supervise(self, name: str, command: list[str], limit: float) -> tuple[str, float]:
         """Run a process until it ends, or its limit, or a signal to us: how it went, and seconds.
-        What it has printed is kept in `logs`."""
+
+        What it has printed is kept in `logs`.
+        """
         mark, log = uuid.uuid4().hex, self.out / "running.log"
         environment = self.environment | {MARK: mark}
         begin, most = time.monotonic(), min(limit, max(0.0, self.left()))
@@ -264,7 +268,7 @@ class Bench:
         self.report["data"] = self.data
 
     def tail(self, name: str, count: int) -> str:
-        """The last lines of what a process printed."""
+        """Give the last lines of what a process printed."""
         return "\n".join(self.logs.get(name, "").rstrip().splitlines()[-count:])
 
     def measure(self, phase: Phase) -> dict[str, Any]:
@@ -318,7 +322,7 @@ class Bench:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a process has written, if it came to that."""
+    """Read what a process has written, if it came to that."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -334,13 +338,13 @@ def cell(text: Any) -> str:
 
 
 def phase_row(name: str, found: dict[str, Any]) -> str:
-    """A phase in one row."""
+    """Tell a phase in one row."""
     seconds = f"{found['seconds']:.0f}" if "seconds" in found else ""
     return f"| {name} | {found['status']} | {seconds} | {cell(found.get('headline', ''))} |"
 
 
 def table(report: dict[str, Any]) -> str:
-    """All that was found, in Markdown."""
+    """Write all that was found, in Markdown."""
     card, versions = report.get("card", {}), report.get("versions", {})
     name = card.get("name") or f"no GPU: {report.get('machine', {}).get('cpu', 'a CPU')}"
     memory = f", {card['memory_gib']} GiB" if "memory_gib" in card else ""
@@ -370,7 +374,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

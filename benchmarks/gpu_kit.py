@@ -47,7 +47,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sources() -> dict[str, str]:
-    """SHA-256 of our programs, by path."""
+    """Give the SHA-256 of our programs, by path."""
     paths = [path for part in PARTS for path in sorted((ROOT / part).glob("*.py"))]
     return {
         str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
@@ -55,7 +55,7 @@ def sources() -> dict[str, str]:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says of this checkout; None where there is no git, or no checkout of it."""
+    """Ask git about this checkout; None where there is no git, or no checkout of it."""
     command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -65,7 +65,7 @@ def git(*arguments: str) -> str | None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Count the bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -81,14 +81,14 @@ def call(command: list[str], advice: str) -> None:
 
 
 def requirement(name: str) -> str:
-    """The line of requirements.txt for a package, such as zstandard>=0.23,<0.26."""
+    """Find the line of requirements.txt for a package, such as zstandard>=0.23,<0.26."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     found = [line.strip() for line in lines if re.match(rf"{re.escape(name)}\b", line)]
     return found[0] if found else name
 
 
 def plain_name(text: str) -> str:
-    """The name of a package in a requirement or a wheel's name, as packages are compared."""
+    """Give the name of a package in a requirement or a wheel's name, as packages are compared."""
     found = re.match(r"[A-Za-z0-9._-]+", text)
     if not found:
         raise KitError(f"--wheels {text!r}: expected NAME==VERSION")
@@ -96,7 +96,7 @@ def plain_name(text: str) -> str:
 
 
 def fits(wheel: Path, wanted: str, python: str) -> bool:
-    """Whether a wheel is of the package, version and Python that are wanted."""
+    """Tell whether a wheel is of the package, version and Python that are wanted."""
     name, version, *_, tag, _, _ = wheel.stem.split("-")
     tags = {f"cp{python.replace('.', '')}", "py3", "py2.py3"}
     exact = wanted.partition("==")[2].strip()
@@ -121,13 +121,13 @@ def fetch_wheels(folder: Path, wanted: list[str], python: str) -> None:
 
 
 def opened(path: Path) -> IO[bytes]:
-    """A corpus, which may be compressed, for reading."""
+    """Open a corpus, which may be compressed, for reading."""
     kinds = {".xz": lzma.open, ".gz": gzip.open}
     return kinds.get(path.suffix, open)(path, "rb")
 
 
 def records(path: Path) -> Iterator[str]:
-    """The texts of a corpus. Raises KitError."""
+    """Yield the texts of a corpus. Raises KitError."""
     try:
         with opened(path) as lines:
             for line in lines:
@@ -138,7 +138,7 @@ def records(path: Path) -> Iterator[str]:
 
 
 def tokenizers_of(paths: list[Path]) -> dict[int, tuple[Path, Any]]:
-    """Path and processor of tokenizers, by their number of pieces. Raises KitError."""
+    """Load tokenizers: path and processor, by their number of pieces. Raises KitError."""
     from sentencepiece import SentencePieceProcessor  # not needed to use the folder
 
     found = {}
@@ -155,8 +155,10 @@ def tokenizers_of(paths: list[Path]) -> dict[int, tuple[Path, Any]]:
 
 
 def count_records(corpus: Path, processors: list[Any], room: int) -> int:
-    """How many of a corpus's first records make datasets that fit into so many bytes. What a byte
-    of text takes there is found out on the first of them."""
+    """Count how many of a corpus's first records make datasets that fit into so many bytes.
+
+    What a byte of text takes there is found out on the first of them.
+    """
     sample: list[str] = []
     count, size, limit = 0, 0, math.inf
     for text in records(corpus):
@@ -225,7 +227,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def modules_of(wheel: Path) -> set[str]:
-    """The names under which a wheel's packages and modules are imported."""
+    """Give the names under which a wheel's packages and modules are imported."""
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.partition("/")[0] for name in archive.namelist()}
     kept = (top for top in tops if not top.endswith((".dist-info", ".data", ".libs")))
@@ -233,7 +235,7 @@ def modules_of(wheel: Path) -> set[str]:
 
 
 def missing_wheels() -> list[Path]:
-    """The wheels in .gpu of which something cannot be imported here."""
+    """Find the wheels in .gpu of which something cannot be imported here."""
 
     def is_missing(wheel: Path) -> bool:
         try:
@@ -245,14 +247,14 @@ def missing_wheels() -> list[Path]:
 
 
 def install_command(wheels: list[Path], target: Path) -> list[str]:
-    """What installs wheels into a folder, without a network."""
+    """Make the command that installs wheels into a folder, without a network."""
     options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade"]
     options += ["--disable-pip-version-check", "--target", str(target)]
     return [sys.executable, "-m", "pip", "install", "-q", *options, *map(str, wheels)]
 
 
 def dataset_settings(folder: Path) -> Settings:
-    """The settings of a dataset, if it is one of prepare.py's and whole."""
+    """Give the settings of a dataset, if it is one of prepare.py's and whole."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         tokenizer = (folder / manifest["tokenizer"]["path"]).resolve()
@@ -264,7 +266,7 @@ def dataset_settings(folder: Path) -> Settings:
 
 
 def find_datasets(data: Path, pattern: str = "*") -> dict[str, Settings]:
-    """Settings of the datasets in a data folder, by the number of pieces."""
+    """Give the settings of the datasets in a data folder, by the number of pieces."""
     found = {}
     for size in SIZES:
         for folder in sorted((data / "datasets").glob(f"{pattern}_sp{size}")):
@@ -274,7 +276,7 @@ def find_datasets(data: Path, pattern: str = "*") -> dict[str, Settings]:
 
 
 def origin() -> dict[str, Any]:
-    """What the checkout was when .gpu was made, and which of our programs differ from it."""
+    """Tell what the checkout was when .gpu was made, and which of our programs differ."""
     try:
         known = json.loads((KIT / "origin.json").read_text(encoding="utf-8"))
         then, now = known.pop("sources"), sources()

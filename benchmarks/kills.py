@@ -30,7 +30,7 @@ AIMS = ["steps", "saving", "validation", "export", "score", "saving", "validatio
 
 
 def environment(folder: Path, name: str) -> dict[str, str]:
-    """The settings of all runs, and the place of this one."""
+    """Give the settings of all runs, and the place of this one."""
     return {**os.environ, "OUT_DIR": str(folder), "RUN_ID": name, "RESUME": "auto"}
 
 
@@ -45,13 +45,13 @@ def start(folder: Path, name: str) -> tuple[subprocess.Popen, Path]:
 
 
 def losses(text: str) -> list[str]:
-    """The lines with losses but for their times, each once, sorted."""
+    """Find the lines with losses, without their times, each once, sorted."""
     found = re.findall(r"^(step:\d+\S* .*?|final_\S+_exact .*)(?: train_time.*)?$", text, re.M)
     return sorted(set(found))
 
 
 def phase(folder: Path, text: str) -> str:
-    """What a run is doing, by its files and by the last line that it has printed."""
+    """Tell what a run is doing, by its files and by the last line that it has printed."""
     partial = [path.name for path in folder.glob(".*.partial")]
     if partial:
         return "saving" if "checkpoint" in partial[0] else "export"
@@ -67,12 +67,16 @@ def phase(folder: Path, text: str) -> str:
 
 
 def kill(process: subprocess.Popen, folder: Path, printed: Path, aim: str, wait: float) -> str:
-    """Kill a run `wait` seconds after it is seen to do what is aimed at, after at least `wait` * 50
-    seconds of work; what it was doing, or nothing if it ended before."""
+    """Kill a run `wait` seconds after it is seen to do what is aimed at.
+
+    It has at least `wait` * 50 seconds of work before. Gives what it was doing, or nothing if it
+    ended before.
+    """
     earliest = time.monotonic() + 50 * wait
     while process.poll() is None:
         if time.monotonic() > earliest and phase(folder, printed.read_text()) == aim:
-            time.sleep(wait * (aim != "saving"))
+            if aim != "saving":
+                time.sleep(wait)
             process.send_signal(signal.SIGSTOP)  # that it goes no further while it is looked at
             doing = phase(folder, printed.read_text())
             process.send_signal(signal.SIGKILL)
@@ -81,7 +85,7 @@ def kill(process: subprocess.Popen, folder: Path, printed: Path, aim: str, wait:
 
 
 def digest(folder: Path) -> str:
-    """A digest of all raw weights that a run left."""
+    """Digest all raw weights that a run left."""
     weights, total = torch.load(folder / "final_model.pt", weights_only=True), hashlib.sha256()
     for name in sorted(weights):
         total.update(name.encode() + weights[name].numpy().tobytes())
@@ -89,7 +93,7 @@ def digest(folder: Path) -> str:
 
 
 def unreadable(folder: Path) -> list[str]:
-    """Files that a run left and that cannot be read."""
+    """List files that a run left and that cannot be read."""
     bad = [path.name for path in folder.glob(".*")]
     for path in folder.glob("checkpoint_*"):
         data = path.read_bytes()

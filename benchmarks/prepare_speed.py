@@ -27,14 +27,14 @@ PREPARE = Path(__file__).resolve().parent.parent / "data" / "prepare.py"
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long `work` takes."""
+    """Time how long `work` takes, s."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def repeated(path: Path, size: int, folder: Path) -> Path:
-    """The lines of a file, from the start again and again, each time numbered, `size` bytes."""
+    """Write the lines of a file again and again, each time numbered, `size` bytes."""
     result = folder / "input.jsonl"
     with open(result, "w", encoding="utf-8") as out:
         for turn in itertools.count():
@@ -45,7 +45,7 @@ def repeated(path: Path, size: int, folder: Path) -> Path:
 
 
 def numbered(path: Path, turn: int) -> Iterator[str]:
-    """The lines of a file with a number before their text, which makes other documents of them."""
+    """Yield the lines of a file with a number before their text: other documents."""
     with open(path, encoding="utf-8") as file:
         for line in file:
             yield (

@@ -43,7 +43,7 @@ def export(model: Path, config: Path, settings: dict[str, str]) -> dict[str, flo
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """A Markdown table of results by case, one entry a model."""
+    """Write a Markdown table of results by case, one entry a model."""
     base = next(iter(results.values()))
     lines = ["| case | artifact bytes | val_bpb | cost, mean ± sd |", "|---|---|---|---|"]
     for name, runs in results.items():
