@@ -1,6 +1,7 @@
 """benchmarks/run.py, its subjects and measure.py: log lines, FLOPs, comparisons, parts."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -445,3 +446,9 @@ def test_ways_of_scoring_are_told_one_by_one(tiny_env):
 def test_the_start_of_training_is_no_comparison():
     a, b = np.array([[0, 0, 4.0], [100, 10, 3.0]]), np.array([[0, 0, 4.0], [99, 5, 3.5]])
     assert run_compare.bpb_at_equal(a, b)["bpb_tokens"] == (None, None)
+
+
+def test_each_measurement_has_a_line_and_a_file():
+    table = (BENCHMARKS / "README.md").read_text()
+    links = re.findall(r"^\| \d{4}-\d\d-\d\d \| \[[^]]+\]\(log/([^)]+)\)", table, re.M)
+    assert sorted(links) == sorted(path.name for path in (BENCHMARKS / "log").iterdir())
