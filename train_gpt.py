@@ -80,7 +80,6 @@ class Hyperparameters:
     run_id: str = setting("", "", "name of the run; empty: a random UUID")
     out_dir: str = setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>")
     device: str = setting("auto", "auto, cuda, mps, cpu", "auto: the first of these that is there")
-    zero_level: int = setting(0, "0, 1", "1: divide the optimizers' work and state over the ranks")
     compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: CUDA; on CPUs large steps")
     attention: str = setting(
         "auto", "auto, sdpa, amx, cudnn, fa2, fa3, fa4", "auto: the fastest here"

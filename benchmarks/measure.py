@@ -168,7 +168,7 @@ def prepare(hp: tg.Hyperparameters, training: bool) -> tuple[tg.Run, Any, Any, A
     run.hp = dataclasses.replace(hp, bos=val.bos)
     run.start()
     model = tg.GPT(run.hp, run.dtype).to(run.device)
-    forward = tg.Compiled(model, run) if run.compile else model
+    forward = run.keeper.compiled(model) if run.compile else model
     trainer = tg.Trainer(model, forward, stream, run) if training else None
     if trainer:
         trainer.prime()

@@ -15,6 +15,7 @@ from conftest import random_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import keeper
 import train_gpt as tg
 
 BENCHMARKS = Path(tg.__file__).parent / "benchmarks"
@@ -432,7 +433,7 @@ def test_what_a_script_prints_is_shown_as_it_comes_if_asked(fake, capfd):
 def test_a_model_is_compiled_as_train_gpt_does_it(choice, tiny_env):
     hp = tg.load_settings(tiny_env | {"COMPILE": choice})
     forward = measure.prepare(hp, training=False)[2]
-    assert isinstance(forward, tg.Compiled) == (choice == "1")
+    assert isinstance(forward, keeper.Compiled) == (choice == "1")
 
 
 def test_ways_of_scoring_are_told_one_by_one(tiny_env):

@@ -388,7 +388,7 @@ def test_settings_that_change_no_result_may_differ(interrupted, whole, dataset, 
     """Nor must the data be where they were."""
     moved = shutil.copytree(dataset.folder, tmp_path / "moved")
     neutral = {"DATA_PATH": moved, "VAL_LOSS_EVERY": 5, "TRAIN_LOG_EVERY": 1, "SAVE_EVERY": 1}
-    neutral |= {"SAVE_TOTAL_LIMIT": 4, "WARMUP_STEPS": 2, "VAL_BATCH_SIZE": 640, "ZERO_LEVEL": 1}
+    neutral |= {"SAVE_TOTAL_LIMIT": 4, "WARMUP_STEPS": 2, "VAL_BATCH_SIZE": 640}
     run = interrupted.resume(**neutral)
     assert run.returncode == 0, run.output
     assert [name for name in neutral if not re.search(rf"\b{name}=", run.output)] == []

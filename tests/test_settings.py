@@ -102,7 +102,6 @@ STACK = {
     "COMPRESSOR": "zstd",
     "FIT_BUDGET": "none",
     "SCORE_STREAMS": 0,
-    "ZERO_LEVEL": 0,
     "SAVE_EVERY": 0,
     "SAVE_TOTAL_LIMIT": 2,
     "RESUME": "",
@@ -113,7 +112,7 @@ DEFAULTS = PUBLISHED | FURTHER | STACK
 WHOLE = [name for name, value in DEFAULTS.items() if type(value) is int]
 REAL = [*(name for name, value in DEFAULTS.items() if type(value) is float), "WARMDOWN_FRAC"]
 BOOLEAN = ["TIE_EMBEDDINGS", "EVAL_ONLY", "EVAL_DOC_ISOLATED", "SMEAR_GATE"]
-BOOLEAN += ["LN_SCALE", "ORTHO_INIT", "SCORE_STREAMS", "ZERO_LEVEL", "RESUME_CHANGED"]
+BOOLEAN += ["LN_SCALE", "ORTHO_INIT", "SCORE_STREAMS", "RESUME_CHANGED"]
 TEXT = ["DATA_PATH", "TOKENIZER_PATH", "OUT_DIR", "ARTIFACT", "SAVE_NLL"]
 
 
