@@ -1,6 +1,6 @@
 """Reading record folders of any age: submission.json in all spellings, and training logs.
 
-Nothing here judges; records/static_rules.py and records/dynamic_rules.py do.
+Nothing here judges; records/static_rules/ and records/dynamic_rules.py do.
 """
 
 import json

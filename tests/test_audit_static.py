@@ -1,4 +1,4 @@
-"""records/static_rules.py and records/audit.py: an honest folder, and one fault at a time."""
+"""records/static_rules/ and records/audit.py: an honest folder, and one fault at a time."""
 
 import hashlib
 import importlib
