@@ -10,10 +10,10 @@ from reading import Verdict
 
 from static_rules.files import check_files, check_metadata
 from static_rules.improvement import check_improvement
-from static_rules.record import Record
+from static_rules.record import Record, find_artifact
 from static_rules.runs import check_finished, check_script, check_source
 from static_rules.scores import check_score, check_seeds
-from static_rules.sizes import check_digests, check_size, check_sizes_claimed, find_artifact
+from static_rules.sizes import check_digests, check_size, check_sizes_claimed
 from static_rules.times import check_eval_time, check_train_time
 from static_rules.validation import check_leakage, check_val_bytes
 

@@ -15,84 +15,95 @@ NATS, P_VALUE = 0.005, 0.01
 
 
 def check_improvement(record: Record) -> Finding:
-    """The score beats the best record's by 0.005 nats with p < 0.01."""
-    if record.best is None and not record.is_timed:
-        return NOT_CHECKED, f"track {record.track or 'unknown'} asks for none; --best FOLDER tests"
+    """Check that the score beats the best record's by 0.005 nats with p < 0.01."""
     if record.best is not None:
-        chosen = [Record(record.best, None, None)]
-        if not chosen[0].submission or math.isnan(chosen[0].submission.val_bpb):
-            return NOT_CHECKED, f"{record.best} states no val_bpb: {chosen[0].problem}"
-    else:
-        chosen = [rival for rival in rivals(record) if not comparable(record, rival)]
-    if not chosen:
+        rival = Record(record.best)
+        if not rival.submission or math.isnan(rival.submission.val_bpb):
+            return NOT_CHECKED, f"{record.best} states no val_bpb: {rival.problem}"
+        if reason := other_text(record, rival):
+            return NOT_CHECKED, f"other validation text: {reason}"
+        return compare(record, rival)
+    if not record.is_timed:
+        return NOT_CHECKED, f"track {record.track or 'unknown'} asks for none; --best FOLDER tests"
+    comparable = (rival for rival in rivals(record) if not other_text(record, rival))
+    rival = next(comparable, None)
+    if rival is None:
         return NOT_CHECKED, "there is no older record beside it; name one by --best"
-    if reason := comparable(record, chosen[0]):
-        return NOT_CHECKED, f"other validation text: {reason}"
+    return compare(record, rival)
+
+
+def rivals(record: Record) -> list[Record]:
+    """List the records beside this one that are not younger, best score first."""
+    if not track_of(record.folder):
+        return []
+    own = record.folder.absolute()
+    own_date = read_date(record.submission.date) if record.submission else None
+    found = []
+    for folder in sorted(own.parent.iterdir()):
+        rival = Record(folder)
+        if folder == own or not folder.is_dir() or not rival.submission:
+            continue
+        date = read_date(rival.submission.date)
+        younger = own_date and date and date > own_date
+        if math.isnan(rival.submission.val_bpb) or younger or check_leakage(rival)[0] == FAIL:
+            continue
+        found.append(rival)
+    return sorted(found, key=lambda rival: rival.submission.val_bpb)
+
+
+def other_text(record: Record, rival: Record) -> str:
+    """Tell that two records' scores are of texts of other sizes; "" if nothing says so."""
+    one, two = scored_bytes(record), scored_bytes(rival)
+    if one > 0 and two > 0 and abs(one / two - 1) > 0.03:
+        return f"scored {one / 1e6:.1f} MB, {rival.folder.name} {two / 1e6:.1f} MB"
+    return ""
+
+
+def scored_bytes(record: Record) -> float:
+    """Tell about how many bytes of text the scores are of; nan if nothing says it."""
+    sizes = (size for size in map(implied_bytes, record.logs) if math.isfinite(size))
+    return next(sizes, to_number(record.raw.get("val_bytes")))
+
+
+def compare(record: Record, rival: Record) -> Finding:
+    """Test the seeds' scores against the rival's, in nats per token of this record."""
     scores, place = headline_scores(record)
     own = [bpb for _, bpb in scores.values() if math.isfinite(bpb)]
-    ratios = [loss / bpb for loss, bpb in scores.values() if loss > 0 and bpb > 0]
     if len(own) < 2:
         return NOT_CHECKED, f"{plural(len(own), 'seed')} with scores; the test needs two or more"
+    ratios = [loss / bpb for loss, bpb in scores.values() if loss > 0 and bpb > 0]
     if not ratios and record.submission and record.submission.val_loss > 0:
         ratios = [record.submission.val_loss / record.submission.val_bpb]
     if not ratios:
         return NOT_CHECKED, "neither logs nor submission.json state val_loss: nats are not known"
-    return judge_improvement(own, chosen[0], statistics.fmean(ratios), place)
-
-
-def judge_improvement(own: list[float], rival: Record, nats: float, place: str) -> Finding:
-    """One-sided t-test that the mean is lower by more than 0.005 nats per token.
-
-    `nats` are nats per token for a BPB: the rival's scores are put into tokens of this record.
-    """
-    other = [bpb for _, bpb in headline_scores(rival)[0].values() if math.isfinite(bpb)]
-    if len(other) < 2 or not agrees(rival.submission.val_bpb, statistics.fmean(other)):
-        other = [rival.submission.val_bpb]
-    ours, theirs = ([nats * bpb for bpb in scores] for scores in (own, other))
+    nats = statistics.fmean(ratios)  # per token, of a BPB
+    other = rival_scores(rival)
+    ours, theirs = [nats * bpb for bpb in own], [nats * bpb for bpb in other]
     gain = statistics.fmean(theirs) - statistics.fmean(ours)
     side = "better" if gain >= 0 else "worse"
     known = f"{rival.folder.name} ({statistics.fmean(other):.8f} BPB)"
     text = f"{abs(gain):.5f} nats per token {side} than {known}"
     if len(set(ours)) == 1 and len(set(theirs)) == 1:
         return NOT_CHECKED, f"{text}; all seeds have one score: no noise to test against"
-    shifted = [loss + NATS for loss in ours]
-    if len(theirs) > 1:
-        p = stats.ttest_ind(shifted, theirs, equal_var=False, alternative="less").pvalue
-        test = f"Welch's one-sided test, {len(ours)} and {len(theirs)} seeds"
-    else:
-        p = stats.ttest_1samp(shifted, theirs[0], alternative="less").pvalue
-        test = f"one-sided t-test of {len(ours)} seeds against its one number, its noise unknown"
+    p, test = means_test(ours, theirs)
     state = PASS if p < P_VALUE else FAIL
     return state, f"{text}; better by {NATS} or more: p = {p:.2g} ({test}; scores from {place})"
 
 
-def comparable(record: Record, rival: Record) -> str:
-    """Why two records' scores cannot be compared; "" if nothing speaks against it."""
-    one, two = validation_text(record), validation_text(rival)
-    if one > 0 and two > 0 and abs(one / two - 1) > 0.03:
-        return f"scored {one / 1e6:.1f} MB, {rival.folder.name} {two / 1e6:.1f} MB"
-    return ""
+def rival_scores(rival: Record) -> list[float]:
+    """List the rival's scores by seed where they agree with its headline, else that alone."""
+    scores = [bpb for _, bpb in headline_scores(rival)[0].values() if math.isfinite(bpb)]
+    headline = rival.submission.val_bpb
+    if len(scores) < 2 or not agrees(headline, statistics.fmean(scores)):
+        return [headline]
+    return scores
 
 
-def validation_text(record: Record) -> float:
-    """About how many bytes of text the scores are of, or nan."""
-    sizes = [size for size in map(implied_bytes, record.logs) if math.isfinite(size)]
-    stated = to_number(record.submission.raw.get("val_bytes")) if record.submission else math.nan
-    return sizes[0] if sizes else stated
-
-
-def rivals(record: Record) -> list[Record]:
-    """Records beside this one, that are not younger, best score first."""
-    found = []
-    own_date = read_date(record.submission.date) if record.submission else None
-    parent = record.folder.absolute().parent
-    for folder in sorted(parent.iterdir()) if track_of(record.folder) else []:
-        rival = Record(folder, None, None)
-        if folder == record.folder.absolute() or not folder.is_dir() or not rival.submission:
-            continue
-        date = read_date(rival.submission.date)
-        younger = own_date and date and date > own_date
-        scored = not math.isnan(rival.submission.val_bpb)
-        if scored and not younger and check_leakage(rival)[0] != FAIL:
-            found.append(rival)
-    return sorted(found, key=lambda rival: rival.submission.val_bpb)
+def means_test(ours: list[float], theirs: list[float]) -> tuple[float, str]:
+    """Test one-sided that our mean is lower by more than NATS; p, and the test in words."""
+    shifted = [loss + NATS for loss in ours]
+    if len(theirs) > 1:
+        p = stats.ttest_ind(shifted, theirs, equal_var=False, alternative="less").pvalue
+        return p, f"Welch's one-sided test, {len(ours)} and {len(theirs)} seeds"
+    p = stats.ttest_1samp(shifted, theirs[0], alternative="less").pvalue
+    return p, f"one-sided t-test of {len(ours)} seeds against its one number, its noise unknown"

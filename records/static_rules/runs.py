@@ -4,22 +4,27 @@ import ast
 import re
 import sys
 
-from reading import FAIL, NOT_CHECKED, PASS, to_text
+from reading import FAIL, NOT_CHECKED, PASS, Log, to_text
 
-from static_rules.record import Finding, Record, join, later_bpb, plural, seed_table
+from static_rules.record import Finding, Record, join, later_bpb, plural
+
+USUAL_PYTHON = (3, 12)  # on which most scripts of the field run
+# Python tells its version in these lines of a log.
+PYTHON = re.compile(r"(?:Running Python |\bpython:)(\d+)\.(\d+)")
 
 
 def check_script(record: Record) -> Finding:
-    """train_gpt.py compiles."""
+    """Check that train_gpt.py compiles."""
     if record.script is None:
         return NOT_CHECKED, "there is no train_gpt.py"
     version = f"Python {'.'.join(map(str, sys.version_info[:2]))}"
     try:
         ast.parse(record.script)
     except (SyntaxError, ValueError) as error:
-        state = NOT_CHECKED if sys.version_info < newest_python(record) else FAIL
-        newer = "; a newer Python may" if state == NOT_CHECKED else ""
-        return state, f"train_gpt.py does not compile with {version}: {error}{newer}"
+        text = f"train_gpt.py does not compile with {version}: {error}"
+        if sys.version_info < newest_python(record):
+            return NOT_CHECKED, f"{text}; a newer Python may"
+        return FAIL, text
     except (RecursionError, MemoryError):
         return NOT_CHECKED, f"train_gpt.py is too deeply nested for the parser of {version}"
     lines = record.script.count(b"\n")
@@ -27,70 +32,74 @@ def check_script(record: Record) -> Finding:
 
 
 def newest_python(record: Record) -> tuple[int, int]:
-    """The newest Python that a log names, else the one that most scripts of the field run on."""
-    found = [
-        re.findall(r"(?:Running Python |\bpython:)(\d+)\.(\d+)", log.body) for log in record.logs
-    ]
-    versions = [(int(major[:3]), int(minor[:3])) for pairs in found for major, minor in pairs]
-    return max(versions, default=(3, 12))
+    """Find the newest Python that a log names, else the usual one."""
+    found = [pair for log in record.logs for pair in PYTHON.findall(log.body)]
+    versions = [(int(major[:3]), int(minor[:3])) for major, minor in found]
+    return max(versions, default=USUAL_PYTHON)
 
 
 def check_source(record: Record) -> Finding:
-    """The script in every log is the shipped one."""
+    """Check that the script in every log is the shipped one."""
+    if record.script is None:
+        return NOT_CHECKED, "no train_gpt.py"
     printed = [log for log in record.logs if log.source]
-    if record.script is None or not printed:
-        reason = "no log holds its script" if record.script is not None else "no train_gpt.py"
-        return NOT_CHECKED, reason
+    if not printed:
+        return NOT_CHECKED, "no log holds its script"
     shipped = record.script.decode("utf-8-sig", errors="replace")
-    exact = [log for log in printed if log.source == shipped]
     other = [log for log in printed if not same_text(log.source, shipped)]
     if other:
         sizes = (f"{log.path.name} ({len(log.source.encode()):,} bytes)" for log in other)
         size = f"{len(record.script):,} bytes"
         return FAIL, f"not the shipped script ({size}) is that of {', '.join(sizes)}"
-    near = f", {len(printed) - len(exact)} but for line ends" if len(exact) < len(printed) else ""
+    inexact = sum(log.source != shipped for log in printed)
+    near = f", {inexact} but for line ends" if inexact else ""
     of = f"{len(printed)} of {plural(len(record.logs), 'log')}"
     return PASS, f"the script in {of} is train_gpt.py{near}"
 
 
 def same_text(one: str, two: str) -> bool:
-    """Whether two scripts are equal but for line ends and blank lines at their ends."""
+    """Tell whether two scripts are equal but for line ends and blank lines at their ends."""
     return one.replace("\r\n", "\n").strip() == two.replace("\r\n", "\n").strip()
 
 
 def check_finished(record: Record) -> Finding:
-    """Every seed has a log that ends with an exact score."""
+    """Check that every seed has a log that ends with an exact score."""
     if not record.logs:
         return NOT_CHECKED, "no training logs"
-    failed, unclear, beside = [], [], []
-    done = [seed for seed, logs in record.by_seed.items() if any(log.finished for log in logs)]
-    named = named_seeds(record)
+    done = {seed for seed, logs in record.by_seed.items() if any(log.finished for log in logs)}
+    found: dict[str, list[str]] = {FAIL: [], NOT_CHECKED: [], PASS: []}
     for seed, logs in record.by_seed.items():
+        last = logs[-1]
         if seed in done:
             continue
-        if done and (seed not in named if named else not logs[0].seed):
-            beside.append(f"{logs[-1].path.name}, which no claim names, has no exact score")
+        if done and not is_claimed(seed, last, record):
+            found[PASS].append(f"{last.path.name}, which no claim names, has no exact score")
             continue
-        log, name = logs[-1], f"{logs[-1].path.name} (seed {seed})"
-        tail = log.body.rstrip()[-2000:]
-        if "Traceback (most recent call last)" in tail:
-            failed.append(f"{name} ends in an error at step {log.steps}")
-        elif log.finals:
-            failed.append(f"{name} goes on after its exact score")
-        elif later_bpb(log):
-            unclear.append(f"{name} ends without a known line of an exact score")
-        else:
-            failed.append(f"{name} ends at step {log.steps} without a score of the artifact")
-    if failed:
-        return FAIL, join(failed)
-    if unclear:
-        return NOT_CHECKED, join(unclear)
+        state, text = how_it_ends(last)
+        found[state].append(f"{last.path.name} (seed {seed}) {text}")
+    for state in (FAIL, NOT_CHECKED):
+        if found[state]:
+            return state, join(found[state])
     again = [f"{log.path.name} holds {log.runs} runs" for log in record.logs if log.runs > 1]
-    return PASS, join([f"{plural(len(done), 'seed')} ended with an exact score", *beside, *again])
+    ended = f"{plural(len(done), 'seed')} ended with an exact score"
+    return PASS, join([ended, *found[PASS], *again])
 
 
-def named_seeds(record: Record) -> set[str]:
-    """The seeds that submission.json names."""
-    listed_seeds = record.submission.raw.get("seeds") if record.submission else None
-    numbers = listed_seeds if isinstance(listed_seeds, list) else []
-    return set(seed_table(record)) | {to_text(number) for number in numbers}
+def is_claimed(seed: str, log: Log, record: Record) -> bool:
+    """Tell whether a seed is one of the record's: named by it, or if it names none, by a log."""
+    seeds = record.raw.get("seeds")
+    listed = seeds if isinstance(seeds, list) else []
+    named = {*record.seed_table, *map(to_text, listed)}
+    return seed in named if named else bool(log.seed)
+
+
+def how_it_ends(log: Log) -> Finding:
+    """Tell what the end of a log is that does not end with an exact score."""
+    tail = log.body.rstrip()[-2000:]
+    if "Traceback (most recent call last)" in tail:
+        return FAIL, f"ends in an error at step {log.steps}"
+    if log.finals:
+        return FAIL, "goes on after its exact score"
+    if later_bpb(log):
+        return NOT_CHECKED, "ends without a known line of an exact score"
+    return FAIL, f"ends at step {log.steps} without a score of the artifact"
