@@ -17,11 +17,9 @@ import re
 import shlex
 import urllib.parse
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import program
 import scipy.stats
@@ -295,26 +293,87 @@ def picture(tracks: Tracks) -> str:
 # ===================================== COMPARING =====================================
 
 
-def settings_of(logs: Iterable[Log]) -> dict[str, str]:
-    """The settings that logs state, in the quoting of a shell; {} if they do not."""
-    stated = next((log.settings for log in logs if log.settings), {})
-    return {name: unquote(text) for name, text in stated.items()}
+@dataclass(frozen=True)
+class Side:
+    """One of two record folders that are compared."""
+
+    claim: Submission
+    logs: list[Log]
+
+    @property
+    def name(self) -> str:
+        return self.claim.folder.resolve().name
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings that the logs state, as a shell means them; {} if they do not."""
+        stated = next((log.settings for log in self.logs if log.settings), {})
+        return {name: unquote(text) for name, text in stated.items()}
+
+    def scores(self, name: str) -> list[float]:
+        """List val_bpb or val_loss of every seed: as stated, else the last one of every log."""
+        column = {"val_loss": 1, "val_bpb": 2}[name]
+        found = [log.finals[-1][column] for log in self.logs if log.finals]
+        return seed_values(self.claim, name) or [score for score in found if plausible(score)]
+
+    def facts(self) -> dict[str, str]:
+        """Describe the record: the name of each fact, and its text."""
+        claim, stepped = self.claim, [log for log in self.logs if log.steps]
+        return {
+            "": self.name,
+            "validation text": validation_text(claim),
+            "script": script_text(claim.folder),
+            "val_bpb, claimed": f"{claim.val_bpb:.5f}" if plausible(claim.val_bpb) else "?",
+            **{f"{name}, seeds": mean_text(self.scores(name), 5) for name in SCORES},
+            "bytes": f"{claim.bytes_total:,}" if claim.bytes_total else "?",
+            "bytes of code": f"{claim.bytes_code:,}" if claim.bytes_code else "?",
+            "steps": mean_text([log.steps for log in stepped], 0),
+            "training, s": mean_text([log.train_ms / 1000 for log in self.logs], 1),
+            "ms a step": mean_text([log.train_ms / log.steps for log in stepped], 2),
+        }
 
 
-def unquote(text: str) -> str:
-    """A word in the quoting of a shell as it is meant; as it stands if the quoting is broken."""
-    try:
-        return " ".join(shlex.split(text))
-    except ValueError:
-        return text
+def compare(a: Path, b: Path) -> str:
+    """Put two folders side by side: scores, tests, sizes, times, settings that differ."""
+    one, two = (Side(read_submission(folder), read_logs(folder)) for folder in (a, b))
+    facts, others = one.facts(), two.facts()
+    silent = [side.name for side in (one, two) if not side.settings]
+    if not silent:
+        facts |= settings_beside(one, two)
+        others |= settings_beside(two, one)
+    first, second = max(map(len, facts)), max(map(len, facts.values()))
+    lines = [f"{n:{first}}  {text:{second}}  {others[n]}".rstrip() for n, text in facts.items()]
+    lines += [f"{name}: {welch(one.scores(name), two.scores(name))}" for name in SCORES]
+    if validation_text(one.claim) != validation_text(two.claim):
+        lines.append("The scores are on different texts: they do not compare.")
+    if silent:
+        lines.append(f"Settings not compared: no log states them in {', '.join(silent)}")
+    return "\n".join(lines)
 
 
-def seed_scores(claim: Submission, logs: list[Log], name: str) -> list[float]:
-    """val_bpb or val_loss of every seed: of submission.json, else the last one of every log."""
-    column = {"val_loss": 1, "val_bpb": 2}[name]
-    stated = seed_values(claim, name)
-    found = [log.finals[-1][column] for log in logs if log.finals]
-    return stated or [value for value in found if plausible(value)]
+def settings_beside(side: Side, other: Side) -> dict[str, str]:
+    """Tell the settings of one side that are not those of the other."""
+    names = sorted({*side.settings, *other.settings} - ASIDE)
+    differ = [name for name in names if side.settings.get(name) != other.settings.get(name)]
+    return {name: side.settings.get(name, "(none)") for name in differ}
+
+
+def script_text(folder: Path) -> str:
+    """Tell size and the start of the SHA-256 of a folder's script."""
+    path = folder / "train_gpt.py"
+    if not path.is_file():
+        return "?"
+    data = path.read_bytes()
+    return f"{len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def mean_text(values: list[float], digits: int) -> str:
+    """Mean, deviation and number of values."""
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return "?"
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):,.{digits}f}{deviation} (n={len(values)})"
 
 
 def welch(a: list[float], b: list[float]) -> str:
@@ -334,59 +393,12 @@ def welch(a: list[float], b: list[float]) -> str:
     )
 
 
-def mean_text(values: list[float], digits: int) -> str:
-    """Mean, deviation and number of values."""
-    values = [value for value in values if not math.isnan(value)]
-    if not values:
-        return "?"
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):,.{digits}f}{deviation} (n={len(values)})"
-
-
-def script_text(folder: Path) -> str:
-    """Size and the start of the SHA-256 of a folder's script."""
-    path = folder / "train_gpt.py"
-    if not path.is_file():
-        return "?"
-    data = path.read_bytes()
-    return f"{len(data):,} bytes, SHA-256 {hashlib.sha256(data).hexdigest()[:12]}"
-
-
-def compare(a: Path, b: Path) -> str:
-    """Both folders side by side: scores, Welch's test, sizes, times, settings that differ."""
-    folders = (a, b)
-    claims, logs = [read_submission(f) for f in folders], [read_logs(f) for f in folders]
-    scores = {n: [seed_scores(*one, n) for one in zip(claims, logs, strict=True)] for n in SCORES}
-    rows: list[tuple[str, Any, Any]] = [("", a.resolve().name, b.resolve().name)]
-
-    def add(name: str, values: Iterable[str]) -> None:
-        rows.append((name, *values))
-
-    add("validation text", map(validation_text, claims))
-    add("script", map(script_text, folders))
-    add("val_bpb, claimed", (f"{c.val_bpb:.5f}" if plausible(c.val_bpb) else "?" for c in claims))
-    for name in SCORES:
-        add(f"{name}, seeds", (mean_text(values, 5) for values in scores[name]))
-    add("bytes", (f"{c.bytes_total:,}" if c.bytes_total else "?" for c in claims))
-    add("bytes of code", (f"{c.bytes_code:,}" if c.bytes_code else "?" for c in claims))
-    add("steps", (mean_text([log.steps for log in one if log.steps], 0) for one in logs))
-    add("training, s", (mean_text([log.train_ms / 1000 for log in one], 1) for one in logs))
-    per_step = [[log.train_ms / log.steps for log in one if log.steps] for one in logs]
-    add("ms a step", map(mean_text, per_step, (2, 2)))
-    settings = [settings_of(one) for one in logs]
-    silent = [f.resolve().name for f, known in zip(folders, settings, strict=True) if not known]
-    for name in sorted({*settings[0], *settings[1]} - ASIDE) if not silent else ():
-        values = [known.get(name, "(none)") for known in settings]
-        if values[0] != values[1]:
-            add(name, values)
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    lines = [f"{r[0]:{widths[0]}}  {r[1]:{widths[1]}}  {r[2]}".rstrip() for r in rows]
-    lines += [f"{name}: {welch(*scores[name])}" for name in SCORES]
-    if validation_text(claims[0]) != validation_text(claims[1]):
-        lines.append("The scores are on different texts: they do not compare.")
-    if silent:
-        lines.append(f"Settings not compared: no log states them in {', '.join(silent)}")
-    return "\n".join(lines)
+def unquote(text: str) -> str:
+    """A word in the quoting of a shell as it is meant; as it stands if the quoting is broken."""
+    try:
+        return " ".join(shlex.split(text))
+    except ValueError:
+        return text
 
 
 # ===================================== COMMAND LINE =====================================
