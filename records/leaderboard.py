@@ -369,7 +369,7 @@ def script_text(folder: Path) -> str:
 
 def mean_text(values: list[float], digits: int) -> str:
     """Mean, deviation and number of values."""
-    values = [value for value in values if not math.isnan(value)]
+    values = [value for value in values if math.isfinite(value)]
     if not values:
         return "?"
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""

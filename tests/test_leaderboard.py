@@ -408,6 +408,13 @@ def test_sizes_and_times_are_shown(pair):
     assert found["ms a step"] == ["25.04 ± 0.02 (n=2)"] * 2
 
 
+def test_a_time_without_end_is_left_out(pair):
+    write_log(pair[0], 3, {"NUM_LAYERS": 9})
+    log = pair[0] / "train_seed3.log"
+    log.write_text(log.read_text().replace("train_time:1003ms", f"train_time:{'9' * 400}ms"))
+    assert compared(*pair)["training, s"] == ["1.0 ± 0.0 (n=2)"] * 2
+
+
 def test_scores_are_shown_with_their_deviation(pair):
     assert compared(*pair)["val_bpb, seeds"] == ["1.25000 ± 0.07071 (n=2)"] * 2
 
