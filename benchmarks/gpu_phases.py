@@ -38,8 +38,6 @@ from measure import number
 import train_gpt as tg
 
 PR369 = ROOT / "configs/pr369.env"
-if not PR369.is_file():  # its place before there was configs/
-    PR369 = ROOT / "records/track_10min_16mb/2026-11-21_PR369_Stack/config.env"
 NEEDS_CUDA = "needs CUDA"
 Settings = dict[str, str]
 
