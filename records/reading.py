@@ -275,7 +275,7 @@ def split_source(lines: list[str]) -> tuple[str, list[str]]:
     """The script that a log prints at its top, and the lines after it; ("", lines) without one.
 
     Scripts of all ages end it by a line of "=". Later ones put a table of hyperparameters before
-    it, and a headline "Source code:".
+    it, and a headline "Source code:". Ours print keeper.py behind it, if it was there.
     """
     bars = [i for i, line in enumerate(lines) if BAR.fullmatch(line)]
     headed = [i for i in bars if i and lines[i - 1].strip() == "Source code:"]
@@ -284,8 +284,18 @@ def split_source(lines: list[str]) -> tuple[str, list[str]]:
         end = next((i for i in bars if i >= start), len(lines))
         return "\n".join(lines[start:end]), lines[: start - 2] + lines[end + 1 :]
     if bars and any(re.match(r"(import|from) \S", line) for line in lines[: bars[0]]):
-        return "\n".join(lines[: bars[0]]), lines[bars[0] + 1 :]
+        return "\n".join(lines[: bars[0]]), lines[end_of_head(lines, bars, 0) + 1 :]
     return "", lines
+
+
+def end_of_head(lines: list[str], bars: list[int], start: int) -> int:
+    """Find the line of "=" that ends the sources which begin at `start`; -1 without one.
+
+    Ours end before the settings: behind the script may stand keeper.py, with another such line.
+    """
+    later = [bar for bar in bars if bar >= start]
+    before_settings = (bar for bar in later if read_settings(lines[bar + 1 :]))
+    return next(before_settings, later[0] if later else -1)
 
 
 def last_run(lines: list[str]) -> tuple[str, list[str], int]:
@@ -293,13 +303,16 @@ def last_run(lines: list[str]) -> tuple[str, list[str], int]:
 
     A log that is appended to prints the source again; a console's only begins to count again.
     """
-    last_bar = max((i for i, line in enumerate(lines) if BAR.fullmatch(line)), default=-1)
-    first_bar = next((i for i, line in enumerate(lines) if BAR.fullmatch(line)), 0)
+    bars = [i for i, line in enumerate(lines) if BAR.fullmatch(line)]
+    last_bar = max(bars, default=-1)
     start, runs, stepped = 0, 1, False
-    for i in range(first_bar, last_bar):
+    i = end_of_head(lines, bars, 0)
+    while i < last_bar:
         stepped = stepped or bool(STEP.match(lines[i]) or SCORES.search(lines[i]))
         if stepped and NEW_SOURCE.match(lines[i]):
             start, runs, stepped = i, runs + 1, False
+            i = end_of_head(lines, bars, i)
+        i += 1
     source, body = split_source(lines[start:])
     body = NOISE.sub("", "\n".join(body)).replace("\r", "\n").split("\n")
     return source, body, runs

@@ -18,6 +18,12 @@ reading = importlib.import_module("reading")
 
 BAR = "=" * 100
 SOURCE = '"""A script."""\nimport math\n\n[x for x in ()]\nprint("step:1/2 val_loss:1 val_bpb:1")\n'
+KEEPER = '''"""Protect a run."""
+import os
+
+SEED = 9
+print("final_x_exact val_loss:1.0000000 val_bpb:1.0000000")
+'''
 SAMPLE = ROOT / "records/track_non_record_16mb/2026-11-21_Sample_CPU"
 
 OURS = """DATA_PATH=data/datasets/tiny
@@ -99,6 +105,28 @@ def test_our_log_has_source_settings_scores_and_sizes(folder):
     assert [val[:3] for val in log.vals] == [(0, 6.929, 4.2694), (20, 3.3525, 2.0657)]
     assert (log.seed, log.steps, log.train_ms, log.finished, log.runs) == ("7", 20, 1053, True, 1)
     assert (log.total_bytes, log.code_bytes, log.artifact_bytes) == (2717680, 47438, 2670242)
+
+
+def test_the_source_of_the_keeper_is_no_part_of_the_run(folder):
+    alone = one_log(folder, f"{SOURCE}\n{BAR}\n{OURS}")
+    log = one_log(folder, f"{SOURCE}\n{BAR}\n{KEEPER}\n{BAR}\n{OURS}")
+    assert log == alone
+
+
+@pytest.mark.parametrize("second", ["", f"{KEEPER}\n{BAR}\n"])
+@pytest.mark.parametrize("first", ["", f"{KEEPER}\n{BAR}\n"])
+def test_a_run_with_a_keeper_and_one_without_are_appended(folder, first, second):
+    last = OURS.replace("SEED=7", "SEED=8")
+    changed = SOURCE.replace("A script", "Another script")
+    log = one_log(folder, f"{SOURCE}\n{BAR}\n{first}{OURS}{changed}\n{BAR}\n{second}{last}")
+    assert (log.source, log.seed, log.runs, log.steps) == (changed, "8", 2, 20)
+    assert log.settings["NUM_LAYERS"] == "2"
+
+
+def test_lines_between_two_bars_of_a_public_log_stay(folder):
+    log = one_log(folder, f"{SOURCE}\n{BAR}\nRunning Python 3.12.3\n{BAR}\n{EARLY}")
+    assert log.source == SOURCE
+    assert log.body.startswith(f"Running Python 3.12.3\n{BAR}\nval_loader:")
 
 
 @pytest.mark.parametrize("cut", range(1, 9))
