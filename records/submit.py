@@ -44,7 +44,10 @@ TRACKS = {  # name in submission.json: folder
     "non_record_16mb": "track_non_record_16mb",
     "non_record_unlimited_compute_16mb": "track_non_record_16mb",
 }
-RULER = b"=" * 100 + b"\n"  # stands between a script and its settings in a log
+# In a log, it stands behind the script, and behind the source of keeper.py if that was there.
+RULER = b"=" * 100 + b"\n"
+SETTING = re.compile(rb"[A-Z][A-Z0-9_]*=")
+RUN = re.compile(b"\n" + RULER + SETTING.pattern)
 # Settings that say where a run lies, not what it is.
 PLACES = ("RUN_ID", "OUT_DIR", "SAVE_NLL", "ARTIFACT")
 DATA = {"DATA_PATH": "data/datasets", "TOKENIZER_PATH": "data/tokenizers"}
@@ -154,19 +157,18 @@ def read_run(place: Path) -> FinishedRun:
     lines = {name: [m if isinstance(m, tuple) else (m,) for m in ms] for name, ms in lines.items()}
     if problem := what_is_missing(settings, lines, printed):
         raise UserError(f"{place.name}: {problem}{what_to_do(place)} ({log})")
-    source = find_source(data[: ruler - 1], int(lines["size"][-1][1]))
-    if source is None:
-        counted = lines["size"][-1][1]
+    counted = int(lines["size"][-1][1])
+    start = find_source(data[: ruler - 1], counted)
+    if start is None:
         raise UserError(
             f"{place.name}: the script in {log} is not the {counted} bytes that it counts"
         )
+    source = data[start : start + counted]
     size = artifact.stat().st_size if artifact.is_file() else None
     if size != int(lines["size"][-1][2]):
         found = "is not there" if size is None else f"has {size} bytes"
         raise UserError(f"{place.name}: {artifact} {found}; its log says {lines['size'][-1][2]}")
-    return FinishedRun(
-        place.name, data[ruler - 1 - len(source) :], source, settings, artifact, lines
-    )
+    return FinishedRun(place.name, data[start:], source, settings, artifact, lines)
 
 
 def split_settings(text: str) -> tuple[dict[str, str], str]:
@@ -179,11 +181,29 @@ def split_settings(text: str) -> tuple[dict[str, str], str]:
     return {word[0]: word[-1] for word in words if len(word) == 2}, text[len(block) :]
 
 
-def find_source(before: bytes, size: int) -> bytes | None:
-    """The script of `size` bytes that ends `before`, if it begins where one can begin."""
-    start = len(before) - size
-    whole = start == 0 or (start > 0 and before.find(b"\n" + RULER) >= 0)
-    return before[start:] if whole and (not start or before[start - 1] == 10) else None
+def find_source(head: bytes, size: int) -> int | None:
+    """Find where the script of `size` bytes begins in what stands before a run's settings.
+
+    It ends there, or at a ruler behind which keeper.py stands. Before it is nothing, or a run.
+    """
+    ruler = head.rfind(b"\n" + RULER)
+    ends = [len(head)]
+    if ruler >= 0 and not SETTING.match(head, ruler + 1 + len(RULER)):
+        ends.insert(0, ruler)
+    for start in (end - size for end in ends):
+        after_a_run = start > 0 and head[start - 1] == 10 and RUN.search(head, 0, start)
+        if (start == 0 or after_a_run) and compiles(head[start : start + size]):
+            return start
+    return None
+
+
+def compiles(source: bytes) -> bool:
+    """Tell whether a source is Python."""
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def what_is_missing(settings: dict[str, str], lines: dict[str, list], printed: str) -> str:

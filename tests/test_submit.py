@@ -189,6 +189,7 @@ if sys.argv[1:] == ["--settings"]:
     for name, value in DEFAULTS.items():
         print(f"{name}={os.environ.get(name, value)}")
 """
+KEEPER = '"""Protect a run."""\n\nimport fcntl\nimport psutil\n\nLOCK = fcntl.LOCK_EX\n'
 ONE = {"SEED": "1", "NUM_LAYERS": "2", "EVAL_ONLY": "0", "MODE": "plain"}
 PLACES = {"DATA_PATH": "./data/datasets/x", "TOKENIZER_PATH": "./data/tokenizers/t.model"}
 
@@ -549,6 +550,45 @@ def test_a_cut_script_of_a_reused_name_is_refused(root):
 def test_a_ruler_within_the_script_does_not_end_it(root):
     source = f'{FAKE}"""\n{"=" * 100}\nSEED=9\n"""\n'
     write_run(root, "a", fake_log(ONE, source))
+    assert (pack(root, "a") / "train_gpt.py").read_text() == source
+
+
+def with_keeper(log: str) -> str:
+    """A log whose run had keeper.py beside its script."""
+    source, ruler, rest = log.rpartition("=" * 100 + "\n")
+    return f"{source}{ruler}{KEEPER}\n{ruler}{rest}"
+
+
+def test_the_keeper_is_not_packed_and_its_bytes_do_not_count(root):
+    log = with_keeper(fake_log(ONE))
+    write_run(root, "a", log)
+    folder = pack(root, "a")
+    assert (folder / "train_gpt.py").read_text() == FAKE
+    assert (folder / "train_seed1.log").read_text() == log
+    assert json.loads((folder / "submission.json").read_text())["bytes_code"] == len(FAKE)
+    assert (folder / "requirements.txt").read_text().split() == ["numpy"]
+
+
+@pytest.mark.parametrize("first", [fake_log, lambda *words: with_keeper(fake_log(*words))])
+@pytest.mark.parametrize("last", [fake_log, lambda *words: with_keeper(fake_log(*words))])
+def test_runs_with_and_without_a_keeper_share_a_log(root, first, last):
+    source = FAKE.replace("import numpy", "import struct")
+    write_run(root, "a", first(ONE) + last(ONE, source))
+    folder = pack(root, "a")
+    assert (folder / "train_gpt.py").read_text() == source
+    assert (folder / "train_seed1.log").read_text() == last(ONE, source)
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3])
+def test_a_cut_script_before_a_keeper_is_refused(root, lines):
+    cut = "".join(FAKE.splitlines(keepends=True)[lines:])
+    write_run(root, "a", fake_log(ONE) + with_keeper(fake_log(ONE).replace(FAKE, cut)))
+    assert f"is not the {len(FAKE)} bytes that it counts" in refusal(root, "a")
+
+
+def test_a_ruler_within_the_script_does_not_end_it_before_a_keeper(root):
+    source = f'{FAKE}"""\n{"=" * 100}\nno settings\n"""\n'
+    write_run(root, "a", with_keeper(fake_log(ONE, source)))
     assert (pack(root, "a") / "train_gpt.py").read_text() == source
 
 
