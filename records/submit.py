@@ -50,6 +50,8 @@ SETTING = re.compile(rb"[A-Z][A-Z0-9_]*=")
 RUN = re.compile(b"\n" + RULER + SETTING.pattern)
 # Settings that say where a run lies, not what it is.
 PLACES = ("RUN_ID", "OUT_DIR", "SAVE_NLL", "ARTIFACT")
+# Settings that say how a run was protected. keeper.py reads them, and it is not packed.
+PROTECTION = ("SAVE_EVERY", "SAVE_TOTAL_LIMIT", "RESUME", "RESUME_CHANGED")
 DATA = {"DATA_PATH": "data/datasets", "TOKENIZER_PATH": "data/tokenizers"}
 UP = "../../../"  # from a record folder to the repository's root
 LINES = {
@@ -240,7 +242,8 @@ def differences(runs: list[FinishedRun]) -> list[str]:
         both = f"{first.run_id} and {run.run_id}"
         if run.source != first.source:
             problems.append(f"{both}: different scripts")
-        for name in sorted({*first.settings, *run.settings} - {"SEED", *PLACES}):
+        aside = {"SEED", *PLACES, *PROTECTION}
+        for name in sorted({*first.settings, *run.settings} - aside):
             values = [one.settings.get(name, "nothing") for one in (first, run)]
             if values[0] != values[1]:
                 problems.append(f"{both}: {name} is {values[0]} and {values[1]}")
@@ -334,7 +337,7 @@ class Record:
     @property
     def changed(self) -> dict[str, str]:
         """The settings that are not the script's defaults."""
-        aside = {"SEED", *PLACES, *DATA}
+        aside = {"SEED", *PLACES, *PROTECTION, *DATA}
         items = [(k, v) for k, v in self.runs[0].settings.items() if k not in aside]
         return {k: v for k, v in items if self.defaults.get(k) != v}
 

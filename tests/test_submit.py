@@ -297,6 +297,14 @@ def test_names_and_places_of_runs_may_differ(root):
     assert pack(root, "a", "b").is_dir()
 
 
+def test_how_a_run_was_protected_may_differ_and_is_not_packed(root):
+    write_run(root, "b", fake_log(ONE | {"SEED": "2", "SAVE_EVERY": "500", "RESUME": "auto"}))
+    folder = pack(root, "b", "a")
+    for text in ((folder / name).read_text() for name in ("config.env", "README.md")):
+        assert "NUM_LAYERS" in text
+        assert not re.search("SAVE_EVERY|RESUME", text)
+
+
 LINES = fake_log(ONE).count("\n") - FAKE.count("\n") - 2
 
 
