@@ -24,7 +24,7 @@ WIDTH = 100
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line. Exits with 2 if it is wrong."""
+    """Read the command line; exit with 2 if it is wrong."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("audit.py", None, summary, details, formatter_class=form)
@@ -68,12 +68,12 @@ def audit(options: argparse.Namespace) -> list[Verdict]:
 
 
 def count(verdicts: list[Verdict]) -> dict[str, int]:
-    """How many rules are in each state."""
+    """Count the rules in each state."""
     return {state: sum(v.state == state for v in verdicts) for state in (PASS, FAIL, NOT_CHECKED)}
 
 
 def render_table(verdicts: list[Verdict]) -> str:
-    """Rules, states and evidence in columns, and a line of counts."""
+    """Lay out rules, states and evidence in columns, and a line of counts."""
     first = max(len(verdict.rule) for verdict in verdicts)
     indent = first + len(NOT_CHECKED) + 4
     lines = []
@@ -92,12 +92,12 @@ def render_table(verdicts: list[Verdict]) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without what could move a terminal's cursor or cannot be encoded."""
+    """Replace what could move a terminal's cursor or cannot be encoded."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def main(arguments: list[str]) -> int:
-    """Audit a folder; the exit code."""
+    """Audit a folder and return the exit code."""
     options = parse_arguments(arguments)
     verdicts = audit(options)
     if options.json:

@@ -90,7 +90,7 @@ class Plan:
         return self.dense_bases * (self.dense + 1) + middle + 2
 
     def scaled(self, share: float) -> "Plan":
-        """A plan of about this share of the cost."""
+        """Make a plan of about this share of the cost."""
         bounds = {"plain": 512, "dense": 24, "middle": 256, "middle_variants": 12}
         power = {"plain": 1.0, "dense": 0.5, "middle": 0.6, "middle_variants": 0.4}
         sizes = {
@@ -113,8 +113,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Move:
-    """How far replacing what follows the first `shared` tokens moved the NLLs of these: the
-    largest change and its token, and the change of the last one of them."""
+    """How far the NLLs of the first `shared` tokens moved when what follows was replaced.
+
+    The largest change and its token, and the change of the last one of them.
+    """
 
     size: float
     at: int
@@ -177,21 +179,21 @@ class Writer:
         self.borders = np.flatnonzero(tokens == bos)
 
     def text(self, length: int, start: int | None = None) -> np.ndarray:
-        """Running text of the data from a random place, or from a given one."""
+        """Take running text of the data from a random place, or from a given one."""
         start = int(self.rng.integers(len(self.tokens))) if start is None else start
         return self.tokens[(start + np.arange(length)) % len(self.tokens)]
 
     def document(self, length: int) -> np.ndarray:
-        """The same from the start of a document."""
+        """Take the same from the start of a document."""
         start = int(self.rng.choice(self.borders)) if len(self.borders) else None
         return self.text(length, start)
 
     def ids(self, length: int) -> np.ndarray:
-        """Random ids of the whole vocabulary."""
+        """Draw random ids of the whole vocabulary."""
         return self.rng.integers(0, self.vocabulary, length).astype(np.uint16)
 
     def bordered(self, length: int) -> np.ndarray:
-        """Parts of documents of 8 to 40 tokens, each with its BOS."""
+        """Join parts of documents of 8 to 40 tokens, each with its BOS."""
         parts: list[np.ndarray] = []
         while sum(map(len, parts)) < length:
             part = self.document(int(self.rng.integers(8, 41)))
@@ -199,7 +201,7 @@ class Writer:
         return np.concatenate(parts)[:length]
 
     def future(self, kind: str, base: np.ndarray, t: int, length: int) -> np.ndarray:
-        """What takes the place of base[t:]; its first token is another one than base[t]."""
+        """Write what takes the place of base[t:]; its first token is another one than base[t]."""
         makers: dict[str, Callable[[], np.ndarray]] = {
             "ids": lambda: self.ids(length),
             "text": lambda: self.text(length),
@@ -215,8 +217,11 @@ class Writer:
 
 
 def sample_places(base: np.ndarray, count: int, writer: Writer) -> list[int]:
-    """Positions to replace from: half of them at and after borders of documents and at powers of
-    two, their multiples and neighbours, where windows and chunks may end; the others anywhere."""
+    """Choose positions to replace from.
+
+    Half of them are at and after borders of documents and at powers of two, their multiples and
+    neighbours, where windows and chunks may end; the others anywhere.
+    """
     n, marked, rng = len(base), [], writer.rng
     powers = [2**k for k in range(4, 17) if 2**k < n]
     multiples = [m for p in powers[3:] for m in range(2 * p, n, p)]
@@ -231,7 +236,7 @@ def sample_places(base: np.ndarray, count: int, writer: Writer) -> list[int]:
 
 
 def build_causal(writer: Writer, plan: Plan, plain: np.ndarray) -> Suite:
-    """Streams for the rules `streams` and `causality`. The first is `plain`."""
+    """Build streams for the rules `streams` and `causality`. The first is `plain`."""
     suite, rng = Suite(), writer.rng
     first = suite.add(plain)
     t = int(rng.integers(3 * len(plain) // 4, len(plain)))
@@ -259,8 +264,10 @@ def build_causal(writer: Writer, plan: Plan, plain: np.ndarray) -> Suite:
 
 
 def build_positions(writer: Writer, fits: Callable[[int, int], bool]) -> Suite:
-    """Streams for `normalization` and `fixed`, as far as that many tokens and streams fit: at each
-    position every id. In a text that is repeated, a memory of what was scored is at work."""
+    """Build streams for `normalization` and `fixed`, as many as fit: at each position every id.
+
+    In a text that is repeated, a memory of what was scored is at work.
+    """
     phrase, suite = writer.document(7), Suite()
     again = np.concatenate([phrase, phrase[1:], phrase[1:], phrase[1:4]])
     text, bordered = writer.document(60), writer.bordered(80)
@@ -302,27 +309,29 @@ class Audit:
         self.moves: list[Move] = []
 
     def say(self, rule: str, passed: bool | None, evidence: str) -> bool:
-        """Note a verdict; a FAIL stays. Returns whether it passed."""
+        """Note a verdict; a FAIL stays. Return whether it passed."""
         state = {True: PASS, False: FAIL, None: NOT_CHECKED}[passed]
         if rule not in self.verdicts or self.verdicts[rule].state != FAIL:
             self.verdicts[rule] = Verdict(rule, state, evidence)
         return passed is True
 
     def failed(self, *rules: str) -> bool:
-        """Whether one of these rules failed."""
+        """Tell whether one of these rules failed."""
         return any(r in self.verdicts and self.verdicts[r].state == FAIL for r in rules)
 
     def expected(self, tokens: int, streams: int = 1) -> float:
-        """Seconds that a start should take."""
+        """Estimate the seconds that a start should take."""
         return self.per_start + tokens * self.per_token + streams * self.per_stream
 
     def left(self) -> float:
-        """Seconds of the budget that are not spent."""
+        """Tell the seconds of the budget that are not spent."""
         return self.plan.seconds - self.spent
 
     def run(self, streams: list[np.ndarray], apart: bool) -> list[np.ndarray] | None:
-        """Start the script once and judge what holds for every start. The NLLs, or None if they
-        are not to be had; a rule has failed then."""
+        """Start the script once and judge what holds for every start.
+
+        Returns the NLLs, or None if they are not to be had; a rule has failed then.
+        """
         tokens = sum(map(len, streams))
         limit = 3 * self.expected(tokens, len(streams)) + 60
         result = self.script.score(streams, apart, max(limit, self.plan.patience))
@@ -342,7 +351,7 @@ class Audit:
         return [nll.astype(np.float64) for nll in result.nll]
 
     def judge_once(self, streams: list[np.ndarray], result: Result, apart: bool) -> bool:
-        """Whether every token but each stream's first has one proper NLL."""
+        """Judge whether every token but each stream's first has one proper NLL."""
         for tokens, nll in zip(streams, result.nll, strict=True):
             if nll.dtype.kind != "f" or nll.shape != (len(tokens) - 1,):
                 what = f"{nll.dtype} {nll.shape}, not float of ({len(tokens) - 1},)"
@@ -357,7 +366,7 @@ class Audit:
         return self.say("once", True, f"one finite NLL for each of about {count} targets")
 
     def judge_score(self, result: Result, apart: bool) -> None:
-        """Whether the printed loss is the mean of the saved NLLs."""
+        """Judge whether the printed loss is the mean of the saved NLLs."""
         mean = float(np.concatenate(result.nll).mean(dtype=np.float64))
         good = abs(mean - result.loss) <= PRINTED
         where = "over all streams" if apart else "over the stream"
@@ -365,8 +374,10 @@ class Audit:
         self.say("score", good, f"{relation} {where}")
 
     def judge_bytes(self, tokens: np.ndarray, result: Result) -> None:
-        """Whether the printed bits per byte are of the bytes that the tokens decode to. With the
-        printed loss or with the saved NLLs: if these differ, that is for the rule `score`."""
+        """Judge whether the printed bits per byte are of the bytes that the tokens decode to.
+
+        With the printed loss or with the saved NLLs: if these differ, that is for the rule `score`.
+        """
         count, size = len(tokens) - 1, self.counter.count(tokens)
         sums = count * result.loss, float(result.nll[0].sum(dtype=np.float64))
         bpb = result.bpb * math.log(2)
@@ -387,8 +398,10 @@ class Audit:
     # ------------------------------------ the starts, in order ------------------------------------
 
     def plain_runs(self) -> np.ndarray | None:
-        """Start with a little, then score text as a whole, again, and with another end. The NLLs of
-        the text, or None if there are none to go on with."""
+        """Start with a little, then score text as a whole, again, and with another end.
+
+        Returns the NLLs of the text, or None if there are none to go on with.
+        """
         plan, writer = self.plan, self.writer
         little = writer.tokens[:512]
         first = self.run([little], False)
@@ -415,7 +428,7 @@ class Audit:
         return nll[0]
 
     def judge_repeat(self, one: np.ndarray, two: np.ndarray) -> bool:
-        """Whether two runs on the same tokens agree."""
+        """Judge whether two runs on the same tokens agree."""
         most, mean = float(np.abs(two - one).max()), float((two - one).mean())
         self.noise = max(self.noise, most)
         good = most <= LOUDEST and abs(mean) <= NEGLIGIBLE
@@ -433,8 +446,10 @@ class Audit:
         return True
 
     def stream_runs(self, nll: np.ndarray) -> bool:
-        """Score the streams for causality together, and half of them in another company. Whether
-        streams are scored each for itself."""
+        """Score the streams for causality together, and half of them in another company.
+
+        Returns whether streams are scored each for itself.
+        """
         plan = self.plan
         cost = self.expected(plan.causal_tokens, plan.causal_streams)
         share = min(1.0, 0.3 * self.left() / cost)
@@ -458,8 +473,10 @@ class Audit:
     def run_mixed(
         self, suite: Suite, numbers: Sequence[int], strangers: int
     ) -> dict[int, np.ndarray] | None:
-        """Score streams of a suite in a random order, and some strangers among them: the NLLs by
-        number."""
+        """Score streams of a suite in a random order, and some strangers among them.
+
+        Returns the NLLs by number.
+        """
         lengths = self.writer.rng.integers(12, 400, strangers).tolist()
         streams = [suite.streams[n] for n in numbers] + [self.writer.text(n) for n in lengths]
         order = self.writer.rng.permutation(len(streams)).tolist()
@@ -470,7 +487,7 @@ class Audit:
         return {n: nll[places[i]] for i, n in enumerate(numbers)}
 
     def judge_streams(self, pairs: list[tuple[str, np.ndarray, np.ndarray]]) -> bool:
-        """Whether equal streams in other company have equal NLLs."""
+        """Judge whether equal streams in other company have equal NLLs."""
         sizes = [float(np.abs(new - old).max()) for _, old, new in pairs]
         worst = int(np.argmax(sizes))
         mean = float(np.concatenate([new - old for _, old, new in pairs]).mean())
@@ -481,7 +498,7 @@ class Audit:
         return self.say("streams", good, evidence)
 
     def tolerances(self) -> tuple[float, float]:
-        """What an NLL may move by rounding: in streams of the same length, and of another."""
+        """Measure how far rounding moves an NLL: in streams of the same length, and of another."""
         floor = ULPS * float(np.spacing(np.float32(16)))
         same = min(max(4 * self.noise, floor), LOUDEST)
         sizes = [move.size for move in self.moves if not move.same_length]
@@ -489,7 +506,7 @@ class Audit:
         return same, max(same, min(typical, 0.05))
 
     def judge_causality(self) -> bool:
-        """Whether nothing before a replaced future moved."""
+        """Judge whether nothing before a replaced future moved."""
         same, other = self.tolerances()
         limits = [same if move.same_length else other for move in self.moves]
         bad = [m for m, limit in zip(self.moves, limits, strict=True) if m.size > limit]
@@ -550,8 +567,10 @@ class Audit:
         return self.say(rule, good, f"{evidence}{after} (tolerance {limit:.2g})")
 
     def claim_run(self, folder: Path, data: Path, nll: np.ndarray) -> None:
-        """Score what a log of the record says it scored, if the data are these, and compare; then
-        once more with another end."""
+        """Score what a log of the record says it scored, if the data are these, and compare.
+
+        Then once more with another end.
+        """
         claims, why = find_claims(folder), "no log states val_tokens, val_bytes and a final score"
         for tokens, _, _, _ in claims[:1]:
             cost = self.expected(tokens)
@@ -585,7 +604,7 @@ class Audit:
                 self.compare(scored[0], changed[0], t, "text, all that the logs scored", True)
 
     def all(self, folder: Path, data: Path) -> None:
-        """All starts, each unless a rule before it leaves nothing to learn."""
+        """Go through all starts, each unless a rule before it leaves nothing to learn."""
         nll = self.plain_runs()
         if nll is not None:
             self.claim_run(folder, data, nll)
@@ -599,7 +618,7 @@ class Audit:
 
 
 def find_claims(folder: Path) -> list[tuple[int, int, float, str]]:
-    """Tokens, bytes, bits per byte and file name of the final scores that logs state."""
+    """Find tokens, bytes, bits per byte and file name of the final scores that logs state."""
     claims = []
     for log in read_logs(folder):
         seen = re.findall(r"^val_tokens:(\d{1,12}) val_bytes:(\d{1,12})", log.body, re.MULTILINE)
@@ -617,8 +636,11 @@ def check(
     plan: Plan | None = None,
     seed: int | None = None,
 ) -> list[Verdict]:
-    """Audit the script in `folder` with this artifact; the costs are told on standard error before
-    it starts. `seed` repeats an audit; by default no two are alike."""
+    """Audit the script in `folder` with this artifact.
+
+    The costs are told on standard error before it starts. `seed` repeats an audit; by default no
+    two are alike.
+    """
     plan = plan or Plan()
     seed = secrets.randbits(32) if seed is None else seed
     try:

@@ -75,18 +75,18 @@ class Entry:
 
 
 def plausible(value: float) -> bool:
-    """Whether a number can be a score or a loss."""
+    """Tell whether a number can be a score or a loss."""
     return 0 < value < HIGHEST
 
 
 def seed_values(claim: Submission, name: str) -> list[float]:
-    """A score or loss of every seed that states it."""
+    """List a score or loss of every seed that states it."""
     values = [numbers.get(name, math.nan) for numbers in claim.seeds.values()]
     return [value for value in values if plausible(value)]
 
 
 def validation_text(claim: Submission) -> str:
-    """Which text a score is on; public records, which do not say it, are on FineWeb's."""
+    """Name the text a score is on; public records, which do not say it, are on FineWeb's."""
     count, name = claim.raw.get("val_bytes"), claim.raw.get("dataset", "unnamed data")
     if not isinstance(count, int) or count in FULL_SPLIT:
         return FINEWEB
@@ -94,7 +94,7 @@ def validation_text(claim: Submission) -> str:
 
 
 def plain(text: str) -> str:
-    """Text in one line of printable characters."""
+    """Put text in one line of printable characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -105,7 +105,7 @@ Tracks = dict[str, tuple[list[Entry], list[tuple[Path, str]]]]  # as read_track 
 
 
 def audit_state(folder: Path) -> str:
-    """What the static audit finds, in a few words."""
+    """Say what the static audit finds, in a few words."""
     try:
         verdicts = static_rules.check(folder, None, None)
     except Exception as error:  # whatever is in a folder, the page must come out
@@ -116,7 +116,7 @@ def audit_state(folder: Path) -> str:
 
 
 def read_track(track: Path) -> tuple[list[Entry], list[tuple[Path, str]]]:
-    """The entries of a track, best first, and the folders that have no score, with the reason."""
+    """Read a track: entries, best first, and folders without a score, with the reason."""
     entries, broken = [], []
     for folder in sorted(track.iterdir()):
         if folder.name.startswith(".") or not folder.is_dir():
@@ -135,7 +135,7 @@ def read_track(track: Path) -> tuple[list[Entry], list[tuple[Path, str]]]:
 
 
 def groups(entries: list[Entry]) -> dict[str, list[Entry]]:
-    """The entries by the text that they are scored on, FineWeb's first."""
+    """Group entries by the text that they are scored on, FineWeb's first."""
     texts = sorted({validation_text(e.claim) for e in entries}, key=lambda t: (t != FINEWEB, t))
     return {text: [e for e in entries if validation_text(e.claim) == text] for text in texts}
 
@@ -144,31 +144,31 @@ def groups(entries: list[Entry]) -> dict[str, list[Entry]]:
 
 
 def cell(text: str) -> str:
-    """Text for a cell of a Markdown table: nothing in it is markup."""
+    """Escape text for a cell of a Markdown table: nothing in it is markup."""
     text = html.escape(plain(text), quote=False)
     return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)  # a_b is no markup
 
 
 def table(rows: list[list[str]]) -> str:
-    """A Markdown table of cells; the first row is its head."""
+    """Write a Markdown table of cells; the first row is its head."""
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def link(folder: Path, text: str) -> str:
-    """A link to a record folder, from the page."""
+    """Write a link to a record folder, from the page."""
     place = f"{folder.parent.name}/{folder.name}"
     return f"[{cell(text)}]({urllib.parse.quote(os.fsencode(place))})"
 
 
 def score_text(entry: Entry) -> str:
-    """A score with its deviation."""
+    """Write a score with its deviation."""
     deviation = "" if math.isnan(entry.deviation) else f" ± {entry.deviation:.4f}"
     return f"{entry.claim.val_bpb:.4f}{deviation}"
 
 
 def ranking(entries: list[Entry]) -> str:
-    """The table of entries that are scored on the same text; equal scores share a rank."""
+    """Rank entries that are scored on the same text; equal scores share a rank."""
     rows = [["rank", "val_bpb", "seeds", "bytes", "record", "author", "date", "audit"]]
     scores = [e.claim.val_bpb for e in entries]
     for e in entries:
@@ -189,7 +189,7 @@ def ranking(entries: list[Entry]) -> str:
 
 
 def page(tracks: Tracks, drawn: bool) -> str:
-    """The content of records/README.md, with the picture if there is something in it."""
+    """Write records/README.md, with the picture if there is something in it."""
     parts = [HEAD.strip()]
     if drawn:
         parts.append("![The best score over time](best_score.svg)")
@@ -212,7 +212,7 @@ WIDTH, PANEL, LEFT, RIGHT, TOP, BOTTOM = 760, 260, 70, 740, 40, 220
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers between low and high, of which low is the smaller."""
+    """Choose three to seven round numbers between low and high, of which low is the smaller."""
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough)
@@ -220,7 +220,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def best_so_far(entries: list[Entry]) -> list[Entry]:
-    """The dated entries that were the best of their day and of all days before, by day."""
+    """List the dated entries that were the best of their day and of all days before."""
     best: list[Entry] = []
     for e in sorted((e for e in entries if e.day), key=lambda e: (e.day, e.claim.val_bpb)):
         if not best or e.claim.val_bpb < best[-1].claim.val_bpb:
@@ -229,7 +229,7 @@ def best_so_far(entries: list[Entry]) -> list[Entry]:
 
 
 def panel(title: str, entries: list[Entry], top: int) -> list[str]:
-    """The SVG elements of one panel: a dot for every record, and a line of the best so far."""
+    """Draw one panel in SVG: a dot for every record, and a line of the best so far."""
     days = [e.day.toordinal() for e in entries]
     scores = [e.claim.val_bpb for e in entries]
     first, last = min(days), max(days)
@@ -271,7 +271,7 @@ def panel(title: str, entries: list[Entry], top: int) -> list[str]:
 
 
 def picture(tracks: Tracks) -> str:
-    """The best score over time as an SVG: a panel for every track and validation text."""
+    """Draw the best score over time as SVG: a panel for every track and validation text."""
     panels: list[str] = []
     count = 0
     for track, (entries, _) in tracks.items():
@@ -368,7 +368,7 @@ def script_text(folder: Path) -> str:
 
 
 def mean_text(values: list[float], digits: int) -> str:
-    """Mean, deviation and number of values."""
+    """Write mean, deviation and number of values."""
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return "?"
@@ -377,7 +377,7 @@ def mean_text(values: list[float], digits: int) -> str:
 
 
 def welch(a: list[float], b: list[float]) -> str:
-    """Welch's test of two means, two-sided, in a line."""
+    """Test two means by Welch's test, two-sided, and say it in a line."""
     if min(len(a), len(b)) < 2:
         return "Welch's test needs two seeds or more on each side"
     difference = fmean(a) - fmean(b)
@@ -394,7 +394,7 @@ def welch(a: list[float], b: list[float]) -> str:
 
 
 def unquote(text: str) -> str:
-    """A word in the quoting of a shell as it is meant; as it stands if the quoting is broken."""
+    """Read a word as a shell means it; as it stands if its quoting is broken."""
     try:
         return " ".join(shlex.split(text))
     except ValueError:
@@ -405,7 +405,7 @@ def unquote(text: str) -> str:
 
 
 def generate(records: Path) -> dict[str, str]:
-    """The files of the leaderboard of a records folder: name and content."""
+    """Write the files of a records folder's leaderboard: name and content."""
     tracks = {t.name: read_track(t) for t in sorted(records.glob("track_*")) if t.is_dir()}
     drawing = picture(tracks)
     return {"README.md": page(tracks, "<circle" in drawing), "best_score.svg": drawing}

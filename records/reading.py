@@ -94,7 +94,7 @@ HIGHEST_BPB_FOR_SURE = 1.6
 
 
 def to_number(value: Any) -> float:
-    """The number that a JSON value states, also as text such as "15,863,489"; else nan."""
+    """Read the number that a JSON value states, also as text such as "15,863,489"; else nan."""
     if isinstance(value, str):
         value = value.strip().replace(",", "").replace("_", "")
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -107,7 +107,7 @@ def to_number(value: Any) -> float:
 
 
 def to_text(value: Any) -> str:
-    """One line of text for a JSON value; "" for none."""
+    """Read a JSON value as one line of text; "" for none."""
     if isinstance(value, list):
         return ", ".join(filter(None, map(to_text, value)))
     if isinstance(value, Mapping):
@@ -116,23 +116,23 @@ def to_text(value: Any) -> str:
 
 
 def first_text(raw: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The first of these fields that holds text."""
+    """Find the first of these fields that holds text."""
     return next(filter(None, (to_text(raw.get(name)) for name in names)), "")
 
 
 def first_number(raw: Mapping[str, Any], names: Iterable[str]) -> float:
-    """The first of these fields that holds a number, else nan."""
+    """Find the first of these fields that holds a number, else nan."""
     numbers = (to_number(raw.get(name)) for name in names)
     return next((number for number in numbers if not math.isnan(number)), math.nan)
 
 
 def whole(number: float) -> int:
-    """A count: 0 for nan and for what is below 0."""
+    """Turn a number into a count: 0 for nan and for what is below 0."""
     return 0 if math.isnan(number) or number < 0 else int(number)
 
 
 def seed_entry(value: Any) -> dict[str, float]:
-    """What a seed's entry says, as val_bpb, val_loss and all other numbers in it."""
+    """Read a seed's entry: val_bpb, val_loss and all other numbers in it."""
     if not isinstance(value, Mapping):
         number = to_number(value)
         return {} if math.isnan(number) else {"val_bpb": number}
@@ -146,7 +146,7 @@ def seed_entry(value: Any) -> dict[str, float]:
 
 
 def read_seeds(raw: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """seed -> numbers, of a table by seed or of a list whose entries name their seed."""
+    """Read seed -> numbers, of a table by seed or of a list whose entries name their seed."""
     for name in SEED_TABLES:
         table = raw.get(name)
         if isinstance(table, list):
@@ -161,13 +161,13 @@ def read_seeds(raw: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def seed_name(key: Any) -> str:
-    """The seed that a key such as "42", "seed_42" or "seed42" means; "" for any other key."""
+    """Read the seed that a key such as "42", "seed_42" or "seed42" means; "" for others."""
     match = re.fullmatch(r"(?:seed)?[\s_:=-]*(\d{1,20})", to_text(key), re.IGNORECASE)
     return str(int(match[1])) if match else ""
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError that says what is wrong, in a line."""
+    """Read the object in a JSON file; ValueError says in a line what is wrong."""
     try:
         raw = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
@@ -182,7 +182,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def depth(value: Any) -> int:
-    """How deep lists and objects are nested in a JSON value."""
+    """Count how deep lists and objects are nested in a JSON value."""
     count, level = 0, [value]
     while level := [v for v in level if isinstance(v, dict | list)]:
         level = [child for v in level for child in (v.values() if isinstance(v, dict) else v)]
@@ -191,7 +191,7 @@ def depth(value: Any) -> int:
 
 
 def read_submission(folder: Path) -> Submission:
-    """submission.json of a record folder, in any known spelling.
+    """Read submission.json of a record folder, in any known spelling.
 
     A score that stands in val_loss, with no val_bpb, is read as the score. Raises ValueError, of
     one line for people, if there is no such file or it is not a JSON object.
@@ -225,7 +225,7 @@ def read_submission(folder: Path) -> Submission:
 
 
 def track_of(folder: Path) -> str:
-    """The track that the folder lies in, such as 10min_16mb; "" if it lies in none."""
+    """Name the track that a folder lies in, such as 10min_16mb; "" if it lies in none."""
     name = folder.absolute().parent.name
     return name.removeprefix("track_") if name.startswith("track_") else ""
 
@@ -262,7 +262,7 @@ SETTING = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)")
 
 
 def read_text(path: Path) -> str:
-    """A text file, whatever its bytes: bad ones become U+FFFD; "" if it cannot be read."""
+    """Read a text file, whatever its bytes: bad ones become U+FFFD; "" if it cannot be read."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -272,7 +272,7 @@ def read_text(path: Path) -> str:
 
 
 def split_source(lines: list[str]) -> tuple[str, list[str]]:
-    """The script that a log prints at its top, and the lines after it; ("", lines) without one.
+    """Split a log into the script at its top and the lines after it; ("", lines) without one.
 
     Scripts of all ages end it by a line of "=". Later ones put a table of hyperparameters before
     it, and a headline "Source code:". Ours print keeper.py behind it, if it was there.
@@ -299,7 +299,7 @@ def end_of_head(lines: list[str], bars: list[int], start: int) -> int:
 
 
 def last_run(lines: list[str]) -> tuple[str, list[str], int]:
-    """The source and lines of the last run of a log, and the number of runs.
+    """Find the source and lines of the last run of a log, and count its runs.
 
     A log that is appended to prints the source again; a console's only begins to count again.
     """
@@ -319,12 +319,12 @@ def last_run(lines: list[str]) -> tuple[str, list[str], int]:
 
 
 def step_number(match: re.Match) -> int:
-    """The step that a line is about."""
+    """Read the step that a line is about."""
     return int((match[1] or match[2])[:18])
 
 
 def count_again(lines: list[str]) -> list[int]:
-    """Where the step counter falls back: there another run begins."""
+    """Find where the step counter falls back: there another run begins."""
     starts, last = [], -1
     for i, line in enumerate(lines):
         if match := STEP.match(line):
@@ -336,7 +336,7 @@ def count_again(lines: list[str]) -> list[int]:
 
 
 def read_settings(lines: list[str]) -> dict[str, str]:
-    """The dotenv block at the head of our logs; {} for others."""
+    """Read the dotenv block at the head of our logs; {} for others."""
     found: dict[str, str] = {}
     for line in lines:
         match = SETTING.fullmatch(line)
@@ -347,12 +347,12 @@ def read_settings(lines: list[str]) -> dict[str, str]:
 
 
 def milliseconds(match: re.Match) -> float:
-    """A time in milliseconds."""
+    """Read a time in milliseconds."""
     return float(match[1]) * UNITS[match[2]]
 
 
 def read_final(line: str) -> tuple[str, float, float] | None:
-    """Scheme, loss and score of a line that states a score of the artifact in full precision."""
+    """Read scheme, loss and score of a line that states the artifact's in full precision."""
     match = SCORES.search(line)
     label = line[: match.start()].strip(" :-") if match else ""
     if not match or not label or label.startswith("step") or NOT_FINAL.search(label):
@@ -407,7 +407,7 @@ class Tally:
 
 
 def find_seed(path: Path, settings: Mapping[str, str], body: str) -> str:
-    """The seed, as settings, log lines, or the file's name tell it; "" if they do not."""
+    """Find the seed that settings, log lines, or the file's name tell; "" if they do not."""
     found = re.findall(
         r"^[ \t]*seed[ \t]*[:=][ \t]*(\d{1,20})\b", body, re.MULTILINE | re.IGNORECASE
     )
@@ -417,7 +417,7 @@ def find_seed(path: Path, settings: Mapping[str, str], body: str) -> str:
 
 
 def read_log(path: Path) -> Log | None:
-    """The last run in a training log; None if the file is none."""
+    """Read the last run in a training log; None if the file is none."""
     source, body, runs = last_run(read_text(path).split("\n"))
     settings, tally, again = read_settings(body), Tally(), count_again(body)
     for line in body[again[-1] :] if again else body:
@@ -445,7 +445,7 @@ def read_log(path: Path) -> Log | None:
 
 
 def read_logs(folder: Path) -> list[Log]:
-    """Every *.log and *.txt of a folder that is a training log, sorted; hidden folders are not."""
+    """Read every training log (*.log, *.txt) of a folder, sorted, but those in hidden folders."""
     paths = [
         path
         for path in sorted(folder.rglob("*"))

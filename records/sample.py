@@ -71,7 +71,7 @@ def attend(*arguments: str, **environment: str) -> None:
 
 
 def ask_settings() -> bytes:
-    """The settings that the training would have. Ends the program if they are wrong."""
+    """Ask for the settings that the training would have; end the program if they are wrong."""
     command = [sys.executable, "train_gpt.py", "--settings"]
     asked = subprocess.run(
         command, env=os.environ | SETTINGS | {"RESUME": ""}, stdout=subprocess.PIPE
@@ -82,19 +82,19 @@ def ask_settings() -> bytes:
 
 
 def describe_inputs(settings: bytes) -> str:
-    """A digest of all that the run depends on: the script, its settings, and the data."""
+    """Digest all that the run depends on: the script, its settings, and the data."""
     manifest = MANIFEST.read_bytes() if MANIFEST.is_file() else b""
     parts = [Path("train_gpt.py").read_bytes(), settings, manifest]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 def states(stamp: Path, inputs: str) -> bool:
-    """Whether a stamp is there, and is of these inputs."""
+    """Tell whether a stamp is there, and is of these inputs."""
     return stamp.is_file() and stamp.read_bytes() == inputs.encode()
 
 
 def is_finished(inputs: str) -> bool:
-    """Whether the run of these inputs is finished, and what it made is there."""
+    """Tell whether the run of these inputs is finished, and what it made is there."""
     made = all((RUN / name).is_file() for name in ("final_model.artifact", "metrics.jsonl"))
     return made and states(RUN / "finished", inputs)
 

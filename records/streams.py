@@ -1,5 +1,8 @@
-"""What an auditor needs around a scoring script: shards, a byte count of its own, and a fresh place
-to run the script in. Nothing here imports the trainer or knows of any model."""
+"""What an auditor needs around a scoring script.
+
+Shards, a byte count of its own, and a fresh place to run the script in. Nothing here imports the
+trainer or knows of any model.
+"""
 
 import json
 import os
@@ -33,8 +36,10 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 
 
 def read_validation(folder: Path, most: int) -> np.ndarray:
-    """The first `most` validation tokens of a data folder, sidecars left aside. Raises ValueError
-    if there is no shard, or one that is not whole."""
+    """Read the first `most` validation tokens of a data folder, sidecars left aside.
+
+    Raises ValueError if there is no shard, or one that is not whole.
+    """
     paths, parts, count = sorted(folder.glob("fineweb_val_[0-9]*.bin")), [], 0
     if not paths:
         raise ValueError(f"{folder}: no fineweb_val_*.bin; name a folder that holds some")
@@ -78,14 +83,17 @@ class ByteCounter:
             raise ValueError(f"{tokenizer}: no piece is a plain word, so no text can be decoded")
 
     def count(self, tokens: np.ndarray) -> int:
-        """Bytes that the tokens after the first stand for. Raises ValueError for unknown ids."""
+        """Count bytes of the tokens after the first; ValueError for unknown ids."""
         if len(tokens) and int(tokens.max()) >= self.size:
             raise ValueError(f"token {int(tokens.max())} is not one of the {self.size} pieces")
         return self._total(tokens) - self._total(tokens[:1])
 
     def _total(self, tokens: np.ndarray) -> int:
-        """Bytes of all tokens: 1 for a byte token; of others, the text that they decode to, less a
-        space that follows a control token or the start."""
+        """Count bytes of all tokens.
+
+        1 for a byte token; of others, the text that they decode to, less a space that follows a
+        control token or the start.
+        """
         edge, byte = self.edge[tokens], self.byte[tokens]
         if self.sp is None or not len(tokens):
             return int(byte.sum())
@@ -112,8 +120,10 @@ class Result:
 
 
 def separation(hidden: Iterable[Path]) -> tuple[list[str], str]:
-    """What to put before a command so that it runs without network and does not see the `hidden`
-    folders, as far as this system can do so, and what that is in words."""
+    """Find what to put before a command so that it runs apart, and what that is in words.
+
+    It then has no network and does not see the `hidden` folders, as far as this system can do so.
+    """
     needed = [sys.executable, os.path.realpath(sys.executable), sys.prefix, sys.base_prefix]
     needed += [spm.__file__, tempfile.gettempdir()]
     folders = {Path(folder).resolve() for folder in hidden}
@@ -145,7 +155,7 @@ class Script:
 
     @contextmanager
     def _place(self, streams: list[np.ndarray]) -> Iterator[Path]:
-        """A fresh folder with nothing but the files and the shards."""
+        """Make a fresh folder with nothing but the files and the shards."""
         place = Path(tempfile.mkdtemp(prefix="run"))
         try:
             for name, path in self.files.items():
@@ -160,7 +170,7 @@ class Script:
             shutil.rmtree(place, ignore_errors=True)
 
     def _environment(self, place: Path, streams: list[np.ndarray], apart: bool) -> dict[str, str]:
-        """The protocol's variables, and nothing of the auditor's but where programs are."""
+        """Set the protocol's variables, and nothing of the auditor's but where programs are."""
         kept = {name: os.environ[name] for name in KEPT if name in os.environ}
         config = {"CONFIG": "config.env"} if "config.env" in self.files else {}
         return {
@@ -180,8 +190,10 @@ class Script:
         }
 
     def score(self, streams: list[np.ndarray], apart: bool, seconds: float) -> Result:
-        """Score streams, `apart` as SCORE_STREAMS does or else as the shards of one, within a time
-        limit. What the script does wrong ends in the result's problem."""
+        """Score streams, `apart` as SCORE_STREAMS does or else as the shards of one.
+
+        What the script does wrong, also if it takes over `seconds`, ends in the result's problem.
+        """
         with self._place(streams) as place:
             log, start = place / "console", time.perf_counter()
             with open(log, "wb") as console:
@@ -213,14 +225,14 @@ class Script:
 
 
 def _tail(path: Path, most: int = 2**20) -> bytes:
-    """The end of a file."""
+    """Read the end of a file."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - most))
         return file.read()
 
 
 def _collect(place: Path, text: bytes, count: int, apart: bool, took: float) -> Result:
-    """The scores that a run printed and saved."""
+    """Collect the scores that a run printed and saved."""
     finals, nll = FINAL.findall(text), []
     if not finals:
         return Result(took, "printed no line final_..._exact val_loss:... val_bpb:...")

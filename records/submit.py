@@ -104,7 +104,7 @@ class FinishedRun:
         return len(self.source) + self.artifact_bytes
 
     def numbers(self) -> dict[str, float]:
-        """What submission.json says of this seed, in the field's spellings."""
+        """Collect what submission.json says of this seed, in the field's spellings."""
         _, loss, bpb = self.lines["final"][-1]
         step, raw_loss, raw_bpb, ms = self.lines["val"][-1]
         return {
@@ -124,7 +124,7 @@ class FinishedRun:
 
 
 def find_run(name: str, logs: Path) -> Path:
-    """The folder of the run that is meant by its RUN_ID, its folder, its log or a file of it."""
+    """Find the folder of the run that its RUN_ID, its folder, its log or a file of it names."""
     places = [Path(os.path.abspath(place)) for place in (logs / name, name)]
     for place in places:
         if place.suffix == ".txt" and place.is_file():
@@ -137,12 +137,12 @@ def find_run(name: str, logs: Path) -> Path:
 
 
 def log_of(place: Path) -> Path:
-    """The log of the run whose folder this is."""
+    """Name the log of the run whose folder this is."""
     return place.with_name(f"{place.name}.txt") if place.name else place
 
 
 def read_run(place: Path) -> FinishedRun:
-    """The last run in the log of the run whose folder is `place`. Raises UserError."""
+    """Read the last run in the log of the run whose folder is `place`. Raises UserError."""
     log, artifact = log_of(place), place / "final_model.artifact"
     if not log.is_file():
         others = sorted(path.stem for path in place.parent.glob("*.txt"))
@@ -174,7 +174,7 @@ def read_run(place: Path) -> FinishedRun:
 
 
 def split_settings(text: str) -> tuple[dict[str, str], str]:
-    """The settings, which are the first lines NAME=VALUE in a shell's quoting, and the rest."""
+    """Split off the settings: the first lines NAME=VALUE, in a shell's quoting."""
     block = re.match(r"(?:[A-Z][A-Z0-9_]*=.*\n)*", text)[0]
     try:
         words = [word.split("=", 1) for word in shlex.split(block)]
@@ -209,7 +209,7 @@ def compiles(source: bytes) -> bool:
 
 
 def what_is_missing(settings: dict[str, str], lines: dict[str, list], printed: str) -> str:
-    """Why a log is not that of a finished training run; empty if it is one."""
+    """Say why a log is not that of a finished training run; "" if it is one."""
     if not settings.get("SEED", "").isdecimal():
         return "no settings with a SEED in its log"
     if settings.get("EVAL_ONLY", "0") != "0":
@@ -226,14 +226,14 @@ def what_is_missing(settings: dict[str, str], lines: dict[str, list], printed: s
 
 
 def what_to_do(place: Path) -> str:
-    """How to go on with a run that did not finish; empty without a checkpoint."""
+    """Say how to go on with a run that did not finish."""
     if not any(place.glob("checkpoint_*.pt")):
         return "; train it again"
     return f"; start it again with RUN_ID={shlex.quote(place.name)} RESUME=auto"
 
 
 def differences(runs: list[FinishedRun]) -> list[str]:
-    """What keeps the runs from being seeds of one submission."""
+    """List what keeps the runs from being seeds of one submission."""
     first, problems = runs[0], []
     seeds = [run.seed for run in runs]
     if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
@@ -260,7 +260,7 @@ def differences(runs: list[FinishedRun]) -> list[str]:
 
 
 def default_settings(source: bytes) -> dict[str, str]:
-    """The defaults of a script: what `--settings` prints in an empty environment."""
+    """Ask a script for its defaults: what `--settings` prints in an empty environment."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "train_gpt.py")
         script.write_bytes(source)
@@ -279,7 +279,7 @@ def default_settings(source: bytes) -> dict[str, str]:
 
 
 def data_place(name: str, value: str, root: Path) -> str:
-    """Where the repository keeps what DATA_PATH or TOKENIZER_PATH named, from its root."""
+    """Find where the repository keeps what DATA_PATH or TOKENIZER_PATH named, from its root."""
     path = Path(os.path.normpath(root / value))
     if path.is_relative_to(root) and path != root:
         return path.relative_to(root).as_posix()
@@ -287,7 +287,7 @@ def data_place(name: str, value: str, root: Path) -> str:
 
 
 def how_to_get(dataset: str) -> str:
-    """A sentence about where the data comes from."""
+    """Say where the data comes from."""
     if dataset.startswith("sample_"):
         return "It comes from `python data/prepare.py --sample`."
     if dataset.startswith("fineweb10B_"):
@@ -297,14 +297,14 @@ def how_to_get(dataset: str) -> str:
 
 
 def config_env(changed: dict[str, str], places: dict[str, str], seed: int) -> str:
-    """The settings of the runs as a file for CONFIG, paths as seen from the record folder."""
+    """Write the runs' settings as a file for CONFIG, paths as seen from the record folder."""
     values = {name: UP + place for name, place in places.items()} | {"SEED": str(seed)} | changed
     rows = [f"{name}={shlex.quote(text) if text else ''}" for name, text in values.items()]
     return "\n".join(["# For CONFIG, from within this folder.", *rows, ""])
 
 
 def requirements(source: bytes, torch: str, listed: Iterable[str]) -> str:
-    """Requirements of what a script imports: torch as it was logged, others as they are listed."""
+    """List what a script's imports require: torch as it was logged, others as they are listed."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -349,14 +349,14 @@ class Record:
 
 
 def mean_and_deviation(rows: list[dict[str, float]], name: str) -> dict[str, float]:
-    """The mean over seeds, and from two seeds on the sample deviation (over n - 1)."""
+    """Average over seeds, with the sample deviation (over n - 1) from two seeds on."""
     values = [row[name] for row in rows]
     mean = {name: round(fmean(values), 8)}
     return mean | ({f"{name}_std": round(stdev(values), 8)} if len(values) > 1 else {})
 
 
 def submission(record: Record) -> dict[str, Any]:
-    """The content of submission.json."""
+    """Make the content of submission.json."""
     runs, about = record.runs, record.about
     first, rows = runs[0], [run.numbers() for run in runs]
     python, torch, *_ = first.lines["start"][-1]
@@ -392,7 +392,7 @@ def submission(record: Record) -> dict[str, Any]:
 
 
 def sha256(data: bytes) -> str:
-    """The digest in hexadecimal."""
+    """Digest data, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -420,14 +420,14 @@ def draw_curve(runs: list[FinishedRun], path: Path) -> None:
 
 
 def table(rows: list[list[str]]) -> str:
-    """A Markdown table; the first row is its head."""
+    """Write a Markdown table; the first row is its head."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def results_table(rows: dict[str, dict[str, float]]) -> str:
-    """The README's table of results: one row a seed, then mean and deviation."""
+    """Write the README's table of results: one row a seed, then mean and deviation."""
     columns: list[tuple[str, str, Callable[[float], str]]] = [
         ("val_bpb", "val_bpb", "{:.4f}".format),
         ("val_loss", "val_loss", "{:.4f}".format),
@@ -450,7 +450,7 @@ def results_table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def commands(record: Record) -> str:
-    """How to train and score again, from within the folder."""
+    """Write how to train and score again, from within the folder."""
     world = int(record.runs[0].lines["start"][-1][4])
     launch = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
     up, name = f"{UP}logs", record.folder.name
@@ -465,7 +465,7 @@ def commands(record: Record) -> str:
 
 
 def audit_commands(record: Record) -> str:
-    """How to audit the folder, from the repository's root."""
+    """Write how to audit the folder, from the repository's root."""
     folder, places = f"records/{record.folder.parent.name}/{record.folder.name}", record.places
     made = f"logs/{record.folder.name}_seed{record.runs[0].seed}/final_model.artifact"
     artifact = f"{folder}/final_model.artifact" if record.with_artifact else made
@@ -476,7 +476,7 @@ def audit_commands(record: Record) -> str:
 
 
 def readme(record: Record) -> str:
-    """The content of README.md."""
+    """Write the content of README.md."""
     facts, first = submission(record), record.runs[0]
     changed = [[k, record.defaults.get(k, ""), v] for k, v in record.changed.items()]
     method = "All settings are the script's defaults."
@@ -550,7 +550,7 @@ def write_record(record: Record) -> None:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line. Ends the program with code 2 if it is wrong."""
+    """Read the command line; exit with 2 if it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN_ID", help="finished runs, one a seed; or their folders")
@@ -570,7 +570,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def check_about(options: argparse.Namespace) -> tuple[dict[str, str], list[str]]:
-    """What the options say of the submission, and what is wrong with it."""
+    """Read what the options say of the submission, and list what is wrong with it."""
     problems = []
     track = options.track.lower().replace("-", "_").removeprefix("track_")
     about = {
@@ -626,7 +626,7 @@ def collect(options: argparse.Namespace) -> Record:
 
 
 def audit(folder: Path) -> int:
-    """Run the static audit on a folder, which prints its table; its exit code."""
+    """Run the static audit on a folder, which prints its table; return its exit code."""
     tool = Path(__file__).with_name("audit.py")
     sys.stdout.flush()
     return subprocess.run([sys.executable, str(tool), str(folder)]).returncode

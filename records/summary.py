@@ -30,7 +30,7 @@ NUMBERS = {  # that an event of this kind has
 
 
 def parse(line: bytes) -> Event | None:
-    """The event in a line; after one that was cut off, the next may stand in the same line."""
+    """Read the event in a line; behind one that was cut off, the next may stand."""
     for start in (0, line.rfind(b'{"event"')):
         try:
             event = json.loads(line[max(start, 0) :])
@@ -41,7 +41,7 @@ def parse(line: bytes) -> Event | None:
 
 
 def read_events(folder: Path) -> list[Event]:
-    """The events of the last run in a run's folder, of the kinds that are needed.
+    """Read the events of the last run in a run's folder, of the kinds that are needed.
 
     Raises SystemExit that says what is missing if there is none, or if it did not finish.
     """
@@ -62,7 +62,7 @@ def read_events(folder: Path) -> list[Event]:
 
 
 def top(values: Iterable[float]) -> float:
-    """The upper end of an axis that starts at 0: a little over the largest number."""
+    """Choose the upper end of an axis that starts at 0: a little over the largest number."""
     return 1.05 * max((v for v in values if 0 < v < 1e300), default=1.0)
 
 
@@ -102,7 +102,7 @@ def draw_loss(events: list[Event], name: str) -> bytes:
 
 
 def summarize(folder: Path, events: list[Event], picture: str) -> str:
-    """The run in a few lines."""
+    """Describe the run in a few lines."""
     last = [event for event in events if event["event"] == "val"][-1]
     final = next(event for event in events if event["event"] == "final")
     code, model, cap = final["code_bytes"], final["artifact_bytes"], final["max_bytes"]
