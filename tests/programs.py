@@ -96,17 +96,20 @@ class Server:
             raise RuntimeError(f"the server has ended: {self.process.wait()}")
         return json.loads(answer)
 
-    def start(self, env: dict[str, str], *faults: Fault) -> Program:
-        """Start the script in an environment of `env` alone."""
+    def start(self, env: dict[str, str], *faults: Fault, script: Path = SCRIPT) -> Program:
+        """Start a script, train_gpt.py unless told, in an environment of `env` alone."""
         self.count += 1
         printed = self.folder / f"printed_{self.count}.txt"
         printed.touch()
         basic = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
         request = {"env": basic | env, "faults": faults, "printed": str(printed)}
+        request["script"] = str(script)
         return Program(self, self.ask(request), printed)
 
-    def ranks(self, env: dict[str, str], *faults: list[Fault]) -> list[Program]:
-        """Start one process a rank, each with its list of faults, and wait for all."""
+    def ranks(
+        self, env: dict[str, str], *faults: list[Fault], script: Path = SCRIPT
+    ) -> list[Program]:
+        """Start one process a rank, each with its list of faults, as torchrun would."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -114,7 +117,9 @@ class Server:
         runs = []
         for rank, own in enumerate(faults):
             place = job | {"RANK": rank, "LOCAL_RANK": rank}
-            runs.append(self.start(env | {k: str(v) for k, v in place.items()}, *own))
+            runs.append(
+                self.start(env | {k: str(v) for k, v in place.items()}, *own, script=script)
+            )
         return runs
 
     def run(self, env: dict[str, str], *faults: Fault) -> Program:
@@ -204,8 +209,8 @@ def become_the_script(request: dict) -> None:
         os.dup2(source, target)
     os.environ.clear()
     os.environ.update(request["env"])
-    sys.argv = [str(SCRIPT)]
-    sys.path[0] = str(SCRIPT.parent)
+    sys.argv = [request["script"]]
+    sys.path[0] = str(Path(request["script"]).parent)
     for fault in request["faults"]:
         if fault["do"] == "tick":
             tick()
@@ -218,7 +223,7 @@ def become_the_script(request: dict) -> None:
             plant(fault["at"], fault["do"], fault.get("nth", 1), fault.get("part", ""))
     code = 1
     try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(request["script"], run_name="__main__")
         code = 0
     except SystemExit as end:
         code = 1 if isinstance(end.code, str) else end.code or 0
