@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -152,6 +152,19 @@ def shard_bytes(tokens, magic: int = 20240520, version: int = 1, count: int | No
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(tokens) if count is None else count
     return header.tobytes() + np.asarray(tokens).astype("<u2").tobytes()
+
+
+def resolve(base: Mapping[str, object], **changed: object) -> train_gpt.Hyperparameters:
+    """The settings in `base`, but for those that are changed, on a CPU unless they say otherwise;
+    what paths name need not exist."""
+    values = {"DEVICE": "cpu", **base, **changed}
+    texts = {name: str(value) for name, value in values.items()}
+    return train_gpt.load_settings(texts, check_places=False)
+
+
+def new_run(base: Mapping[str, object], **changed: object) -> train_gpt.Run:
+    """One process with the settings in `base`, but for those that are changed."""
+    return train_gpt.Run(resolve(base, **changed))
 
 
 def optimizers_of(model, hp):

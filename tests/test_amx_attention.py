@@ -1,13 +1,15 @@
 """The attention kernel for CPUs with AMX, against float64 and beside PyTorch's."""
 
+import functools
 import subprocess
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import new_run
 
 import amx_attention
-from train_gpt import Run, UserError, choose_attention, load_settings
+from train_gpt import UserError, choose_attention
 
 
 def problem() -> str:
@@ -231,9 +233,7 @@ def test_it_is_built_once(monkeypatch, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [built]
 
 
-def run_with(**settings):
-    environ = {"DEVICE": "cpu", "DTYPE": "bf16", **settings}
-    return Run(load_settings(environ, check_places=False))
+run_with = functools.partial(new_run, {"DTYPE": "bf16"})
 
 
 @needs_amx

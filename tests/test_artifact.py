@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from conftest import resolve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,8 +66,7 @@ def tokenizer(tmp_path_factory):
 
 
 def settings(tokenizer, **values):
-    texts = {name: str(value) for name, value in {**SHAPE, "DEVICE": "cpu", **values}.items()}
-    return tg.load_settings(texts | {"TOKENIZER_PATH": str(tokenizer)}, check_places=False)
+    return resolve(SHAPE, TOKENIZER_PATH=tokenizer, **values)
 
 
 def pack(model, hp):
@@ -113,8 +113,7 @@ def coded_artifact(tokenizer, compressor):
 @functools.cache
 def process_settings(tokenizer, **values):
     """The settings of a process that knows nothing of the artifact's."""
-    texts = {"TOKENIZER_PATH": str(tokenizer), "DEVICE": "cpu", **values}
-    return tg.load_settings(texts, check_places=False)
+    return resolve({}, TOKENIZER_PATH=tokenizer, **values)
 
 
 def load(data, tmp_path, tokenizer, **values):

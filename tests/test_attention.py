@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import new_run
 from torch.nn.attention import SDPBackend
 
 import train_gpt as tg
@@ -69,8 +70,7 @@ def machine(monkeypatch) -> Machine:
 
 def cuda_run(attention: str = "auto", dtype: torch.dtype = torch.bfloat16, **model) -> tg.Run:
     """A run on a CUDA device that is not here."""
-    settings = {name.upper(): str(value) for name, value in model.items()}
-    run = tg.Run(tg.load_settings({"ATTENTION": attention, **settings}, check_places=False))
+    run = new_run({name.upper(): value for name, value in model.items()}, ATTENTION=attention)
     run.device, run.dtype = torch.device("cuda", 0), dtype
     return run
 
@@ -160,8 +160,7 @@ def test_a_named_kernel_that_is_missing_is_an_error(machine, name):
 
 @pytest.mark.parametrize("name", ["cudnn", "fa2", "fa3", "fa4"])
 def test_a_cpu_has_none_of_them(name):
-    environ = {"DEVICE": "cpu", "ATTENTION": name, "DTYPE": "bf16"}
-    run = tg.Run(tg.load_settings(environ, check_places=False))
+    run = new_run({}, ATTENTION=name, DTYPE="bf16")
     with pytest.raises(tg.UserError, match=f"ATTENTION={name}: needs DEVICE=cuda and DTYPE=bf16"):
         tg.choose_attention(run)
 
@@ -169,9 +168,8 @@ def test_a_cpu_has_none_of_them(name):
 def cpu_run(**changed) -> tg.Run:
     """A run of a small model on this CPU, in bf16."""
     small = {"MODEL_DIM": 64, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 100}
-    values = {"DEVICE": "cpu", "DTYPE": "bf16", "TRAIN_BATCH_TOKENS": 100, **small, **changed}
-    texts = {name: str(value) for name, value in values.items()}
-    return tg.Run(tg.load_settings(texts, check_places=False))
+    small |= {"DTYPE": "bf16", "TRAIN_BATCH_TOKENS": 100}
+    return new_run(small, **changed)
 
 
 def test_a_cpu_uses_what_pytorch_has_without_the_folder_of_the_kernel(monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import compose_documents, random_model, shard_bytes
+from conftest import compose_documents, new_run, random_model, resolve, shard_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,8 +97,7 @@ def load(path):
 @functools.cache
 def make_tokenizer(path):
     """train_gpt's tokenizer of a model file."""
-    texts = {"TOKENIZER_PATH": str(path), "VOCAB_SIZE": str(len(load(path)))}
-    return tg.Tokenizer(tg.load_settings(texts, check_places=False))
+    return tg.Tokenizer(resolve({}, TOKENIZER_PATH=path, VOCAB_SIZE=len(load(path))))
 
 
 def wire_fields(data):
@@ -248,7 +247,7 @@ def test_lengths_can_be_summed_without_overflow(models):
 
 
 def test_tokenizer_of_another_size_is_refused(models):
-    hp = tg.load_settings({"TOKENIZER_PATH": str(models["bpe"])}, check_places=False)
+    hp = resolve({}, TOKENIZER_PATH=models["bpe"])
     with pytest.raises(tg.UserError, match=r"\b512\b"):
         tg.Tokenizer(hp)
 
@@ -258,7 +257,7 @@ def test_file_that_is_no_tokenizer_is_refused(tmp_path, content):
     path = tmp_path / "wrong.model"
     if content is not None:
         path.write_bytes(content)
-    hp = tg.load_settings({"TOKENIZER_PATH": str(path)}, check_places=False)
+    hp = resolve({}, TOKENIZER_PATH=path)
     with pytest.raises(tg.UserError, match=r"wrong\.model"):
         tg.Tokenizer(hp)
 
@@ -513,9 +512,6 @@ def make_run(folder, tokenizer, tokens, **values):
     """A process that validates on `tokens`, written to a shard in `folder`."""
     (folder / "fineweb_val_000000.bin").write_bytes(shard_bytes(tokens))
     tiny = {
-        "DATA_PATH": folder,
-        "TOKENIZER_PATH": tokenizer,
-        "VOCAB_SIZE": len(load(tokenizer)),
         "NUM_LAYERS": 2,
         "MODEL_DIM": 16,
         "NUM_HEADS": 2,
@@ -527,11 +523,10 @@ def make_run(folder, tokenizer, tokens, **values):
         "VAL_BATCH_SIZE": 1024,
         "TIED_EMBED_INIT_STD": 1.0,
         "LOGIT_SOFTCAP": 5.0,
-        "DEVICE": "cpu",
         "DTYPE": "fp32",
     }
-    texts = {name: str(value) for name, value in {**tiny, **values}.items()}
-    return tg.Run(tg.load_settings(texts, check_places=False))
+    tiny |= {"VOCAB_SIZE": len(load(tokenizer))} | values
+    return new_run(tiny, DATA_PATH=folder, TOKENIZER_PATH=tokenizer)
 
 
 def sample_tokens(models, count):

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, shard_bytes
+from conftest import REPO, new_run, shard_bytes
 from programs import TECHNIQUES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -73,9 +73,7 @@ def cuda_run(tmp_path) -> tg.Run:
     settings = TECHNIQUES | {"DATA_PATH": tmp_path, "VOCAB_SIZE": 256, "NUM_LAYERS": 4}
     settings |= {"MODEL_DIM": 128, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 64}
     settings |= {"TRAIN_BATCH_TOKENS": 1024, "MICRO_BATCH_TOKENS": 512, "DTYPE": "bf16"}
-    settings |= {"DEVICE": "cpu", "EVAL_SEQ_LEN": 128, "EVAL_DOC_ISOLATED": 1}
-    texts = {name: str(value) for name, value in settings.items()}
-    run = tg.Run(tg.load_settings(texts, check_places=False))
+    run = new_run(settings, EVAL_SEQ_LEN=128, EVAL_DOC_ISOLATED=1)
     run.device = CUDA
     return run
 

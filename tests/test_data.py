@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import new_run
 from hypothesis import example, given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
@@ -19,15 +20,12 @@ import train_gpt as tg
 def make_run(folder, rank=0, world_size=1, **values):
     """A place in a job of `world_size` processes that reads `folder`."""
     tiny = {
-        "DATA_PATH": folder,
         "VOCAB_SIZE": 1000,
         "TRAIN_SEQ_LEN": 4,
         "TRAIN_BATCH_TOKENS": 28,
         "VAL_BATCH_SIZE": 64,
-        "DEVICE": "cpu",
     }
-    texts = {name: str(value) for name, value in {**tiny, **values}.items()}
-    run = tg.Run(tg.load_settings(texts, check_places=False))
+    run = new_run(tiny, DATA_PATH=folder, **values)
     run.rank = run.local_rank = rank
     run.world_size = world_size
     return run

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_cli, tiny_settings
+from conftest import resolve, run_cli, tiny_settings
 
 import train_gpt as tg
 
@@ -35,16 +35,18 @@ def tokenizer(tmp_path_factory):
     return path
 
 
+SHAPE = {
+    "NUM_LAYERS": 1,
+    "NUM_HEADS": 4,
+    "NUM_KV_HEADS": 4,
+    "VOCAB_SIZE": 512,
+    "TRAIN_SEQ_LEN": 16,
+    "TRAIN_BATCH_TOKENS": 64,
+}
+
+
 def settings(tokenizer, **values):
-    shape = {
-        "NUM_LAYERS": 1,
-        "NUM_KV_HEADS": 4,
-        "VOCAB_SIZE": 512,
-        "TRAIN_SEQ_LEN": 16,
-        "TRAIN_BATCH_TOKENS": 64,
-    }
-    texts = {**shape, "NUM_HEADS": 4, "DEVICE": "cpu", "TOKENIZER_PATH": tokenizer, **values}
-    return tg.load_settings({n: str(v) for n, v in texts.items()}, check_places=False)
+    return resolve(SHAPE, TOKENIZER_PATH=tokenizer, **values)
 
 
 @functools.cache
@@ -80,7 +82,7 @@ def fit_settings(tokenizer, mode, dim, **values):
 def load(data, tmp_path, tokenizer):
     path = tmp_path / "a.artifact"
     path.write_bytes(data)
-    hp = tg.load_settings({"TOKENIZER_PATH": str(tokenizer), "DEVICE": "cpu"}, check_places=False)
+    hp = resolve({}, TOKENIZER_PATH=tokenizer)
     return tg.load_artifact(path, hp)
 
 

@@ -17,6 +17,7 @@ from conftest import (
     cli_env,
     events,
     load_weights,
+    new_run,
     run_cli,
     run_main,
     shard_bytes,
@@ -51,7 +52,6 @@ def folder(tmp_path):
 def make_run(folder, **values):
     """One process that trains a small model on `folder`."""
     small = {
-        "DATA_PATH": folder,
         "VOCAB_SIZE": 256,
         "NUM_LAYERS": 4,
         "MODEL_DIM": 128,
@@ -64,8 +64,7 @@ def make_run(folder, **values):
         "WARMDOWN_ITERS": 0,
         "DEVICE": DEVICE,
     }
-    texts = {name: str(value) for name, value in {**small, **values}.items()}
-    return tg.Run(tg.load_settings(texts, check_places=False))
+    return new_run(small, DATA_PATH=folder, **values)
 
 
 def random_model(run):

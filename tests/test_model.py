@@ -1,10 +1,12 @@
 """The model: its NLL and gradients against a plain float64 reference, and its properties."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import resolve
 
 import train_gpt as tg
 
@@ -24,11 +26,7 @@ TINY = {
 
 HEADS = ("tok_emb.weight", "lm_head.weight")
 
-
-def settings(**values):
-    """Tiny settings, changed by `values`."""
-    texts = {name: str(value) for name, value in {**TINY, **values}.items()}
-    return tg.load_settings(texts, check_places=False)
+settings = functools.partial(resolve, TINY)
 
 
 def random_model(hp, dtype=torch.float32, seed=0):

@@ -1,6 +1,7 @@
 """Muon, Adam's groups, schedules, and the training step against float64 references."""
 
 import copy
+import functools
 import itertools
 import math
 import random
@@ -8,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import optimizers_of, random_model, shard_bytes
+from conftest import optimizers_of, random_model, resolve, shard_bytes
 from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
@@ -32,11 +33,7 @@ TINY = {
     "COMPILE": 0,
 }
 
-
-def settings(**values):
-    """Tiny settings, changed by `values`."""
-    texts = {name: str(value) for name, value in {**TINY, **values}.items()}
-    return tg.load_settings(texts, check_places=False)
+settings = functools.partial(resolve, TINY)
 
 
 # ---- orthogonalize

@@ -1,13 +1,22 @@
 """The techniques of PR #369 in model and optimizers, each against a plain float64 reference."""
 
 import copy
+import functools
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import events, load_weights, optimizers_of, random_model, run_main, shard_bytes
+from conftest import (
+    events,
+    load_weights,
+    optimizers_of,
+    random_model,
+    resolve,
+    run_main,
+    shard_bytes,
+)
 
 import train_gpt as tg
 
@@ -46,11 +55,7 @@ STACK = {
     **LEAKY,
 }
 
-
-def settings(**values):
-    """Tiny settings, changed by `values`."""
-    texts = {name: str(value) for name, value in {**TINY, **values}.items()}
-    return tg.load_settings(texts, check_places=False)
+settings = functools.partial(resolve, TINY)
 
 
 def double_model(hp, seed=0):

@@ -1,6 +1,7 @@
 """Windows and the score over them, against brute force: one token at a time, in float64."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, load_weights, run_main
+from conftest import VOCAB, load_weights, resolve, run_main
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,11 +41,7 @@ STACK = {
     "MLP_ACT": "leaky_relu2",
 }
 
-
-def settings(**values):
-    """Tiny settings, changed by `values`."""
-    texts = {name: str(value) for name, value in {**TINY, **values}.items()}
-    return tg.load_settings(texts, check_places=False)
+settings = functools.partial(resolve, TINY)
 
 
 def stream(lengths, seed=0, head=True):
