@@ -1,16 +1,13 @@
-"""Faults planted into train_gpt, and ranks that are forked with faults of their own.
+"""Faults planted into train_gpt, and ranks that have faults of their own.
 
-    python tests/faults.py JOBS.json     runs each job's ranks; the answer is a file for each rank
-
-A process that has imported train_gpt forks the ranks of a job, which saves their imports. A fault
-is a function of this file that is given `patch` (setattr, or monkeypatch.setattr) and arguments.
+A fault is a function of this file that is given `patch` (setattr, or monkeypatch.setattr) and
+arguments.
 """
 
 import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from programs import Program, Server
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
@@ -180,80 +178,51 @@ def owned(patch: Patch) -> dict[str, dict[str, int]]:
 # ---- ranks
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def be_rank(job: dict, rank: int, port: int) -> int:
-    """Run train_gpt.main as one rank of a job, with its faults; the exit code."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["nproc"]}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    if job["nproc"] > 1:
-        os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ |= job["env"]
+def main_with_faults(planted: list[list], report: Path) -> int:
+    """Run train_gpt.main in this process with faults, each [name, *arguments], and write a report;
+    the exit code."""
     answer = {"rc": 0, "error": "", "kind": ""}
-    for name, at, *arguments in job["faults"]:
-        if at in (rank, None):
-            globals()[name](setattr, *arguments)
+    for name, *arguments in planted:
+        globals()[name](setattr, *arguments)
     answer |= {"prints": fingerprints(setattr), "owned": owned(setattr)}
-    with open(f"{job['answer']}.{rank}.log", "w", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        try:
-            answer["rc"] = train_gpt.main([]) or 0
-            if train_gpt.dist.is_initialized():
-                train_gpt.dist.barrier()
-        except BaseException as error:
-            traceback.print_exc()
-            answer |= {"rc": 1, "error": str(error), "kind": type(error).__name__}
-    Path(f"{job['answer']}.{rank}.json").write_text(json.dumps(answer))
+    try:
+        answer["rc"] = train_gpt.main([]) or 0
+        if train_gpt.dist.is_initialized():
+            train_gpt.dist.barrier()
+    except BaseException as error:
+        traceback.print_exc()
+        answer |= {"rc": 1, "error": str(error), "kind": type(error).__name__}
+    report.write_text(json.dumps(answer))
     return answer["rc"]
 
 
-def run_job(job: dict) -> None:
-    """Fork a job's ranks and wait for them; the first that fails takes the others down."""
-    port, living = free_port(), {}
-    for rank in range(job["nproc"]):
-        if (pid := os.fork()) == 0:
-            os._exit(be_rank(job, rank, port))
-        living[pid] = rank
-    deadline, failed = time.monotonic() + 100, 0.0
-    while living:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in living:
-            failed = failed or (time.monotonic() if status else 0.0)
-            del living[pid]
-        elif time.monotonic() > deadline or (failed and time.monotonic() > failed + 15):
-            for left in living:
-                os.kill(left, signal.SIGKILL)
+def await_all(ranks: list[Program]) -> None:
+    """Wait for the ranks of a job; the first that fails takes the others down."""
+    deadline = time.monotonic() + 100
+    while living := [rank for rank in ranks if rank.poll() is None]:
+        if any(rank.returncode for rank in ranks):
+            deadline = min(deadline, time.monotonic() + 15)
+        if time.monotonic() > deadline:
+            for rank in living:
+                rank.send(signal.SIGKILL)
         time.sleep(0.02)
 
 
-def forked(folder: Path, jobs: dict[str, dict]) -> dict[str, list[dict]]:
-    """Run jobs, each {nproc, env, faults}; the answers of their ranks, with their output as log."""
+def forked(server: Server, folder: Path, jobs: dict[str, dict]) -> dict[str, list[dict]]:
+    """Run jobs, each {nproc, env, faults}, a fault of which is [name, rank, *arguments]; the
+    answers of their ranks, with their output as log."""
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [{"faults": [], **job, "answer": str(folder / name)} for name, job in jobs.items()]
-    (folder / "jobs.json").write_text(json.dumps(todo))
-    basic = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
-    command = [sys.executable, __file__, str(folder / "jobs.json")]
-    subprocess.run(command, env={**basic, "OMP_NUM_THREADS": "1"}, check=True, timeout=200)
     answers = {}
     for name, job in jobs.items():
+        planted = [[] for _ in range(job["nproc"])]
+        for fault, rank, *arguments in job.get("faults", ()):
+            planted[rank].append([fault, *arguments])
+        ranks = server.ranks(job["env"], *planted, report=str(folder / name))
+        await_all(ranks)
         answers[name] = []
-        for rank in range(job["nproc"]):
-            path = folder / f"{name}.{rank}.json"
+        for number, rank in enumerate(ranks):
+            path = folder / f"{name}.{number}.json"
             killed = {"rc": -9, "error": "killed", "kind": "", "prints": [], "owned": {}}
             answer = json.loads(path.read_text()) if path.exists() else killed
-            log = (folder / f"{name}.{rank}.log").read_text()
-            answers[name].append(answer | {"log": log})
+            answers[name].append(answer | {"log": rank.output})
     return answers
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports what every rank will need
-    for planned in json.loads(Path(sys.argv[1]).read_text()):
-        run_job(planned)

@@ -3,7 +3,8 @@
 Each is a process of its own that executes the script as `python train_gpt.py` would, with its own
 environment, output and exit code. "Faults" happen inside it at exact moments: a fault is
 {"at": "os.replace", "nth": 1, "part": "checkpoint_", "do": "kill"}: before the first call of
-os.replace one of whose arguments has "checkpoint_" in it, it kills itself.
+os.replace one of whose arguments has "checkpoint_" in it, it kills itself. With a file for a
+report, train_gpt is imported instead, and faults are those of faults.py: ["bad_number", ...].
 """
 
 import functools
@@ -26,7 +27,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 LIMIT = 60  # seconds after which a run is killed
 
-Fault = dict[str, object]
+Fault = dict[str, object] | list[object]
 
 # All techniques at once, at a size that takes a step of 20 ms.
 TECHNIQUES = {
@@ -37,6 +38,13 @@ TECHNIQUES = {
     **{"XSA_LAST_N": 1, "ROPE_DIMS": 4, "LN_SCALE": 1, "ORTHO_INIT": 1},
     **{"MLP_ACT": "leaky_relu2", "MUON_MOMENTUM_WARMUP_STEPS": 6},
 }
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @dataclass
@@ -96,30 +104,30 @@ class Server:
             raise RuntimeError(f"the server has ended: {self.process.wait()}")
         return json.loads(answer)
 
-    def start(self, env: dict[str, str], *faults: Fault, script: Path = SCRIPT) -> Program:
+    def start(
+        self, env: dict[str, str], *faults: Fault, script: Path = SCRIPT, report: str = ""
+    ) -> Program:
         """Start a script, train_gpt.py unless told, in an environment of `env` alone."""
         self.count += 1
         printed = self.folder / f"printed_{self.count}.txt"
         printed.touch()
         basic = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
         request = {"env": basic | env, "faults": faults, "printed": str(printed)}
-        request["script"] = str(script)
+        request |= {"script": str(script), "report": report}
         return Program(self, self.ask(request), printed)
 
     def ranks(
-        self, env: dict[str, str], *faults: list[Fault], script: Path = SCRIPT
+        self, env: dict[str, str], *faults: list[Fault], script: Path = SCRIPT, report: str = ""
     ) -> list[Program]:
-        """Start one process a rank, each with its list of faults, as torchrun would."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        job = {"WORLD_SIZE": len(faults), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        runs = []
+        """Start one process a rank, each with its list of faults, as torchrun would; the report of
+        rank 1 is the file <report>.1.json."""
+        port, runs = str(free_port()), []
         for rank, own in enumerate(faults):
-            place = job | {"RANK": rank, "LOCAL_RANK": rank}
-            runs.append(
-                self.start(env | {k: str(v) for k, v in place.items()}, *own, script=script)
-            )
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(faults))}
+            if len(faults) > 1:
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            file = report and f"{report}.{rank}.json"
+            runs.append(self.start(env | place, *own, script=script, report=file))
         return runs
 
     def run(self, env: dict[str, str], *faults: Fault) -> Program:
@@ -201,17 +209,9 @@ def tick() -> None:
     time.perf_counter = lambda: next(seconds)
 
 
-def become_the_script(request: dict) -> None:
-    """What a forked process does."""
-    file = os.open(request["printed"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (file, 1), (file, 2)):
-        os.dup2(source, target)
-    os.environ.clear()
-    os.environ.update(request["env"])
-    sys.argv = [request["script"]]
-    sys.path[0] = str(Path(request["script"]).parent)
-    for fault in request["faults"]:
+def plant_all(faults: list[dict]) -> None:
+    """Make all faults of a run happen."""
+    for fault in faults:
         if fault["do"] == "tick":
             tick()
         elif fault["do"].startswith("ignore "):
@@ -221,10 +221,32 @@ def become_the_script(request: dict) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         else:
             plant(fault["at"], fault["do"], fault.get("nth", 1), fault.get("part", ""))
+
+
+def execute(request: dict) -> int:
+    """Run the script, or import it and report what it does; the exit code."""
+    if request["report"]:
+        from faults import main_with_faults
+
+        return main_with_faults(request["faults"], Path(request["report"]))
+    sys.argv = [request["script"]]
+    sys.path[0] = str(Path(request["script"]).parent)
+    plant_all(request["faults"])
+    runpy.run_path(request["script"], run_name="__main__")
+    return 0
+
+
+def become_the_script(request: dict) -> None:
+    """What a forked process does."""
+    file = os.open(request["printed"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (file, 1), (file, 2)):
+        os.dup2(source, target)
+    os.environ.clear()
+    os.environ.update(request["env"])
     code = 1
     try:
-        runpy.run_path(request["script"], run_name="__main__")
-        code = 0
+        code = execute(request)
     except SystemExit as end:
         code = 1 if isinstance(end.code, str) else end.code or 0
         if isinstance(end.code, str):

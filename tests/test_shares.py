@@ -54,7 +54,7 @@ def out(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(dataset, out) -> dict[str, list[dict]]:
+def answers(server, dataset, out) -> dict[str, list[dict]]:
     """All runs of this file, by the name of their RUN_ID: what each rank has to say."""
 
     def job(name: str, nproc: int, **changed: object) -> dict:
@@ -67,7 +67,7 @@ def answers(dataset, out) -> dict[str, list[dict]]:
     small |= {"ADAM_EPS": 1e-3, "GRAD_CLIP_NORM": 0.1}
     jobs["few"] = job("few", 1, **small)
     jobs["many"] = job("many", TENSORS + 2, **small)
-    return forked(out / "answers", jobs)
+    return forked(server, out / "answers", jobs)
 
 
 def ended_well(ranks: list[dict]) -> None:

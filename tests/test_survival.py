@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SCRIPT, events, load_weights, same_bits, shard_bytes, tiny_settings
+from programs import free_port
 
 import keeper
 import train_gpt
@@ -238,7 +239,7 @@ def out(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(dataset, out) -> dict[str, list[dict]]:
+def answers(server, dataset, out) -> dict[str, list[dict]]:
     """Runs of two ranks with faults of one of them, by the name of their RUN_ID."""
 
     def job(name: str, *planted: list, **changed: object) -> dict:
@@ -254,7 +255,7 @@ def answers(dataset, out) -> dict[str, list[dict]]:
         "still": job("still", ["stand_still", 1, 3, 2.0]),
         "long": job("long", **LONG),
     }
-    return faults.forked(out / "answers", jobs)
+    return faults.forked(server, out / "answers", jobs)
 
 
 def ended_well(ranks: list[dict]) -> None:
@@ -423,7 +424,7 @@ def nodes(dataset, out) -> tuple[list[Path], list[dict[str, str]]]:
 
 def run_nodes(folders: list[Path], environs: list[dict[str, str]]) -> list[tuple[int, str]]:
     """Run two torchrun agents that meet on the loopback device."""
-    place = f"--rdzv-endpoint=127.0.0.1:{faults.free_port()}"
+    place = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
     options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=1"]
     options += ["--local-addr=127.0.0.1", place]
     pairs = zip(folders, environs, strict=True)
