@@ -133,6 +133,14 @@ def test_a_run_that_ends_meanwhile_stops_too(faulty):
         faulty("bad_number", FC, "output", [3, 4, 5], **EVEN, MAX_BAD_STEPS=3)
 
 
+def test_the_steps_of_priming_are_not_counted_as_bad(faulty):
+    """They change nothing either, and are more here than bad steps may be."""
+    settings = EVEN | {"WARMUP_STEPS": 4, "MAX_BAD_STEPS": 3}
+    folder = faulty("bad_number", FC, "output", [0, 1], **settings)
+    found = [(event["step"], event["in_a_row"]) for event in events(folder, "skipped_step")]
+    assert found == [(0, 1), (1, 2)]
+
+
 def test_the_diagnosis_names_the_learning_rates(faulty):
     rates = {"MATRIX_LR": 0.0123, "SCALAR_LR": 0.0234, "TIED_EMBED_LR": 0.0345}
     with pytest.raises(UserError, match=r"0\.0123.*0\.0234.*0\.0345"):
