@@ -36,6 +36,81 @@ from torch import Tensor, nn
 import train_gpt as core
 from train_gpt import FAILED, FINISH, UserError, require
 
+# ===================================== SETTINGS =====================================
+
+
+def launcher_problems(environ: Mapping[str, str]) -> list[str]:
+    """Say what is wrong first with a launcher's variables: most often, another job left them."""
+    advice = "start the job with torchrun, or unset what is left of another one"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = environ.get(name, "")
+        if text and not text.isdecimal():
+            return [f"{name}={text}: expected a whole number; {advice}"]
+    rank = int(environ.get("RANK") or 0)
+    world = int(environ.get("WORLD_SIZE") or 1)
+    local = int(environ.get("LOCAL_RANK") or 0)
+    here = int(environ.get("LOCAL_WORLD_SIZE") or world)
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not environ.get(name)]
+    port = environ.get("MASTER_PORT", "")
+    port_is_right = port.isdecimal() and 0 < int(port) < 2**16
+    rules = [
+        (world < 1, f"WORLD_SIZE={world}: expected 1 or more"),
+        (rank >= world, f"RANK={rank}: must be under WORLD_SIZE={world}"),
+        (world > 1 and missing, f"WORLD_SIZE={world}: needs {', '.join(missing)} too"),
+        (world > 1 and not port_is_right, f"MASTER_PORT={port}: expected a port, 1 to 65535"),
+        (local > rank, f"LOCAL_RANK={local}: must not be over RANK={rank}"),
+        (local >= here, f"LOCAL_RANK={local}: must be under LOCAL_WORLD_SIZE={here}"),
+        (here > world, f"LOCAL_WORLD_SIZE={here}: over WORLD_SIZE={world}"),
+    ]
+    return [f"{text}; {advice}" for broken, text in rules if broken][:1]
+
+
+def device_problems(hp: core.Hyperparameters) -> list[str]:
+    """Say what is wrong with the device that the settings ask for."""
+    if not getattr(torch, hp.device, torch.cpu).is_available():
+        return [f"DEVICE={hp.device}: PyTorch has none"]
+    count = torch.cuda.device_count() if hp.device in ("auto", "cuda") else 0
+    local = core.launched("LOCAL_RANK", 0)
+    return [f"LOCAL_RANK={local}: there are {count} CUDA devices"] if 0 < count <= local else []
+
+
+def place_problems(hp: core.Hyperparameters) -> list[str]:
+    """Say which files and folders that the settings name are not there, or cannot be written."""
+    data = Path(hp.data_path)
+    train = hp.eval_only or any(data.glob("fineweb_train_[0-9]*.bin"))
+    kind, _, variant = data.name.partition("_")
+    download = f"python data/download.py --variant {shlex.quote(variant)}"
+    get = f"get it: {download if kind == 'fineweb10B' else 'see data/README.md'}"
+    resume = hp.resume in ("", "auto") or Path(hp.resume).is_file()
+    out = Path(hp.out_dir).absolute()
+    while not out.exists():
+        out = out.parent
+    nll = Path(hp.save_nll)
+    free = not nll.exists() or (nll.is_dir() if hp.score_streams else nll.is_file())
+    # With a slash at its end, what is no folder cannot be written.
+    can_save = not hp.save_nll or (free and os.access(f"{nll.parent}/", os.W_OK))
+    rules = [
+        (not Path(hp.tokenizer_path).is_file(), "TOKENIZER_PATH", f"no such file; {get}"),
+        (not train, "DATA_PATH", f"no fineweb_train_*.bin; {get}"),
+        (not any(data.glob("fineweb_val_[0-9]*.bin")), "DATA_PATH", f"no fineweb_val_*.bin; {get}"),
+        (hp.eval_only and not Path(hp.artifact).is_file(), "ARTIFACT", "no such file"),
+        (not resume, "RESUME", "no such file"),
+        (not os.access(f"{out}/", os.W_OK), "OUT_DIR", "cannot be written to"),
+        (not can_save, "SAVE_NLL", "no file can be made there"),
+    ]
+    return [f"{name}={getattr(hp, name.lower())}: {text}" for broken, name, text in rules if broken]
+
+
+def settings_table() -> str:
+    """Write all settings as a Markdown table that is also readable in a terminal."""
+    row = "| {:26} | {:41} | {:20} | {:56} |".format
+    rows = [row("variable", "default", "valid", "meaning"), row(*["---"] * 4)]
+    for name, field in core.FIELDS.items():
+        rows += [row(name, field.default, field.metadata["valid"], field.metadata["doc"])]
+    return "\n".join(rows)
+
+
 # ===================================== CONSOLE =====================================
 # A console that cannot be written, be it a closed pipe or terminal or a full disk, ends nothing.
 
@@ -227,7 +302,7 @@ def check_origin(state: dict[str, Any], path: Path, data: str, run: core.Run) ->
         for name, text in now.items()
         if then.get(name, defaults.get(name)) != text
     }
-    grave = "".join(line for name, line in lines.items() if name not in core.NEUTRAL_SETTINGS)
+    grave = "".join(line for name, line in lines.items() if name not in core.RUN_SETTINGS)
     advice = "other settings made it, set them back or set RESUME_CHANGED=1"
     require(not grave or run.hp.resume_changed, f"{path}: {advice}:{grave}")
     over = "it has no optimizer state: its training was over, and only its settings can finish it"
@@ -374,7 +449,7 @@ class Keeper(core.Keeper):
     """Keep a run: see the class of this name in train_gpt.py for when each method is called."""
 
     source = core.read_once(__file__).decode()
-    help = staticmethod(core.settings_table)
+    help = staticmethod(settings_table)
     console = staticmethod(any_console)
     flush = staticmethod(flush_console)
 
@@ -394,8 +469,9 @@ class Keeper(core.Keeper):
     def problems(
         hp: core.Hyperparameters, environ: Mapping[str, str], check_places: bool
     ) -> list[str]:
-        """Say what is wrong with a launcher's variables, and with the places that settings name."""
-        return core.launcher_problems(environ)
+        """Say what is wrong with what surrounds a run: launcher, device, files and folders."""
+        problems = launcher_problems(environ) + device_problems(hp)
+        return problems + place_problems(hp) if check_places else problems
 
     @staticmethod
     def say(line: str) -> None:

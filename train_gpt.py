@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib
@@ -65,126 +66,157 @@ def require(condition: Any, problem: str) -> None:
         raise UserError(problem)
 
 
-def setting(default: Any, valid: str, doc: str) -> Any:
-    """Declare a setting; `valid` is an interval, or "a, b, c" for choices, or empty."""
-    return dataclasses.field(default=default, metadata={"valid": valid, "doc": doc})
+# The role of a setting is what it changes.
+MODEL = "the model or its score"  # the artifact carries it
+RESULT = "what training gives"
+RUN = "speed, logs or safety alone"  # it may differ when a run is resumed
+
+
+def setting(default: Any, valid: str, doc: str, role: str) -> Any:
+    """Declare a setting; `valid` is an interval, or "a, b, c" for choices, or empty: any text."""
+    about = {"valid": valid, "choices": valid.split(", "), "doc": doc, "role": role}
+    if valid.startswith(("[", "(")):  # a round bracket leaves its end out
+        low, high = map(float, valid[1:-1].split(","))
+        about["least"] = math.nextafter(low, math.inf) if valid.startswith("(") else low
+        about["most"] = math.nextafter(high, -math.inf) if valid.endswith(")") else high
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
     """The resolved settings of one run. A field's environment variable is its name in capitals."""
 
-    config: str = setting("", "", "dotenv file with settings; the environment overrides it")
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "", "folder of the shards")
-    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "", "SentencePiece")
-    run_id: str = setting("", "", "name of the run; empty: a random UUID")
-    out_dir: str = setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>")
-    device: str = setting("auto", "auto, cuda, mps, cpu", "auto: the first of these that is there")
-    compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: CUDA; on CPUs large steps")
-    attention: str = setting(
-        "auto", "auto, sdpa, amx, cudnn, fa2, fa3, fa4", "auto: the fastest here"
-    )
-    val_batch_size: int = setting(524288, "[1, inf)", "tokens per validation batch, all ranks")
-    val_loss_every: int = setting(1000, "[0, inf)", "validate every N steps; 0: at the end only")
-    train_log_every: int = setting(200, "[0, inf)", "log every N steps and steps 1-10; 0: never")
-    micro_batch_tokens: int = setting(0, "[0, inf)", "tokens per forward pass; 0: by the device")
-    warmup_steps: int = setting(20, "[0, inf)", "steps that prime the kernels and change nothing")
-    save_every: int = setting(0, "[0, inf)", "checkpoint every N steps and at the end; 0: off")
-    save_total_limit: int = setting(2, "[1, inf)", "checkpoints that are kept")
-    resume: str = setting("", "", "auto: from RUN_ID's newest whole checkpoint; or from this file")
-    resume_changed: int = setting(0, "0, 1", "resume also under settings that change the result")
-    max_bad_steps: int = setting(10, "[1, inf)", "give up after so many losses in a row not finite")
-    save_nll: str = setting("", "", ".npy file for the final NLL of each scored token, in nats")
-    seed: int = setting(1337, "[0, 4294967295]", "seeds the initial weights")
-    dtype: str = setting("auto", "auto, bf16, fp32", "auto: bf16 on CUDA and on CPUs with AMX")
-    val_tokens: int = setting(0, "[0, inf)", "use only the first N validation tokens; 0: all")
-    eval_only: int = setting(0, "0, 1", "score ARTIFACT and exit")
-    artifact: str = setting("", "", "the artifact that EVAL_ONLY scores")
-    score_streams: int = setting(0, "0, 1", "each shard by itself; SAVE_NLL: folder of <shard>.npy")
-    artifact_max_bytes: int = setting(16_000_000, "[1, inf)", "cap on code plus artifact, bytes")
-    iterations: int = setting(20000, "[0, inf)", "optimizer steps at most")
-    max_wallclock_seconds: float = setting(600.0, "[0, inf)", "training time at most; 0: no cap")
-    warmdown_iters: int = setting(1200, "[0, inf)", "last steps, in which the rates fall to 0")
-    warmdown_frac: float | str = setting("", "[0, 1]", "or: share of the run; empty: off")
-    final_lr_frac: float = setting(0.0, "[0, 1]", "where the warmdown ends, of the full rates")
-    ema_decay: float = setting(0.0, "[0, 1)", "export the moving average of the weights; 0: off")
-    train_batch_tokens: int = setting(524288, "[1, inf)", "tokens per optimizer step, all ranks")
-    train_seq_len: int = setting(1024, "[1, 1048576]", "sequence length in training")
-    vocab_size: int = setting(1024, "[1, 65536]", "must equal the tokenizer's")
-    num_layers: int = setting(9, "[1, 1024]", "blocks; the first half feeds skips to the second")
-    model_dim: int = setting(512, "[1, 65536]", "width of the residual stream")
-    num_heads: int = setting(8, "[1, 65536]", "query heads; divides MODEL_DIM")
-    num_kv_heads: int = setting(4, "[1, 65536]", "key and value heads; divides NUM_HEADS")
-    mlp_mult: float = setting(2.0, "(0, 64]", "MLP hidden width, in units of MODEL_DIM")
-    mlp_act: str = setting("relu2", "relu2, leaky_relu2", "the MLP's activation")
-    mlp_leaky_slope: float = setting(0.5, "[0, 1]", "leaky_relu2: slope of its negative side")
-    tie_embeddings: int = setting(1, "0, 1", "the output head is the token embedding")
-    rope_base: float = setting(10000.0, "(0, inf)", "base of the rotary frequencies")
-    rope_dims: int = setting(0, "[0, 65536]", "rotated channels of each head; 0: all")
-    rope_scaling: str = setting("none", "none, linear, ntk, yarn", "beyond the trained length")
-    eval_seq_len: int = setting(0, "[0, 1048576]", "context in validation; 0: TRAIN_SEQ_LEN")
-    eval_stride: int = setting(0, "[0, inf)", "tokens a sliding window moves on; 0: no overlap")
-    eval_doc_isolated: int = setting(0, "0, 1", "validate without attention across documents")
-    xsa_last_n: int = setting(0, "[0, inf)", "last layers with exclusive self-attention")
-    smear_gate: int = setting(0, "0, 1", "mix each embedding with the one before it")
-    bigram_buckets: int = setting(0, "[0, inf)", "rows for hashed pairs of tokens; 0: off")
-    bigram_dim: int = setting(128, "[1, 65536]", "width of those rows")
-    ln_scale: int = setting(0, "0, 1", "divide layer i's normed inputs by the root of i + 1")
-    ortho_init: int = setting(0, "0, 1", "orthogonal matrices; the writing ones scaled")
-    logit_softcap: float = setting(30.0, "(0, inf)", "c in c*tanh(logits/c)")
-    qk_gain_init: float = setting(1.5, "(-inf, inf)", "initial gain of each query head")
-    quant_bits_mlp: int = setting(8, "[2, 8]", "bits of a stored weight, MLP")
-    quant_bits_attn: int = setting(8, "[2, 8]", "the same, attention")
-    quant_bits_embed: int = setting(8, "[2, 8]", "the same, token embedding and head")
-    quant_bits_bigram: int = setting(8, "[2, 8]", "the same, BIGRAM_BUCKETS")
-    quant_clip: str = setting("rowmax", "rowmax, percentile, sigma", "where a row's levels end")
-    quant_sigma: float = setting(12.85, "(0, inf)", "sigma: they end at this many deviations")
-    compressor: str = setting("zstd", "zstd, zlib, lzma, rans", "codes the levels")
-    fit_budget: str = setting("none", "none, prune, sigma", "search what fills the cap")
-    embed_lr: float = setting(0.6, "[0, inf)", "Adam, token embedding, untied")
-    head_lr: float = setting(0.008, "[0, inf)", "Adam, output head, untied")
-    tied_embed_lr: float = setting(0.05, "[0, inf)", "Adam, token embedding, tied")
-    tied_embed_init_std: float = setting(0.005, "[0, inf)", "initial deviation, tied embedding")
-    matrix_lr: float = setting(0.04, "[0, inf)", "Muon, matrices of the blocks")
-    scalar_lr: float = setting(0.04, "[0, inf)", "Adam, gains and scales")
-    muon_momentum: float = setting(0.95, "[0, 1)", "momentum after its warmup")
-    muon_backend_steps: int = setting(5, "[1, 100]", "Newton-Schulz iterations")
-    muon_momentum_warmup_start: float = setting(0.85, "[0, 1)", "momentum at step 0")
-    muon_momentum_warmup_steps: int = setting(500, "[0, inf)", "steps of linear momentum warmup")
-    beta1: float = setting(0.9, "[0, 1)", "Adam, first moment")
-    beta2: float = setting(0.95, "[0, 1)", "Adam, second moment")
-    adam_eps: float = setting(1e-8, "[0, inf)", "Adam, added to the denominator")
-    muon_wd: float = setting(0.0, "[0, inf)", "decoupled weight decay, matrices of the blocks")
-    adam_wd: float = setting(0.0, "[0, inf)", "decoupled weight decay, gains, scales and head")
-    embed_wd: float = setting(0.0, "[0, inf)", "decoupled weight decay, embeddings")
-    grad_clip_norm: float = setting(0.0, "[0, inf)", "cap on the global gradient norm; 0: off")
-    # No settings: the names of those that were given, and the id that begins a document, as the
-    # tokenizer says. Artifacts that do not tell it were made when it was always 1.
+    config: str = setting("", "", "dotenv file with settings; the environment overrides it", RUN)
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "", "folder of the shards", RUN)
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "", "tokenizer", RUN)
+    run_id: str = setting("", "", "name of the run; empty: a random UUID", RUN)
+    out_dir: str = setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>", RUN)
+    device: str = setting("auto", "auto, cuda, mps, cpu", "auto: the first one that is there", RUN)
+    compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: CUDA, large CPU steps", RUN)
+    attention: str = setting("auto", "auto, sdpa, amx, cudnn, fa2, fa3, fa4", "auto: fastest", RUN)
+    val_batch_size: int = setting(524288, "[1, inf)", "tokens per validation batch, all ranks", RUN)
+    val_loss_every: int = setting(1000, "[0, inf)", "validate every N steps; 0: at the end", RUN)
+    train_log_every: int = setting(200, "[0, inf)", "log every N steps and steps 1-10; 0: off", RUN)
+    micro_batch_tokens: int = setting(0, "[0, inf)", "tokens per forward pass; 0: by device", RUN)
+    warmup_steps: int = setting(20, "[0, inf)", "steps that prime kernels and change nothing", RUN)
+    save_every: int = setting(0, "[0, inf)", "checkpoint every N steps and at the end; 0: off", RUN)
+    save_total_limit: int = setting(2, "[1, inf)", "checkpoints that are kept", RUN)
+    resume: str = setting("", "", "auto: from RUN_ID's newest checkpoint; or from this file", RUN)
+    resume_changed: int = setting(0, "0, 1", "resume though settings change the result", RUN)
+    max_bad_steps: int = setting(10, "[1, inf)", "give up after N losses in a row not finite", RUN)
+    save_nll: str = setting("", "", ".npy file for the NLL of each scored token, in nats", RUN)
+    seed: int = setting(1337, "[0, 4294967295]", "seeds the initial weights", RESULT)
+    dtype: str = setting("auto", "auto, bf16, fp32", "auto: bf16 on CUDA and AMX CPUs", RESULT)
+    val_tokens: int = setting(0, "[0, inf)", "only the first N validation tokens; 0: all", RESULT)
+    eval_only: int = setting(0, "0, 1", "score ARTIFACT and exit", RESULT)
+    artifact: str = setting("", "", "the artifact that EVAL_ONLY scores", RESULT)
+    score_streams: int = setting(0, "0, 1", "each shard alone; SAVE_NLL: a folder of .npy", RESULT)
+    artifact_max_bytes: int = setting(16_000_000, "[1, inf)", "cap on code plus artifact", RESULT)
+    iterations: int = setting(20000, "[0, inf)", "optimizer steps at most", RESULT)
+    max_wallclock_seconds: float = setting(600.0, "[0, inf)", "cap on training; 0: off", RESULT)
+    warmdown_iters: int = setting(1200, "[0, inf)", "steps in which the rates fall to 0", RESULT)
+    warmdown_frac: float | str = setting("", "[0, 1]", "or: share of the run; empty: off", RESULT)
+    final_lr_frac: float = setting(0.0, "[0, 1]", "share of the rates where it ends", RESULT)
+    ema_decay: float = setting(0.0, "[0, 1)", "export the moving average; 0: off", RESULT)
+    train_batch_tokens: int = setting(524288, "[1, inf)", "tokens a step, all ranks", RESULT)
+    train_seq_len: int = setting(1024, "[1, 1048576]", "sequence length in training", MODEL)
+    vocab_size: int = setting(1024, "[1, 65536]", "must equal the tokenizer's", MODEL)
+    num_layers: int = setting(9, "[1, 1024]", "blocks; first half feeds skips to the second", MODEL)
+    model_dim: int = setting(512, "[1, 65536]", "width of the residual stream", MODEL)
+    num_heads: int = setting(8, "[1, 65536]", "query heads; divides MODEL_DIM", MODEL)
+    num_kv_heads: int = setting(4, "[1, 65536]", "key and value heads; divides NUM_HEADS", MODEL)
+    mlp_mult: float = setting(2.0, "(0, 64]", "MLP hidden width, in units of MODEL_DIM", MODEL)
+    mlp_act: str = setting("relu2", "relu2, leaky_relu2", "the MLP's activation", MODEL)
+    mlp_leaky_slope: float = setting(0.5, "[0, 1]", "leaky_relu2: slope of negative side", MODEL)
+    tie_embeddings: int = setting(1, "0, 1", "the output head is the token embedding", MODEL)
+    rope_base: float = setting(10000.0, "(0, inf)", "base of the rotary frequencies", MODEL)
+    rope_dims: int = setting(0, "[0, 65536]", "rotated channels of each head; 0: all", MODEL)
+    rope_scaling: str = setting("none", "none, linear, ntk, yarn", "past the trained length", MODEL)
+    eval_seq_len: int = setting(0, "[0, 1048576]", "context in validation; 0: TRAIN_SEQ_LEN", MODEL)
+    eval_stride: int = setting(0, "[0, inf)", "tokens that a window moves; 0: no overlap", MODEL)
+    eval_doc_isolated: int = setting(0, "0, 1", "validate without attention over documents", MODEL)
+    xsa_last_n: int = setting(0, "[0, inf)", "last layers with exclusive self-attention", MODEL)
+    smear_gate: int = setting(0, "0, 1", "mix each embedding with the one before it", MODEL)
+    bigram_buckets: int = setting(0, "[0, inf)", "rows for hashed pairs of tokens; 0: off", MODEL)
+    bigram_dim: int = setting(128, "[1, 65536]", "width of those rows", MODEL)
+    ln_scale: int = setting(0, "0, 1", "divide layer i's normed inputs by the root of i + 1", MODEL)
+    ortho_init: int = setting(0, "0, 1", "orthogonal matrices; the writing ones scaled", MODEL)
+    logit_softcap: float = setting(30.0, "(0, inf)", "c in c*tanh(logits/c)", MODEL)
+    qk_gain_init: float = setting(1.5, "(-inf, inf)", "initial gain of each query head", MODEL)
+    quant_bits_mlp: int = setting(8, "[2, 8]", "bits of a stored weight, MLP", MODEL)
+    quant_bits_attn: int = setting(8, "[2, 8]", "the same, attention", MODEL)
+    quant_bits_embed: int = setting(8, "[2, 8]", "the same, token embedding and head", MODEL)
+    quant_bits_bigram: int = setting(8, "[2, 8]", "the same, BIGRAM_BUCKETS", MODEL)
+    quant_clip: str = setting("rowmax", "rowmax, percentile, sigma", "where levels end", MODEL)
+    quant_sigma: float = setting(12.85, "(0, inf)", "sigma: they end at N deviations", MODEL)
+    compressor: str = setting("zstd", "zstd, zlib, lzma, rans", "codes the levels", MODEL)
+    fit_budget: str = setting("none", "none, prune, sigma", "search what fills the cap", RESULT)
+    embed_lr: float = setting(0.6, "[0, inf)", "Adam, token embedding, untied", RESULT)
+    head_lr: float = setting(0.008, "[0, inf)", "Adam, output head, untied", RESULT)
+    tied_embed_lr: float = setting(0.05, "[0, inf)", "Adam, token embedding, tied", RESULT)
+    tied_embed_init_std: float = setting(0.005, "[0, inf)", "initial deviation, if tied", RESULT)
+    matrix_lr: float = setting(0.04, "[0, inf)", "Muon, matrices of the blocks", RESULT)
+    scalar_lr: float = setting(0.04, "[0, inf)", "Adam, gains and scales", RESULT)
+    muon_momentum: float = setting(0.95, "[0, 1)", "momentum after its warmup", RESULT)
+    muon_backend_steps: int = setting(5, "[1, 100]", "Newton-Schulz iterations", RESULT)
+    muon_momentum_warmup_start: float = setting(0.85, "[0, 1)", "momentum at step 0", RESULT)
+    muon_momentum_warmup_steps: int = setting(500, "[0, inf)", "steps of that warmup", RESULT)
+    beta1: float = setting(0.9, "[0, 1)", "Adam, first moment", RESULT)
+    beta2: float = setting(0.95, "[0, 1)", "Adam, second moment", RESULT)
+    adam_eps: float = setting(1e-8, "[0, inf)", "Adam, added to the denominator", RESULT)
+    muon_wd: float = setting(0.0, "[0, inf)", "decoupled decay, matrices of the blocks", RESULT)
+    adam_wd: float = setting(0.0, "[0, inf)", "decoupled decay, gains, scales and head", RESULT)
+    embed_wd: float = setting(0.0, "[0, inf)", "decoupled decay, embeddings", RESULT)
+    grad_clip_norm: float = setting(0.0, "[0, inf)", "cap on the gradient norm; 0: off", RESULT)
+    # No settings: the names of those that were given, and the id that begins a document.
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
     bos: int = dataclasses.field(default=1, compare=False)
 
 
-FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters) if "valid" in f.metadata}
-# What an artifact carries so that the model can be rebuilt and scored as it was trained.
-MODEL_SETTINGS = [*FIELDS][[*FIELDS].index("TRAIN_SEQ_LEN") : [*FIELDS].index("FIT_BUDGET")]
-# What may differ when a run is resumed: it changes no result, or no more than rounding.
-NEUTRAL_SETTINGS = {*[*FIELDS][: [*FIELDS].index("SEED")]}
+FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters) if "role" in f.metadata}
+MODEL_SETTINGS = [name for name, field in FIELDS.items() if field.metadata["role"] == MODEL]
+RUN_SETTINGS = [name for name, field in FIELDS.items() if field.metadata["role"] == RUN]
+
+
+def typo_of(name: str) -> str:
+    """Find the setting that `name` is but for one character of each; empty if there is none."""
+    size = max(len(name), 1)
+    similar = [known for known in FIELDS if abs(len(known) - size) <= 1]
+    found = difflib.get_close_matches(name.upper(), similar, n=1, cutoff=(size - 1) / size)
+    return found[0] if found else ""
 
 
 def parse_setting(name: str, text: str) -> Any:
     """Parse one setting. Raises ValueError that says what would be right."""
-    whole, valid = FIELDS[name].type == "int", FIELDS[name].metadata["valid"]
-    if not valid or text == FIELDS[name].default == "":
+    if name not in FIELDS:
+        meant = typo_of(name)
+        advice = f"did you mean {meant}?" if meant else "see --help"
+        raise ValueError(f"no such setting; {advice}")
+    default = FIELDS[name].default
+    about = FIELDS[name].metadata
+    whole = isinstance(default, int)
+    if not about["valid"] or (text == "" and default == ""):
         return text
-    if text in valid.split(", "):
+    if "least" not in about:
+        if text not in about["choices"]:
+            raise ValueError(f"expected one of {about['valid']}")
         return int(text) if whole else text
     with contextlib.suppress(ValueError):
-        low, high = map(float, valid[1:-1].split(","))
-        v = int(text) if whole else float(text)
-        if low < v < high or (v, valid[0]) == (low, "[") or (v, valid[-1]) == (high, "]"):
-            return v
-    noun = "a whole number in" if whole else "a number in"
-    raise ValueError(f"expected {noun if valid[0] in '[(' else 'one of'} {valid}")
+        number = int(text) if whole else float(text)
+        if about["least"] <= number <= about["most"]:
+            return number
+    raise ValueError(f"expected {'a whole number' if whole else 'a number'} in {about['valid']}")
+
+
+def setting_texts(hp: Hyperparameters) -> dict[str, str]:
+    """Write all settings, by the names of their variables, as they would be typed."""
+    return {name: str(getattr(hp, name.lower())) for name in FIELDS}
+
+
+def settings_dotenv(hp: Hyperparameters) -> str:
+    """Write the settings as a dotenv file that CONFIG accepts."""
+    texts = [(name, text) for name, text in setting_texts(hp).items() if name != "CONFIG"]
+    return "\n".join(f"{name}={shlex.quote(text) if text else ''}" for name, text in texts)
 
 
 def read_dotenv(path: str) -> dict[str, str]:
@@ -194,167 +226,76 @@ def read_dotenv(path: str) -> dict[str, str]:
         content = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
         if "\0" in content:
             raise ValueError("it has NUL characters; save it as UTF-8")
-        text = re.sub(r"(?<=\S)#", "\0", content)  # within a word, it begins no comment
-        words = [word.replace("\0", "#") for word in shlex.split(text, comments=True)]
-        if wrong := [word for word in words if "=" not in word or word.startswith("CONFIG=")]:
-            raise ValueError(f"{wrong[0]!r}: expected NAME=VALUE, spaces quoted, and not CONFIG")
+        hidden = re.sub(r"(?<=\S)#", "\0", content)  # within a word, it begins no comment
+        words = [word.replace("\0", "#") for word in shlex.split(hidden, comments=True)]
+        for word in words:
+            if "=" not in word or word.startswith("CONFIG="):
+                raise ValueError(f"{word!r}: expected NAME=VALUE, spaces quoted, and not CONFIG")
     except (OSError, ValueError) as error:
         raise UserError(f"CONFIG={path}: cannot be read as a dotenv file: {error}") from None
     return dict(word.split("=", 1) for word in words)
 
 
-def one_typo(a: str, b: str) -> bool:
-    """Whether one inserted, missing, wrong or swapped character turns a into b."""
-    a, b = sorted((a, b), key=len)
-    i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
-    swapped = a[i + 1 : i + 2] + a[i : i + 1] + a[i + 2 :]
-    return b[i:] == swapped or b[i + 1 :] in (a[i:], a[i + 1 :])
+def launched(name: str, default: int) -> int:
+    """Read what a launcher such as torchrun tells this process; `default` if it is no number."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
 
 
-def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hyperparameters:
-    """Resolve environment, CONFIG file and defaults. Raises UserError with all problems found."""
-    problems, values = [], {}
-    config = read_dotenv(environ["CONFIG"]) if environ.get("CONFIG") else {}
-    for name, text in {**config, **environ}.items():
-        near = [known for known in FIELDS if one_typo(name.upper(), known)]
-        if name in FIELDS:
-            try:
-                values[name.lower()] = parse_setting(name, text)
-            except ValueError as error:
-                problems.append(f"{name}={text}: {error}")
-        elif near or name in config:
-            meant = f"did you mean {near[0]}?" if near else "see --help"
-            problems.append(f"{name}={text}: no such setting; {meant}")
-    hp = Hyperparameters(**values, given=frozenset(name.upper() for name in values))
-    problems += keeper_class().problems(hp, environ, check_places)
-    problems += broken_rules(hp, check_places)
-    require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
-    return hp
-
-
-# What a launcher such as torchrun tells each process of a job, and what it is without one.
-LAUNCHER = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-MEETING = ("MASTER_ADDR", "MASTER_PORT")  # where rank 0 waits for the others
-
-
-def launched(name: str, environ: Mapping[str, str]) -> int:
-    """Read a launcher's variable; its default if it is missing or no number."""
-    text = environ.get(name, "")
-    return int(text) if text.isdecimal() else LAUNCHER[name]
-
-
-def launcher_problems(environ: Mapping[str, str]) -> list[str]:
-    """Say what is wrong with a launcher's variables: most often, they were left by another job."""
-    given = {name: environ[name] for name in (*LAUNCHER, "LOCAL_WORLD_SIZE") if environ.get(name)}
-    advice = "start the job with torchrun, or unset what is left of another one"
-    for name, text in given.items():
-        if not text.isdecimal():
-            return [f"{name}={text}: expected a whole number; {advice}"]
-    rank, world, local = (launched(name, environ) for name in LAUNCHER)
-    here = int(given.get("LOCAL_WORLD_SIZE", max(world, local + 1)))
-    missing = [name for name in (*LAUNCHER, *MEETING) if not environ.get(name)]
-    port = environ.get("MASTER_PORT", "")
-    port_ok = port.isdecimal() and 0 < int(port) < 2**16
-    rules = [
-        (world < 1, f"WORLD_SIZE={world}: expected 1 or more"),
-        (rank >= world > 0, f"RANK={rank}: must be under WORLD_SIZE={world}"),
-        (world > 1 and missing, f"WORLD_SIZE={world}: needs {', '.join(missing)} too"),
-        (world > 1 and port and not port_ok, f"MASTER_PORT={port}: expected a port, 1 to 65535"),
-        (local > rank, f"LOCAL_RANK={local}: must not be over RANK={rank}"),
-        (local >= here, f"LOCAL_RANK={local}: must be under LOCAL_WORLD_SIZE={here}"),
-        (here > max(world, local + 1), f"LOCAL_WORLD_SIZE={here}: over WORLD_SIZE={world}"),
-    ]
-    return [f"{text}; {advice}" for broken, text in rules if broken]
-
-
-def is_plain_name(name: str) -> bool:
-    """Tell whether a name can be that of a file and stand in one line of a log."""
-    return name not in (".", "..") and not re.search(r"[/\x00-\x1f\x7f]", name)
-
-
-Rule = tuple[Any, str]  # whether it is broken, and what to say then of the settings in braces
-
-
-def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
-    """What is wrong between settings that are each valid, and with the places that they name."""
-    rules = value_rules(hp) + (path_rules(hp) if check_places else [])
-    shown = {name: f"{name}={getattr(hp, name.lower())}" for name in FIELDS}
-    shown["CONTEXT"] = shown["EVAL_SEQ_LEN" if hp.eval_seq_len else "TRAIN_SEQ_LEN"]
-    kind, _, variant = Path(hp.data_path).name.partition("_")
-    fetch = f"get it: python data/download.py --variant {shlex.quote(variant)}"
-    shown["GET"] = fetch if kind == "fineweb10B" else "get it: see data/README.md"
-    return [text.format_map(shown) for broken, text in rules if broken]
-
-
-def value_rules(hp: Hyperparameters) -> list[Rule]:
-    """The rules between settings, and between them and the machine."""
-    seq, batch, micro = hp.train_seq_len, hp.train_batch_tokens, hp.micro_batch_tokens
-    context, head_dim = hp.eval_seq_len or seq, hp.model_dim // hp.num_heads
-    least, rope = context * launched("WORLD_SIZE", os.environ), hp.rope_dims or head_dim
+def value_problems(hp: Hyperparameters) -> list[str]:
+    """Say what is wrong between settings that are each valid."""
+    batch = hp.train_batch_tokens
+    micro = hp.micro_batch_tokens
+    context = hp.eval_seq_len or hp.train_seq_len
+    least = context * launched("WORLD_SIZE", 1)
     uneven = hp.model_dim % hp.num_heads
-    odd_rope = hp.rope_dims and (rope % 2 or rope > head_dim)
-    width = f"{{MODEL_DIM}}: over {{NUM_HEADS}} makes heads of {head_dim} channels"
-    local = launched("LOCAL_RANK", os.environ)
-    visible = torch.cuda.device_count() if hp.device in ("auto", "cuda") else 0
-    return [
+    head_dim = hp.model_dim // hp.num_heads
+    rotated = hp.rope_dims or head_dim
+    odd_rope = hp.rope_dims % 2 or hp.rope_dims > head_dim
+    unfit = hp.fit_budget == "sigma" and hp.quant_clip != "sigma"
+    plain = hp.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f\x7f]", hp.run_id)
+    width = f"heads of {head_dim} channels; rotary positions need an even number"
+    rules = [
         (uneven, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
-        (head_dim % 2 and not uneven, width + "; rotary positions need an even number"),
+        (head_dim % 2 and not uneven, f"{{MODEL_DIM}}: over {{NUM_HEADS}} makes {width}"),
         (odd_rope, f"{{ROPE_DIMS}}: must be even, and at most a head's {head_dim} channels"),
-        (0 < visible <= local, f"LOCAL_RANK={local}: there are {visible} CUDA devices"),
-        (hp.rope_scaling == "ntk" and rope == 2, "{ROPE_SCALING}: ntk needs over 2 channels"),
+        (hp.rope_scaling == "ntk" and rotated == 2, "{ROPE_SCALING}: ntk needs over 2 channels"),
         (hp.mlp_mult * hp.model_dim < 1, "{MLP_MULT}: under one channel at {MODEL_DIM}"),
         (hp.bigram_buckets == 1, "{BIGRAM_BUCKETS}: use 0, or 2 and more"),
         (hp.xsa_last_n > hp.num_layers, "{XSA_LAST_N}: over {NUM_LAYERS}"),
         (hp.eval_stride > context, "{EVAL_STRIDE}: over {CONTEXT}"),
         (hp.num_heads % hp.num_kv_heads, "{NUM_HEADS}: not divisible by {NUM_KV_HEADS}"),
-        (batch % seq, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
-        (micro % seq, "{MICRO_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
-        (batch % (micro or 1), "{TRAIN_BATCH_TOKENS}: not divisible by {MICRO_BATCH_TOKENS}"),
+        (batch % hp.train_seq_len, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
+        (micro % hp.train_seq_len, "{MICRO_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
+        (micro and batch % micro, "{TRAIN_BATCH_TOKENS}: not divisible by {MICRO_BATCH_TOKENS}"),
         (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {CONTEXT} a rank"),
         (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
         (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
         (hp.resume == "auto" and not hp.run_id, "{RESUME}: needs RUN_ID, the run to go on with"),
-        (not is_plain_name(hp.run_id), "{RUN_ID}: must be a plain file name"),
-        (hp.fit_budget == "sigma" != hp.quant_clip, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
-        (not getattr(torch, hp.device, torch.cpu).is_available(), "{DEVICE}: PyTorch has none"),
+        (not plain, "{RUN_ID}: must be a plain file name"),
+        (unfit, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
     ]
+    shown = {name: f"{name}={text}" for name, text in setting_texts(hp).items()}
+    shown["CONTEXT"] = shown["EVAL_SEQ_LEN" if hp.eval_seq_len else "TRAIN_SEQ_LEN"]
+    return [text.format_map(shown) for broken, text in rules if broken]
 
 
-def path_rules(hp: Hyperparameters) -> list[Rule]:
-    """The rules for files and folders."""
-    train, val = hp.eval_only or shard_paths(hp, "train"), shard_paths(hp, "val")
-    out, resume = Path(hp.out_dir).absolute(), Path(hp.resume)
-    out = next(place for place in (out, *out.parents) if place.exists())
-    writable = [p.is_dir() and os.access(p, os.W_OK) for p in (out, Path(hp.save_nll).parent)]
-    nll, kind = Path(hp.save_nll), Path.is_dir if hp.score_streams else Path.is_file
-    nll = not hp.save_nll or (writable[1] and (kind(nll) or not nll.exists()))
-    return [
-        (not Path(hp.tokenizer_path).is_file(), "{TOKENIZER_PATH}: no such file; {GET}"),
-        (not train, "{DATA_PATH}: no fineweb_train_*.bin; {GET}"),
-        (not val, "{DATA_PATH}: no fineweb_val_*.bin; {GET}"),
-        (hp.eval_only and not Path(hp.artifact).is_file(), "{ARTIFACT}: no such file"),
-        (hp.resume not in ("", "auto") and not resume.is_file(), "{RESUME}: no such file"),
-        (not writable[0], "{OUT_DIR}: cannot be written to"),
-        (not nll, "{SAVE_NLL}: no file can be made there"),
-    ]
-
-
-def settings_table() -> str:
-    """All settings as a Markdown table that is also readable in a terminal."""
-    row = "| {:26} | {:41} | {:20} | {:56} |".format
-    rows = [row(name, field.default, *field.metadata.values()) for name, field in FIELDS.items()]
-    return "\n".join([row("variable", "default", "valid", "meaning"), row(*["---"] * 4), *rows])
-
-
-def setting_texts(hp: Hyperparameters) -> dict[str, str]:
-    """All settings by the name of their variable, as they would be typed."""
-    return {name: str(getattr(hp, name.lower())) for name in FIELDS}
-
-
-def settings_dotenv(hp: Hyperparameters) -> str:
-    """The settings as a dotenv file that CONFIG accepts."""
-    texts = [(name, text) for name, text in setting_texts(hp).items() if name != "CONFIG"]
-    return "\n".join(f"{name}={shlex.quote(text) if text else ''}" for name, text in texts)
+def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hyperparameters:
+    """Resolve environment, CONFIG file and defaults. Raises UserError with all problems found."""
+    config = read_dotenv(environ["CONFIG"]) if environ.get("CONFIG") else {}
+    problems = []
+    values = {}
+    for name, text in {**config, **environ}.items():
+        if name in FIELDS or name in config or typo_of(name):
+            try:
+                values[name.lower()] = parse_setting(name, text)
+            except ValueError as error:
+                problems.append(f"{name}={text}: {error}")
+    hp = Hyperparameters(**values, given=frozenset(name.upper() for name in values))
+    problems += value_problems(hp)
+    problems += keeper_class().problems(hp, environ, check_places)
+    require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
+    return hp
 
 
 # ===================================== MODEL =====================================
@@ -1096,7 +1037,7 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         theirs = {name.lower(): value for name, value in values.items() if name not in asked}
         hp = dataclasses.replace(hp, bos=int(header.get("bos", 1)), **theirs)
         scoring = {"train_batch_tokens": hp.train_seq_len, "micro_batch_tokens": 0}
-        problems = broken_rules(dataclasses.replace(hp, **scoring), check_places=False)
+        problems = value_problems(dataclasses.replace(hp, **scoring))
         require(not problems, "; ".join(problems))
         with torch.device("meta"):
             state = GPT(hp).state_dict()
@@ -1317,9 +1258,9 @@ class Run:
 
     def __init__(self, hp: Hyperparameters) -> None:
         self.hp = hp
-        self.rank = launched("RANK", os.environ)
-        self.world_size = launched("WORLD_SIZE", os.environ)
-        self.local_rank = launched("LOCAL_RANK", os.environ)
+        self.rank = launched("RANK", 0)
+        self.world_size = launched("WORLD_SIZE", 1)
+        self.local_rank = launched("LOCAL_RANK", 0)
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
         self.text: IO[str] | None = None  # the text log, once it is open
         self.metrics: IO[str] | None = None

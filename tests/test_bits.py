@@ -158,7 +158,6 @@ def test_the_stack_has_the_bits_of_the_frozen_script(stack):
     assert_same_bits(ours, frozen, *printed)
 
 
-@pytest.mark.xfail(reason="two ranks still repeat all work unless ZERO_LEVEL=1", strict=False)
 def test_two_ranks_have_the_bits_of_the_frozen_script(server, dataset, tmp_path):
     ours = job(dataset, tmp_path / "ours", SCRIPT, **STACK)
     frozen = job(dataset, tmp_path / "frozen", FROZEN, ZERO_LEVEL=1, **STACK)

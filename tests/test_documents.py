@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, events, tracked
 
+import keeper
 import train_gpt
 
 LINK = re.compile(r"\]\((?!https?:)(.*?)\)")
@@ -23,7 +24,7 @@ def read(name: str) -> str:
 
 def test_the_documents_have_the_table_of_settings():
     page = read("docs/settings.md")
-    assert f"<!-- settings -->\n{train_gpt.settings_table()}\n<!-- /settings -->" in page
+    assert f"<!-- settings -->\n{keeper.settings_table()}\n<!-- /settings -->" in page
 
 
 def test_the_readme_is_at_most_12_kib():

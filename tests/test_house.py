@@ -181,7 +181,7 @@ def test_sections_come_in_the_order_of_the_design():
     titles = [line.strip("#= ") for line in SOURCE.splitlines() if line.startswith("# ====")]
     assert titles == [
         *("SETTINGS", "MODEL", "OPTIMIZERS", "DATA", "EVALUATION", "ARTIFACT"),
-        *("DISTRIBUTED RUN", "CHECKPOINTS", "TRAINING", "MAIN"),
+        *("DISTRIBUTED RUN", "TRAINING", "MAIN"),
     ]
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import run_cli
 from programs import Server
 
-import train_gpt
+import keeper
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
 JOB = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING}
@@ -34,7 +34,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_variables_are_named_with_what_to_do(case):
     environ, begin = BROKEN[case]
-    problems = train_gpt.launcher_problems(environ)
+    problems = keeper.launcher_problems(environ)
     assert len(problems) == 1
     assert problems[0].startswith(begin)
     assert "torchrun" in problems[0]
@@ -54,7 +54,7 @@ RIGHT = {
 
 @pytest.mark.parametrize("case", RIGHT)
 def test_variables_of_a_job_are_accepted(case):
-    assert train_gpt.launcher_problems(RIGHT[case]) == []
+    assert keeper.launcher_problems(RIGHT[case]) == []
 
 
 @pytest.mark.parametrize("environ", [{"RANK": "3"}, {"LOCAL_RANK": "1"}, {"WORLD_SIZE": "abc"}])
