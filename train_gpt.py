@@ -550,21 +550,25 @@ def muon_momentum(hp: Hyperparameters, step: int) -> float:
 # ===================================== DATA =====================================
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then uint16
 # tokens; a document is its BOS and what follows. This is the format of the published data.
-SHARD_MAGIC, SHARD_HEADER_BYTES = (20240520, 1), 1024
+SHARD_MAGIC = (20240520, 1)
+SHARD_HEADER_BYTES = 1024
 SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
+PART_TOKENS = 2**22  # read at once, of a whole split
 FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
 IGNORE = -100  # target of a padding position: the default ignore_index of cross_entropy
 
 
 def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
-    """The shards of "train" or "val", in order; sidecars (fineweb_val_bytes_*) are not shards."""
+    """List the shards of "train" or "val" in order; sidecars (fineweb_val_bytes_*) are none."""
     return sorted(Path(hp.data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
 
 
 def shard_size(path: Path) -> int:
-    """The number of a shard's tokens. Raises UserError if it is not a whole shard."""
-    magic, version, count = map(int, [*np.fromfile(path, "<i4", 3), 0, 0, 0][:3])
-    require((magic, version) == SHARD_MAGIC, f"{path}: not a token shard: no {SHARD_MAGIC} in it")
+    """Read how many tokens a shard has. Raises UserError if the file is not a whole shard."""
+    header = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0]
+    known = tuple(header[:2]) == SHARD_MAGIC
+    require(known, f"{path}: not a token shard: no {SHARD_MAGIC} in it")
+    count = header[2]
     whole = count > 0 and path.stat().st_size == SHARD_HEADER_BYTES + 2 * count
     require(whole, f"{path}: truncated or damaged: not as long as {count} tokens; get it again")
     return count
@@ -574,67 +578,92 @@ class TokenStream:
     """The shards of a split as one endless sequence that starts over after its last token."""
 
     def __init__(self, split: str, run: Run, ids: int = 0) -> None:
-        self.paths, self.ids = shard_paths(run.hp, split), ids or run.hp.vocab_size
+        self.paths = shard_paths(run.hp, split)
+        self.ids = ids or run.hp.vocab_size
         self.sizes = [shard_size(path) for path in self.paths]
         self.ends = np.cumsum(self.sizes)
-        self.identity = ""  # what all the tokens are, however they lie in shards, once it is known
         self.total = int(self.ends[-1])
+        self.identity = ""  # what all the tokens are, however they lie in shards, once it is known
         scan = min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1
-        for start in range(0, scan, 2**22):
-            self.read(start, min(2**22, scan - start))
+        for _ in self.parts(scan):
+            pass  # reading has checked the ids
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), uint16 (count,). Raises UserError at an impossible id."""
-        pieces, end = [], start + count
-        while start < end:
-            index = int(np.searchsorted(self.ends, start % self.total, "right"))
-            offset = start % self.total - int(self.ends[index]) + self.sizes[index]
-            path, most = self.paths[index], min(end - start, self.sizes[index] - offset)
-            piece = np.fromfile(path, "<u2", most, offset=SHARD_HEADER_BYTES + 2 * offset)
-            require(len(piece) == most, f"{path}: has become shorter; get it again")
-            worst, at = int(piece.max()), f"{path}, token {offset + piece.argmax()}"
-            require(worst < self.ids, f"{at}: id {worst}, VOCAB_SIZE={self.ids}")
+        """Read tokens [start, start + count), uint16 (count,). Raises UserError at a wrong id."""
+        pieces = []
+        while count:
+            piece = self.read_in_shard(start % self.total, count)
             pieces.append(piece)
             start += len(piece)
+            count -= len(piece)
         return np.concatenate(pieces)
 
+    def read_in_shard(self, start: int, most: int) -> np.ndarray:
+        """Read up to `most` tokens from `start` on, as far as they lie in one shard."""
+        index = int(np.searchsorted(self.ends, start, "right"))
+        path = self.paths[index]
+        left = int(self.ends[index]) - start
+        offset = self.sizes[index] - left
+        count = min(most, left)
+        piece = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
+        require(len(piece) == count, f"{path}: has become shorter; get it again")
+        worst = int(piece.max())
+        where = f"{path}, token {offset + piece.argmax()}"
+        require(worst < self.ids, f"{where}: id {worst}, VOCAB_SIZE={self.ids}")
+        return piece
+
+    def parts(self, count: int) -> Iterator[np.ndarray]:
+        """Read the first `count` tokens, in parts that take little memory."""
+        for start in range(0, count, PART_TOKENS):
+            yield self.read(start, min(PART_TOKENS, count - start))
+
     def identify(self) -> None:
-        """Begin to find out `identity`, beside what follows: a checkpoint needs it, and the end of
-        a run may leave no time to read all the data."""
-
-        def read_all() -> None:
-            digest = hashlib.sha256()
-            with contextlib.suppress(OSError, UserError):  # what cannot be read, training will tell
-                for start in range(0, self.total, 2**22):
-                    digest.update(self.read(start, min(2**22, self.total - start)))
-                self.identity = f"{self.total} tokens, sha256 {digest.hexdigest()}"
-
-        self.identifying = threading.Thread(target=read_all, daemon=True)
+        """Begin to find out `identity`: the end of a run may leave no time to read all the data."""
+        self.identifying = threading.Thread(target=self.digest, daemon=True)
         self.identifying.start()
+
+    def digest(self) -> None:
+        """Set `identity`, unless the data cannot be read: training will tell."""
+        digest = hashlib.sha256()
+        with contextlib.suppress(OSError, UserError):
+            for part in self.parts(self.total):
+                digest.update(part)
+            self.identity = f"{self.total} tokens, sha256 {digest.hexdigest()}"
 
 
 def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tensor]]:
-    """The micro-batches from step `first` on, int64 (2, rows, T), made while the last is computed.
-    Step s is the tokens from s·TRAIN_BATCH_TOKENS on, of which each rank has a contiguous share."""
-    hp, T = run.hp, run.hp.train_seq_len
-    total = hp.train_batch_tokens // T
-    start, stop = (total * rank // run.world_size for rank in (run.rank, run.rank + 1))
+    """Yield the micro-batches of each step from `first` on, int64 (2, rows, T), loaded ahead.
+
+    Step s is the tokens from s·TRAIN_BATCH_TOKENS on, of which each rank has a contiguous share.
+    """
+    step_tokens = run.hp.train_batch_tokens
+    T = run.hp.train_seq_len
+    total = step_tokens // T
+    start = total * run.rank // run.world_size
+    stop = total * (run.rank + 1) // run.world_size
+    # All micro-batches of all ranks have one shape, that one compiled graph serves.
     most = math.ceil(total / run.world_size)
-    rows = math.ceil(most / math.ceil(most / run.forward_rows))
+    count = math.ceil(most / run.forward_rows)
+    rows = math.ceil(most / count)
+    padding = (start - stop) % rows * T
 
     def load(step: int) -> list[Tensor]:
-        span = stream.read(step * hp.train_batch_tokens + start * T, (stop - start) * T + 1)
-        pair = torch.from_numpy(np.stack((span[:-1], span[1:])).astype(np.int64))
-        share = torch.tensor([[0], [IGNORE]]).repeat(1, math.ceil((stop - start) / rows) * rows * T)
-        share[:, : pair.size(1)] = pair  # the last rows may stay empty
-        share = share.view(2, -1, rows, T).transpose(0, 1).contiguous()
-        share = share.pin_memory() if run.device.type == "cuda" else share
-        return [*share.to(run.device, non_blocking=True)]
+        begin = step * step_tokens + start * T
+        span = stream.read(begin, (stop - start) * T + 1)
+        tokens = torch.from_numpy(span.astype(np.int64))
+        inputs = F.pad(tokens[:-1], (0, padding))
+        targets = F.pad(tokens[1:], (0, padding), value=IGNORE)
+        shape = (-1, rows, T)
+        pairs = torch.stack((inputs.view(shape), targets.view(shape)), dim=1)
+        if run.device.type == "cuda":
+            pairs = pairs.pin_memory()
+        return list(pairs.to(run.device, non_blocking=True))
 
     with ThreadPoolExecutor(1) as worker:
         ahead = worker.submit(load, first)
         for step in itertools.count(first + 1):
-            ready, ahead = ahead.result(), worker.submit(load, step)
+            ready = ahead.result()
+            ahead = worker.submit(load, step)
             yield ready
 
 
