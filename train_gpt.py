@@ -675,137 +675,214 @@ AUDITED_TOKENS = 2**20  # of the validation tokens at most are encoded again
 ADVICE = "TOKENIZER_PATH must be the tokenizer of the shards, and have a piece for a single space"
 
 
-class Tokenizer:
-    """A SentencePiece model of VOCAB_SIZE pieces, and the UTF-8 bytes that its tokens stand for."""
+class ByteTable:
+    """The UTF-8 bytes of text that each token of a SentencePiece model stands for."""
 
-    def __init__(self, hp: Hyperparameters) -> None:
-        try:
-            self.sp = sp = SentencePieceProcessor(model_proto=read_once(hp.tokenizer_path))
-        except Exception as error:
-            raise UserError(f"{hp.tokenizer_path}: not a SentencePiece model: {error}") from None
-        ids, self.pieces = range(len(sp)), [sp.id_to_piece(i) for i in range(len(sp))]
-        require(len(sp) == hp.vocab_size, f"{hp.tokenizer_path}: {len(sp)} pieces, not VOCAB_SIZE")
-        # Control, unknown and unused tokens hold no text, and a space after them does not count.
-        edges = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
-        sizes = [len(p.removeprefix(SPACE).replace(SPACE, " ").encode()) for p in self.pieces]
-        self.bos, self.unknown = sp.bos_id(), sp.unk_id()
-        self.edge, self.byte = np.array(edges), np.array([sp.is_byte(i) for i in ids])
-        self.byte_level = (self.byte | self.edge).all()  # no piece is more than a byte
-        self.base = np.where(edges, 0, np.where(self.byte, 1, sizes))
-        self.lead = np.array([piece.startswith(SPACE) for piece in self.pieces]) & ~self.edge
-        self.space = self.lead | np.array([piece == "<0x20>" for piece in self.pieces])
-        self.across = any(SPACE in piece.lstrip(SPACE) for piece in self.pieces)
+    def __init__(self, sp: SentencePieceProcessor) -> None:
+        size = len(sp)
+        self.pieces = [sp.id_to_piece(i) for i in range(size)]
+        self.base = np.zeros(size, np.int64)
+        self.byte = np.zeros(size, bool)
+        self.lead = np.zeros(size, bool)  # begins with a space
+        self.silent = np.zeros(size, bool)  # holds no text; a space behind it does not count
+        for i, piece in enumerate(self.pieces):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                self.silent[i] = True
+            elif sp.is_byte(i):
+                self.byte[i] = True
+                self.base[i] = 1
+            else:
+                text = piece.removeprefix(SPACE).replace(SPACE, " ")
+                self.base[i] = len(text.encode())
+                self.lead[i] = piece.startswith(SPACE)
 
     def lengths(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of tokens[1:], each given the one before: (N,) to int64 (N - 1,)."""
-        return self.base[tokens[1:]] + (self.lead[tokens[1:]] & ~self.edge[tokens[:-1]])
+        """Count the bytes of tokens[1:], each given the one before: (N,) to int64 (N - 1,)."""
+        before = tokens[:-1]
+        tokens = tokens[1:]
+        spaces = self.lead[tokens] & ~self.silent[before]
+        return self.base[tokens] + spaces
 
-    def decoded_bytes(self, ids: np.ndarray) -> int:
-        """UTF-8 bytes of the text that tokens decode to, less spaces that follow a control token.
-        A plain piece goes first, since decoding strips spaces there; U+FFFD counts as one byte."""
-        plain = [i for i, p in enumerate(self.pieces) if p.isalpha() and self.base[i]][:1]
-        require(plain or self.byte_level, f"byte audit: no piece is a plain word; {ADVICE}")
-        parts = [part[~self.edge[part]] for part in np.split(ids, np.flatnonzero(self.edge[ids]))]
-        texts = self.sp.decode([[*plain, *part.tolist()] for part in parts])
-        prefix, space = "".join(self.pieces[i] for i in plain), SPACE if self.byte_level else " "
-        texts = [text.removeprefix(prefix).replace(SPACE, space) for text in texts]
-        size = sum(len(text.encode()) for text in texts)
-        size -= sum(self.lead[part[:1]].sum() for part in parts)
-        if "\ufffd" in "".join(texts):
-            raw = bytes(int(self.pieces[i][3:5], 16) if self.byte[i] else 0 for i in ids)
-            escaped = raw.decode("utf-8", "surrogateescape")
-            size -= 2 * sum("\udc80" <= char <= "\udcff" for char in escaped)
-        return size
+
+class Tokenizer(ByteTable):
+    """A SentencePiece model of VOCAB_SIZE pieces, whose byte table can be audited."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        path = hp.tokenizer_path
+        try:
+            self.sp = SentencePieceProcessor(model_proto=read_once(path))
+        except Exception as error:
+            raise UserError(f"{path}: not a SentencePiece model: {error}") from None
+        size = len(self.sp)
+        require(size == hp.vocab_size, f"{path}: {size} pieces, not VOCAB_SIZE")
+        super().__init__(self.sp)
+        self.bos = self.sp.bos_id()
+        self.unknown = self.sp.unk_id()
+        self.byte_level = (self.byte | self.silent).all()  # no piece is more than a byte
+        # Decoding strips spaces from the start of a text, so a plain word goes there first.
+        plain = [i for i, piece in enumerate(self.pieces) if piece.isalpha() and self.base[i]]
+        self.plain = plain[:1]
+        self.plain_text = "".join(self.pieces[i] for i in self.plain)
+        self.space = self.lead | [piece == "<0x20>" for piece in self.pieces]
+        self.border = self.silent
+        if not any(SPACE in piece.lstrip(SPACE) for piece in self.pieces):
+            self.border = self.silent | self.space  # no piece is of several words
 
     def audit(self, tokens: np.ndarray, prose: bool = True) -> None:
-        """Compare `lengths` with the decoded text of each document of tokens, uint16 (N,). Raises
-        UserError; also if it is to be prose, but does not encode to its tokens again."""
-        documents = np.split(tokens, np.flatnonzero(tokens == self.bos))
-        documents = [ids for ids in documents if len(ids)]
-        for number, ids in enumerate(documents):
-            count, size = self.base[ids[0]] + self.lengths(ids).sum(), self.decoded_bytes(ids)
+        """Compare `lengths` with the decoded text of each document of tokens, uint16 (N,).
+
+        Raises UserError; also if it is to be prose, but does not encode to its tokens again.
+        """
+        has_word = self.plain or self.byte_level
+        require(has_word, f"byte audit: no piece is a plain word; {ADVICE}")
+        later_documents = 1 + np.flatnonzero(tokens[1:] == self.bos)
+        for number, ids in enumerate(np.split(tokens, later_documents)):
+            count = self.base[ids[0]] + self.lengths(ids).sum()
+            size = self.decoded_bytes(ids)
             what = f"document {number} counts {count} bytes, but decodes to {size}"
             require(count == size, f"byte audit: validation {what}; {ADVICE}")
         if prose:
             self.audit_words(tokens)
-        require(self.lengths(tokens).any(), "byte audit: the validation tokens hold no text")
+        has_text = self.lengths(tokens).any()
+        require(has_text, "byte audit: the validation tokens hold no text")
+
+    def decoded_bytes(self, ids: np.ndarray) -> int:
+        """Count the UTF-8 bytes that tokens decode to, less spaces that follow a silent token."""
+        space = SPACE if self.byte_level else " "
+        size = 0
+        for part in np.split(ids, np.flatnonzero(self.silent[ids])):
+            part = part[~self.silent[part]]
+            text = self.sp.decode(self.plain + part.tolist())
+            text = text.removeprefix(self.plain_text).replace(SPACE, space)
+            size += len(text.encode()) - int(self.lead[part[:1]].sum())
+            if "\ufffd" in text:
+                size -= 2 * self.stray_bytes(part)
+        return size
+
+    def stray_bytes(self, ids: np.ndarray) -> int:
+        """Count byte tokens that form no character: each decodes to U+FFFD, of three bytes."""
+        raw = bytearray(len(ids))
+        for place in np.flatnonzero(self.byte[ids]):
+            piece = self.pieces[ids[place]]  # <0xFF>
+            raw[place] = int(piece[3:5], 16)
+        text = raw.decode("utf-8", "surrogateescape")
+        return sum("\udc80" <= char <= "\udcff" for char in text)
 
     def words(self, tokens: np.ndarray) -> Iterator[tuple[bool, tuple[int, ...]]]:
-        """The words of a stretch of a stream, each with whether it begins a text. A word is a space
-        and what follows, and is encoded by itself. What touches an unknown piece is left out."""
-        border = self.edge if self.across else self.edge | self.space
-        for start, end in itertools.pairwise(np.flatnonzero(border[tokens]).tolist()):
-            begin = start + int(self.edge[tokens[start]])
+        """Yield the words of a stretch of a stream, each with whether it begins a text.
+
+        A word is a space and what follows, and is encoded by itself. What touches an unknown piece
+        is left out, and so are spaces at the end of a text, which are stripped.
+        """
+        borders = np.flatnonzero(self.border[tokens]).tolist()
+        for start, end in itertools.pairwise(borders):
+            begin = start + int(self.silent[tokens[start]])
             word = tokens[begin:end].tolist()
-            before = int(tokens[begin - 1]) if begin else -1
-            if self.space[word].all() or (before == self.unknown and not self.space[word[0]]):
-                continue  # spaces at the end of a text are stripped
-            yield before not in (-1, self.unknown) and bool(self.edge[before]), tuple(word)
+            if self.space[word].all():
+                continue
+            before = tokens[begin - 1] if begin else None
+            unknown = before == self.unknown
+            if unknown and not self.space[word[0]]:
+                continue
+            begins_text = begin > 0 and self.silent[before] and not unknown
+            yield bool(begins_text), tuple(word)
 
     def audit_words(self, tokens: np.ndarray) -> None:
-        """Decode words from all over the stream, and encode them again. Words of the tokenizer's
-        own text give their tokens. Of another tokenizer's text, or of tokens in disorder, about one
-        in ten gives others. Raises UserError if over 1 in 1000 tokens is in such a word."""
-        stretch, parts = 2**12, [tokens]
-        if len(tokens) > AUDITED_TOKENS:
-            starts = np.random.default_rng(0).integers(len(tokens) - stretch, size=256)
-            parts = [tokens[at : at + stretch] for at in starts]
-        counts = collections.Counter(itertools.chain(*map(self.words, parts)))
-        plain = [i for i, piece in enumerate(self.pieces) if piece.isalpha() and self.base[i]][:1]
-        before = self.sp.decode(plain)  # at the start of a text, a space may be stripped
-        texts = self.sp.decode([[*plain, *word] for _, word in counts])
-        begins = [begins for begins, _ in counts]
-        texts = [t.removeprefix(before) if b else t for t, b in zip(texts, begins, strict=True)]
-        start, judged, wrong, example = self.sp.encode(before), 0, 0, ""
-        for (begins, word), text, ids in zip(counts, texts, self.sp.encode(texts), strict=True):
-            size = len(word) * counts[begins, word]
+        """Decode words from all over the stream, and encode them again.
+
+        Words of the tokenizer's own text give their tokens. Of another tokenizer's text, or of
+        tokens in disorder, about one in ten gives others. Raises UserError if over 1 in 1000 tokens
+        is in such a word.
+        """
+        counts = collections.Counter()
+        for stretch in stretches(tokens):
+            counts.update(self.words(stretch))
+        judged = 0
+        wrong = 0
+        example = ""
+        before = self.sp.encode(self.plain_text)
+        for (begins_text, word), count in counts.items():
+            text = self.sp.decode([*self.plain, *word])
+            expected = [*before, *word]
+            if begins_text:
+                text = text.removeprefix(self.plain_text)
+                expected = [*word]
+            size = len(word) * count
             judged += size
-            if ids != ([*word] if begins else [*start, *word]):
-                wrong, example = wrong + size, example or text
+            if self.sp.encode(text) != expected:
+                wrong += size
+                example = example or text
         what = "of the validation documents are in text that encodes to other tokens"
-        ours = wrong <= judged / 1000 + 4 and (self.byte_level or SPACE in self.pieces)
         problem = f"{wrong} of {judged} tokens {what}, such as {example!r}"
+        has_space = self.byte_level or SPACE in self.pieces
+        ours = has_space and wrong <= judged / 1000 + 4
         require(ours, f"byte audit: {problem}; {ADVICE}")
 
 
+def stretches(tokens: np.ndarray) -> list[np.ndarray]:
+    """Take the whole stream or, of a long one, AUDITED_TOKENS from all over it."""
+    if len(tokens) <= AUDITED_TOKENS:
+        return [tokens]
+    length = 2**12
+    random = np.random.default_rng(0)
+    starts = random.integers(len(tokens) - length, size=AUDITED_TOKENS // length)
+    return [tokens[start : start + length] for start in starts]
+
+
 class Validation:
-    """The audited validation tokens, uint16 (N,), streams from `starts[i]` to `starts[i + 1]`; the
-    bytes of the text of all but the first of each, as the tokens decode, or as the sidecar says."""
+    """The audited validation tokens, and how many bytes of text they stand for.
+
+    `tokens`, uint16 (N,), are streams from `starts[i]` to `starts[i + 1]`. `text_bytes` counts all
+    but the first token of each stream, as the tokens decode, or as the sidecar says.
+    """
 
     def __init__(self, run: Run) -> None:
-        tokenizer, stream = Tokenizer(run.hp), TokenStream("val", run)
-        self.paths, limit = stream.paths, run.hp.val_tokens or stream.total
-        ends = stream.ends.tolist() if run.hp.score_streams else [stream.total]
+        hp = run.hp
+        tokenizer = Tokenizer(hp)
+        stream = TokenStream("val", run)
+        limit = hp.val_tokens or stream.total
+        ends = stream.ends.tolist() if hp.score_streams else [stream.total]
         spans = [(a, min(b - a, limit)) for a, b in itertools.pairwise([0, *ends])]
+        self.bos = tokenizer.bos
+        self.paths = stream.paths
         self.starts = np.cumsum([0, *(count for _, count in spans)])
         self.tokens = np.concatenate([stream.read(*span) for span in spans])
-        scored = np.isin(np.arange(len(self.tokens)), self.starts, invert=True)
-        self.text_bytes = decoded = int(tokenizer.lengths(self.tokens)[scored[1:]].sum())
+        unscored = self.starts[:-1]
+        sizes = np.append(0, tokenizer.lengths(self.tokens))
+        sizes[unscored] = 0
+        self.text_bytes = int(sizes.sum())
         if run.rank == 0:
-            tokenizer.audit(self.tokens, prose=not run.hp.score_streams)
-        self.note = f"val_tokens:{len(self.tokens)} val_bytes:{decoded} byte_audit:ok"
-        self.bos, unknown, lost = tokenizer.bos, self.tokens == tokenizer.unknown, None
-        if shard_paths(run.hp, "val_bytes"):
-            sidecar = TokenStream("val_bytes", run, 2**16)
+            tokenizer.audit(self.tokens, prose=not hp.score_streams)
+        self.note = f"val_tokens:{len(self.tokens)} val_bytes:{self.text_bytes} byte_audit:ok"
+        is_bos = self.tokens == self.bos
+        is_unknown = self.tokens == tokenizer.unknown
+        lost = None
+        if shard_paths(hp, "val_bytes"):
+            sidecar = TokenStream("val_bytes", run, ids=2**16)
+            first = sidecar.paths[0]
             same = sidecar.sizes == stream.sizes
-            require(same, f"{sidecar.paths[0]}: the sidecars are not as long as their shards")
+            require(same, f"{first}: the sidecars are not as long as their shards")
             sizes = np.concatenate([sidecar.read(*span) for span in spans])
-            wrong = sizes[self.tokens == tokenizer.bos].any() or not sizes[scored].any()
-            require(not wrong, f"{sidecar.paths[0]}: counts bytes for BOS, or none at all")
-            self.text_bytes = int(sizes[scored].sum(dtype=np.int64))
+            lost = int(sizes[is_unknown].sum(dtype=np.int64))
+            counts_bos = sizes[is_bos].any()
+            sizes[unscored] = 0
+            sound = sizes.any() and not counts_bos
+            require(sound, f"{first}: counts bytes for BOS, or none at all")
+            self.text_bytes = int(sizes.sum(dtype=np.int64))
             self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
-            lost = int(sizes[unknown].sum(dtype=np.int64))
-        self.note += unknown_note(Path(run.hp.data_path), int(unknown.sum()), lost)
-        parted = run.hp.eval_doc_isolated or run.hp.smear_gate or run.hp.bigram_buckets
-        parts = run.hp.score_streams or (self.tokens == self.bos).any()
+        self.note += unknown_note(Path(hp.data_path), int(is_unknown.sum()), lost)
+        parted = hp.score_streams or is_bos.any()
+        needed = hp.eval_doc_isolated or hp.smear_gate or hp.bigram_buckets
         what = "EVAL_DOC_ISOLATED, SMEAR_GATE and BIGRAM_BUCKETS need documents that begin with BOS"
         where = f"the tokenizer's is id {self.bos}, and the validation tokens have none"
-        require(parts or not parted, f"{run.hp.data_path}: {what}; {where}")
+        require(parted or not needed, f"{hp.data_path}: {what}; {where}")
 
 
 def unknown_note(folder: Path, count: int, lost: int | None) -> str:
-    """Say for how much text `count` unknown pieces stand. The sidecar knows (`lost` bytes), or the
-    dataset's manifest, if it counts as many pieces; without both, each is a character or more."""
+    """Say for how much text `count` unknown pieces stand.
+
+    The sidecar knows (`lost` bytes), or a manifest that counts as many; else each is a character.
+    """
     if not count:
         return ""
     if lost is None:
@@ -818,63 +895,100 @@ def unknown_note(folder: Path, count: int, lost: int | None) -> str:
 
 
 def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
-    """What scoring reads: int64 (W, 3) of first input, end of the inputs, and first input whose
-    target is scored there. The first window of the stream, or with EVAL_DOC_ISOLATED of a document,
-    scores all that it holds, and each next one begins EVAL_STRIDE later, wherever the text ends."""
-    length, end, spans = hp.eval_seq_len or hp.train_seq_len, len(tokens) - 1, []
+    """Plan what scoring reads of a stream: int64 (W, 3).
+
+    A window is its first input, the end of its inputs, and the first input whose target is scored
+    there. The first window of the stream, or with EVAL_DOC_ISOLATED of a document, scores all that
+    it holds, and each next one begins EVAL_STRIDE later, wherever the text ends.
+    """
+    length = hp.eval_seq_len or hp.train_seq_len
     stride = hp.eval_stride or length
-    starts = np.flatnonzero(tokens[:-1] == hp.bos) if hp.eval_doc_isolated else []
-    for begin, stop in itertools.pairwise(np.unique([0, *starts, end]).tolist()):
-        spans.append((begin, min(begin + length, stop), begin))
-        for done in range(begin + length, stop, stride):
-            upto = min(done + stride, stop)
-            spans.append((done + stride - length, upto, done))
+    edges = {0, len(tokens) - 1}
+    if hp.eval_doc_isolated:
+        edges.update(np.flatnonzero(tokens[:-1] == hp.bos).tolist())
+    spans = []
+    for begin, end in itertools.pairwise(sorted(edges)):
+        marks = [begin, *range(begin + length, end, stride), end]
+        for scored, stop in itertools.pairwise(marks):
+            first = max(begin, scored + stride - length)
+            spans.append((first, stop, scored))
     return np.array(spans, np.int64).reshape(-1, 3)
 
 
-@torch.no_grad()
-def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
-    """NLL in nats of each token but the first, float32 (N - 1,), 0 for the first of later streams;
-    its mean, and bits per byte. Each token is scored once, and alike on any number of ranks."""
-    hp, count, streams = run.hp, len(val.tokens) - 1, [*itertools.pairwise(val.starts)]
-    spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
-    # Rows of a few lengths, unless a scaled rotary table would then tell how long documents are.
+def row_lengths(used: np.ndarray, hp: Hyperparameters) -> np.ndarray:
+    """Choose how long the row of each window is, of which it uses so much: int64 (W,).
+
+    Documents and streams may be short, so rows have up to four lengths; but one if rotary tables
+    are scaled, since the table would then tell how long the document is.
+    """
     longest = hp.eval_seq_len or hp.train_seq_len
     scaled = hp.rope_scaling != "none" and longest > hp.train_seq_len
-    some = 4 if (hp.eval_doc_isolated or hp.score_streams) and not scaled else 1
-    sizes = np.unique(longest >> np.arange(some)).clip(1)
-    lengths = sizes[np.searchsorted(sizes, spans[:, 1] - spans[:, 0])]
-    tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
-    # All NLL stays on the device until the end; the last one is for what is not scored.
-    nll = torch.zeros(count + 1, device=run.device)
+    short = hp.eval_doc_isolated or hp.score_streams
+    lengths = np.array([longest])
+    if short and not scaled:
+        lengths = np.unique(longest >> np.arange(4)).clip(1)
+    return lengths[np.searchsorted(lengths, used)]
+
+
+def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield this rank's inputs, targets, and indices of their NLL, int64 (B, T) each.
+
+    A target that is not scored in its row is IGNORE, and has the last index.
+    """
+    hp = run.hp
+    last = len(val.tokens) - 1
+    tokens = torch.from_numpy(val.tokens.astype(np.int32))
+    tokens = F.pad(tokens, (0, 1), value=IGNORE).to(run.device)
+    streams = itertools.pairwise(val.starts)
+    spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
+    lengths = row_lengths(spans[:, 1] - spans[:, 0], hp)
+    most = min(hp.val_batch_size // run.world_size, run.forward_rows * hp.train_seq_len)
     for T in np.unique(lengths).tolist():
-        most = min(hp.val_batch_size // run.world_size, run.forward_rows * hp.train_seq_len)
         rows = max(1, most // T)
         group = torch.from_numpy(spans[lengths == T])
-        group = F.pad(group, (0, 0, 0, -len(group) % rows)).to(run.device)
+        empty = -len(group) % rows
+        group = F.pad(group, (0, 0, 0, empty)).to(run.device)
         for part in group.split(rows)[run.rank :: run.world_size]:
             first, stop, scored = part.T[..., None]
             at = first + torch.arange(T, device=run.device)
             ours = (at >= scored) & (at < stop)
-            inputs, targets = (tokens[(at + i).clamp(max=count)].long() for i in (0, 1))
-            nll[torch.where(ours, at, count)] = model(inputs, torch.where(ours, targets, IGNORE))
+            inputs = tokens[at.clamp(max=last)].long()
+            indices = torch.where(ours, at, last)
+            targets = tokens[indices + 1].long()
+            yield inputs, targets, indices
+
+
+@torch.no_grad()
+def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
+    """Score each token but the first: NLL in nats, float32 (N - 1,); its mean, and bits per byte.
+
+    The first token of a later stream has 0. The result is the same on any number of ranks.
+    """
+    # All NLL stays on the device until the end; the last one is for what is not scored.
+    nll = torch.zeros(len(val.tokens), device=run.device)
+    for inputs, targets, indices in scoring_batches(val, run):
+        nll[indices] = model(inputs, targets)
     if run.world_size > 1:
         dist.all_reduce(nll)  # each element is set on one rank and zero on the others
     nll = nll[:-1].cpu().numpy()
     nats = float(nll.sum(dtype=np.float64))
-    mean = nats / (len(val.tokens) - len(streams))
-    return nll, {"val_loss": mean, "val_bpb": nats / math.log(2) / val.text_bytes}
+    streams = len(val.starts) - 1
+    mean = nats / (len(val.tokens) - streams)
+    bits = nats / math.log(2)
+    return nll, {"val_loss": mean, "val_bpb": bits / val.text_bytes}
 
 
 def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
     """Write the NLL that `score` gave to SAVE_NLL; of streams, as <shard>.npy in that folder."""
-    path, files = Path(hp.save_nll), {Path(hp.save_nll): nll}
-    if hp.score_streams:
-        path.mkdir(exist_ok=True)
-        spans = zip(val.paths, itertools.pairwise(val.starts), strict=True)
-        files = {path / f"{shard.stem}.npy": nll[a : b - 1] for shard, (a, b) in spans}
-    for file, part in files.items():
-        atomic_write(file, functools.partial(np.save, arr=part))
+    path = Path(hp.save_nll)
+    if not hp.score_streams:
+        atomic_write(path, functools.partial(np.save, arr=nll))
+        return
+    path.mkdir(exist_ok=True)
+    spans = itertools.pairwise(val.starts)
+    for shard, (start, end) in zip(val.paths, spans, strict=True):
+        part = nll[start : end - 1]
+        atomic_write(path / f"{shard.stem}.npy", functools.partial(np.save, arr=part))
 
 
 # ===================================== ARTIFACT =====================================
