@@ -14,6 +14,8 @@ from conftest import compose_documents
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import train_gpt
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 
 import vocabulary
@@ -126,6 +128,16 @@ def test_lengths_add_up_to_the_decoded_text(models, kind, text):
 def test_lengths_of_any_tokens_follow_the_rule(models, ids):
     model = models["published"]
     assert model.lengths(np.array(ids, np.uint16)).tolist() == bytes_by_the_rule(model.sp, ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_lengths_are_those_that_the_script_counts_behind_a_bos(models, kind, data):
+    model = models[kind]
+    token = st.integers(0, model.size - 1) | st.integers(0, 3)
+    ids = data.draw(st.lists(token, max_size=30))
+    counted = train_gpt.ByteTable(model.sp).lengths(np.array([model.bos, *ids]))
+    assert model.lengths(np.array(ids, np.uint16)).tolist() == counted.tolist()
 
 
 @given(texts=st.lists(TEXTS, max_size=5))
