@@ -940,9 +940,12 @@ def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Tensor, Tensor,
     tokens = torch.from_numpy(val.tokens.astype(np.int32))
     tokens = F.pad(tokens, (0, 1), value=IGNORE).to(run.device)
     streams = itertools.pairwise(val.starts)
-    spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
-    lengths = row_lengths(spans[:, 1] - spans[:, 0], hp)
-    most = min(hp.val_batch_size // run.world_size, run.forward_rows * hp.train_seq_len)
+    plans = [windows(val.tokens[a:b], hp) + a for a, b in streams]
+    spans = np.concatenate(plans)
+    used = spans[:, 1] - spans[:, 0]
+    lengths = row_lengths(used, hp)
+    share = hp.val_batch_size // run.world_size
+    most = min(share, run.forward_rows * hp.train_seq_len)
     for T in np.unique(lengths).tolist():
         rows = max(1, most // T)
         group = torch.from_numpy(spans[lengths == T])
