@@ -15,6 +15,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import json
 import os
 import re
 import shlex
@@ -109,6 +110,14 @@ def settings_table() -> str:
     for name, field in core.FIELDS.items():
         rows += [row(name, field.default, field.metadata["valid"], field.metadata["doc"])]
     return "\n".join(rows)
+
+
+def surroundings_problems(
+    hp: core.Hyperparameters, environ: Mapping[str, str], check_places: bool
+) -> list[str]:
+    """Say what is wrong with what surrounds a run: launcher, device, files and folders."""
+    problems = launcher_problems(environ) + device_problems(hp)
+    return problems + place_problems(hp) if check_places else problems
 
 
 # ===================================== CONSOLE =====================================
@@ -384,12 +393,58 @@ def restore_optimizer(trainer: core.Trainer, p: Tensor, kept: dict[str, Any]) ->
             state[key] = value.to(p.device) if isinstance(value, Tensor) else value
 
 
+class Identity:
+    """Find out what all the training data is, however it lies in shards, beside what follows.
+
+    A checkpoint needs it, and the end of a run may leave no time to read all the data.
+    """
+
+    def __init__(self, stream: core.TokenStream) -> None:
+        self.text = ""  # until it is known
+        self.stream = stream
+        self.thread = threading.Thread(target=self.digest, daemon=True)
+        self.thread.start()
+
+    def digest(self) -> None:
+        """Set the text, unless the data cannot be read: training will tell."""
+        digest = hashlib.sha256()
+        with contextlib.suppress(OSError, UserError):
+            for part in self.stream.parts(self.stream.total):
+                digest.update(part)
+            self.text = f"{self.stream.total} tokens, sha256 {digest.hexdigest()}"
+
+    def wait(self) -> str:
+        """Wait until the text is known, and return it."""
+        self.thread.join()
+        return self.text
+
+
 # ===================================== SAYING WHY =====================================
 
 
 def forecast(model: core.GPT, run: core.Run) -> None:
     """Log the artifact's size for the initial weights, with Gaussian ones where they are zero."""
-    core.forecast(model, run)
+    noise, code = torch.Generator().manual_seed(0), len(core.read_once(core.__file__))
+    state = model.state_dict()
+    for name in [name for name, w in state.items() if not w.any()]:
+        state[name] = torch.randn(state[name].shape, generator=noise)
+    size, cap = code + len(core.pack_artifact(state, run.hp)), run.hp.artifact_max_bytes
+    warning = f"; warning: over the cap, with FIT_BUDGET={run.hp.fit_budget}" * (size > cap)
+    run.log(f"forecast: {size} bytes ({code} code, {size - code} artifact) of {cap}{warning}")
+
+
+def unknown_note(folder: Path, count: int, lost: int | None) -> str:
+    """Say for how much text `count` unknown pieces stand.
+
+    The sidecar knows (`lost` bytes), or a manifest that counts as many; else each is a character.
+    """
+    if lost is None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            split = json.loads((folder / "manifest.json").read_bytes())["splits"]["val"]
+            lost = int(split["unknown_bytes"]) if split["unknown_tokens"] == count else None
+    size = f"at least {count}" if lost is None else str(lost)
+    what = "are characters that the tokenizer lacks: val_bytes leaves them out"
+    return f"warning: {size} bytes of the validation text {what}"
 
 
 def log_data(stream: core.TokenStream, run: core.Run) -> None:
@@ -445,16 +500,13 @@ ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # save, and stop; SIGUS
 PATIENCE = 5.0  # seconds after which a wait for other ranks is told
 
 
-class Keeper(core.Keeper):
-    """Keep a run: see the class of this name in train_gpt.py for when each method is called."""
+class Keeper:
+    """Keep a run, in the places where train_gpt.py calls these methods."""
 
     source = core.read_once(__file__).decode()
-    help = staticmethod(settings_table)
-    console = staticmethod(any_console)
-    flush = staticmethod(flush_console)
 
     def __init__(self, run: core.Run) -> None:
-        super().__init__(run)
+        self.run = run
         self.state: dict[str, Any] | None = None  # of the checkpoint to resume, on rank 0
         self.saved = -1  # the step of the newest checkpoint
         self.end: Path | None = None  # a checkpoint for as long as there is no score
@@ -464,14 +516,6 @@ class Keeper(core.Keeper):
         self.writing: Future[None] | None = None
         self.noted = 0.0  # when the first signal came
         self.halved = False  # whether a micro-batch did not fit
-
-    @staticmethod
-    def problems(
-        hp: core.Hyperparameters, environ: Mapping[str, str], check_places: bool
-    ) -> list[str]:
-        """Say what is wrong with what surrounds a run: launcher, device, files and folders."""
-        problems = launcher_problems(environ) + device_problems(hp)
-        return problems + place_problems(hp) if check_places else problems
 
     @staticmethod
     def say(line: str) -> None:
@@ -511,6 +555,11 @@ class Keeper(core.Keeper):
         finally:
             timer.cancel()
 
+    def explain_validation(self, val: core.Validation) -> None:
+        """Tell for how much text unknown pieces stand, if there are any."""
+        if val.unknown:
+            self.run.log(unknown_note(Path(self.run.hp.data_path), val.unknown, val.lost))
+
     def compiled(self, model: core.GPT) -> core.Forward:
         """Compile a model, and go on without where that does not work."""
         return Compiled(model, self.run)
@@ -524,7 +573,7 @@ class Keeper(core.Keeper):
     def prepare_first(self, trainer: core.Trainer) -> None:
         """Do what rank 0 does of `prepare`."""
         run = self.run
-        trainer.stream.identify()
+        self.data = Identity(trainer.stream)
         forecast(trainer.model, run)
         path = None
         if run.hp.resume:
@@ -538,8 +587,7 @@ class Keeper(core.Keeper):
     def check(self, trainer: core.Trainer, path: Path, state: dict[str, Any]) -> None:
         """Find out what is left to do after a checkpoint: training, or the export alone."""
         run = self.run
-        trainer.stream.identifying.join()
-        grave = check_origin(state, path, trainer.stream.identity, run)
+        grave = check_origin(state, path, self.data.wait(), run)
         whole = state.get("whole", True)
         if run.hp.resume == "auto" and not whole:
             self.end = path
@@ -611,7 +659,7 @@ class Keeper(core.Keeper):
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
         free_memory(self.run.device)
 
-    def primed(self, trainer: core.Trainer) -> None:
+    def primed(self) -> None:
         """Let all ranks take micro-batches of the size that fits everywhere."""
         run = self.run
         rows = torch.tensor(run.forward_rows)
@@ -655,9 +703,8 @@ class Keeper(core.Keeper):
             self.end = None if whole else run.dir / checkpoint_name(step)
             state = gather_state(trainer, step, elapsed, whole)
             if run.rank == 0:
-                if not run.stopped:
-                    trainer.stream.identifying.join()
-                state["settings"]["DATA"] = trainer.stream.identity
+                known = self.data.text if run.stopped else self.data.wait()
+                state["settings"]["DATA"] = known
                 self.wait()
                 self.writing = self.writer.submit(write_checkpoint, state, run)
         if last or run.stopped:

@@ -34,7 +34,6 @@ import shutil
 import struct
 import sys
 import sysconfig
-import threading
 import time
 import uuid
 import zlib
@@ -293,7 +292,14 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
                 problems.append(f"{name}={text}: {error}")
     hp = Hyperparameters(**values, given=frozenset(name.upper() for name in values))
     problems += value_problems(hp)
-    problems += keeper_class().problems(hp, environ, check_places)
+    if keeper := find_keeper():
+        problems += keeper.surroundings_problems(hp, environ, check_places)
+    else:
+        problems += [
+            f"{name}={getattr(hp, name.lower())}: needs keeper.py beside {Path(__file__).name}"
+            for name in ("SAVE_EVERY", "RESUME")
+            if getattr(hp, name.lower())
+        ]
     require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
     return hp
 
@@ -583,7 +589,6 @@ class TokenStream:
         self.sizes = [shard_size(path) for path in self.paths]
         self.ends = np.cumsum(self.sizes)
         self.total = int(self.ends[-1])
-        self.identity = ""  # what all the tokens are, however they lie in shards, once it is known
         scan = min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1
         for _ in self.parts(scan):
             pass  # reading has checked the ids
@@ -616,19 +621,6 @@ class TokenStream:
         """Read the first `count` tokens, in parts that take little memory."""
         for start in range(0, count, PART_TOKENS):
             yield self.read(start, min(PART_TOKENS, count - start))
-
-    def identify(self) -> None:
-        """Begin to find out `identity`: the end of a run may leave no time to read all the data."""
-        self.identifying = threading.Thread(target=self.digest, daemon=True)
-        self.identifying.start()
-
-    def digest(self) -> None:
-        """Set `identity`, unless the data cannot be read: training will tell."""
-        digest = hashlib.sha256()
-        with contextlib.suppress(OSError, UserError):
-            for part in self.parts(self.total):
-                digest.update(part)
-            self.identity = f"{self.total} tokens, sha256 {digest.hexdigest()}"
 
 
 def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tensor]]:
@@ -856,42 +848,28 @@ class Validation:
         self.note = f"val_tokens:{len(self.tokens)} val_bytes:{self.text_bytes} byte_audit:ok"
         is_bos = self.tokens == self.bos
         is_unknown = self.tokens == tokenizer.unknown
-        lost = None
+        self.lost: int | None = None  # bytes of that text, if known
         if shard_paths(hp, "val_bytes"):
             sidecar = TokenStream("val_bytes", run, ids=2**16)
             first = sidecar.paths[0]
             same = sidecar.sizes == stream.sizes
             require(same, f"{first}: the sidecars are not as long as their shards")
             sizes = np.concatenate([sidecar.read(*span) for span in spans])
-            lost = int(sizes[is_unknown].sum(dtype=np.int64))
+            self.lost = int(sizes[is_unknown].sum(dtype=np.int64))
             counts_bos = sizes[is_bos].any()
             sizes[unscored] = 0
             sound = sizes.any() and not counts_bos
             require(sound, f"{first}: counts bytes for BOS, or none at all")
             self.text_bytes = int(sizes.sum(dtype=np.int64))
             self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
-        self.note += unknown_note(Path(hp.data_path), int(is_unknown.sum()), lost)
+        self.unknown = int(is_unknown.sum())  # pieces that stand for text that is lost
+        if self.unknown:
+            self.note += f" unknown_tokens:{self.unknown}"
         parted = hp.score_streams or is_bos.any()
         needed = hp.eval_doc_isolated or hp.smear_gate or hp.bigram_buckets
         what = "EVAL_DOC_ISOLATED, SMEAR_GATE and BIGRAM_BUCKETS need documents that begin with BOS"
         where = f"the tokenizer's is id {self.bos}, and the validation tokens have none"
         require(parted or not needed, f"{hp.data_path}: {what}; {where}")
-
-
-def unknown_note(folder: Path, count: int, lost: int | None) -> str:
-    """Say for how much text `count` unknown pieces stand.
-
-    The sidecar knows (`lost` bytes), or a manifest that counts as many; else each is a character.
-    """
-    if not count:
-        return ""
-    if lost is None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            split = json.loads((folder / "manifest.json").read_bytes())["splits"]["val"]
-            lost = int(split["unknown_bytes"]) if split["unknown_tokens"] == count else None
-    size = f"at least {count}" if lost is None else str(lost)
-    what = "are characters that the tokenizer lacks: val_bytes leaves them out"
-    return f" unknown_tokens:{count}\nwarning: {size} bytes of the validation text {what}"
 
 
 def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
@@ -1217,17 +1195,6 @@ def scheme(hp: Hyperparameters) -> str:
     return f"int{''.join(map(str, sorted(bits)))}_{hp.compressor}"
 
 
-def forecast(model: GPT, run: Run) -> None:
-    """Log the artifact's size for the initial weights, with Gaussian ones where they are zero."""
-    noise, code = torch.Generator().manual_seed(0), len(read_once(__file__))
-    state = model.state_dict()
-    for name in [name for name, w in state.items() if not w.any()]:
-        state[name] = torch.randn(state[name].shape, generator=noise)
-    size, cap = code + len(pack_artifact(state, run.hp)), run.hp.artifact_max_bytes
-    warning = f"; warning: over the cap, with FIT_BUDGET={run.hp.fit_budget}" * (size > cap)
-    run.log(f"forecast: {size} bytes ({code} code, {size - code} artifact) of {cap}{warning}")
-
-
 def fit_artifact(model: GPT, run: Run) -> bytes:
     """The artifact. With FIT_BUDGET, the largest that fits the cap beside the code, at most 0.3% of
     which stays empty: "sigma" searches log2 k, of which a unit is a bit a weight by the size law;
@@ -1296,107 +1263,20 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-class Keeper:
-    """Stand in for keeper.py, which protects, resumes and explains a run.
-
-    Its class of the same name does more in these places. Without that file, no more is done than
-    here. With it or without, the run ends on the same bits.
-    """
-
-    source = ""  # of keeper.py
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    @staticmethod
-    def problems(hp: Hyperparameters, environ: Mapping[str, str], check_places: bool) -> list[str]:
-        """Say what is wrong with the settings: some need keeper.py."""
-        needing = [name for name in ("RESUME", "SAVE_EVERY") if getattr(hp, name.lower())]
-        advice = f"needs keeper.py beside {Path(__file__).name}"
-        return [f"{name}={getattr(hp, name.lower())}: {advice}" for name in needing]
-
-    @staticmethod
-    def help() -> str:
-        """Tell where the settings are explained."""
-        return "All settings: class Hyperparameters, or --help with keeper.py beside this file."
-
-    @staticmethod
-    def console(arguments: list[str]) -> None:
-        """Prepare the console for any text."""
-
-    @staticmethod
-    def flush() -> None:
-        """Write what is to be printed."""
-        sys.stdout.flush()
-
-    @staticmethod
-    def say(line: str) -> None:
-        """Print a line."""
-        print(line, flush=True)
-
-    def begin(self) -> None:
-        """Take the run's folder, on rank 0, before the logs are open."""
-
-    def waiting(self, what: str) -> contextlib.AbstractContextManager[Any]:
-        """Tell `what` is waited for, if it takes long."""
-        return contextlib.nullcontext()
-
-    def compiled(self, model: GPT) -> Forward:
-        """Compile a model."""
-        return compile_model(model)
-
-    def prepare(self, trainer: Trainer) -> None:
-        """Check what a run needs, before its first step."""
-
-    def retry(self, trainer: Trainer, step: int, error: RuntimeError) -> None:
-        """Make a priming step possible that failed."""
-        raise error
-
-    def primed(self, trainer: Trainer) -> None:
-        """End the priming."""
-
-    def resume(self, trainer: Trainer) -> tuple[int, float]:
-        """Restore an earlier run: its last step, and the seconds that it has trained."""
-        return 0, 0.0
-
-    def is_due(self, step: int) -> bool:
-        """Tell whether to save after a step."""
-        return False
-
-    def save(self, trainer: Trainer, step: int, elapsed: float, last: bool) -> None:
-        """Save what the rest of the run depends on."""
-
-    def diagnose(self, trainer: Trainer, batch: list[Tensor]) -> str:
-        """Say what is not finite in a batch, and how to go on."""
-        return f"no more is known without keeper.py beside {Path(__file__).name}"
-
-    def trained(self, trainer: Trainer, step: int, elapsed: float) -> None:
-        """Tell why training has ended."""
-
-    def write(self, files: dict[Path, Callable[[IO[bytes]], Any]]) -> None:
-        """Write the files of a trained model, of which each is filled by a function."""
-        for path, fill in files.items():
-            atomic_write(path, fill)
-
-    def scored(self) -> None:
-        """Remove what is of no use after the final score."""
-
-    def close(self) -> None:
-        """Give back what `begin` and `prepare` took."""
-
-
 @functools.cache
-def keeper_class() -> type[Keeper]:
-    """Find the Keeper of keeper.py, if that stands beside this file and can run here."""
-    path = Path(__file__).with_name("keeper.py")
-    if not path.is_file():
-        return Keeper
+def find_keeper() -> ModuleType | None:
+    """Import keeper.py, if it stands beside this file and can run here.
+
+    It protects, resumes and explains a run. Without it, the run ends on the same bits.
+    """
+    if not Path(__file__).with_name("keeper.py").is_file():
+        return None
     if __name__ == "__main__":  # the keeper imports this module, not a second one
         sys.modules["train_gpt"] = sys.modules[__name__]
     try:
-        return importlib.import_module("keeper").Keeper
+        return importlib.import_module("keeper")
     except ImportError:  # it is for POSIX alone
-        return Keeper
+        return None
 
 
 class Run:
@@ -1421,13 +1301,15 @@ class Run:
         self.stop = 0  # what one of all processes was asked
         self.stopped = False  # whether that ends the run without a result
         self.problem = ""  # why this process cannot go on
-        self.keeper = keeper_class()(self)
+        keeper = find_keeper()
+        self.keeper = keeper.Keeper(self) if keeper else None
 
     def start(self) -> None:
         """Seed the generators, meet the other ranks, and open the logs."""
         if self.rank == 0:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.keeper.begin()
+            if self.keeper:
+                self.keeper.begin()
         torch.manual_seed(self.hp.seed)
         # Compiled for a CPU, the embedding's gradient is otherwise summed in any order.
         torch.use_deterministic_algorithms(self.device.type == "cpu")
@@ -1447,8 +1329,9 @@ class Run:
         options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}
         self.text = open(f"{self.dir}.txt", "a", **options)  # noqa: SIM115
         self.metrics = open(self.dir / "metrics.jsonl", "a", **options)  # noqa: SIM115
-        sources = [read_once(__file__).decode(), self.keeper.source]
-        parts = [*filter(None, sources), settings_dotenv(self.hp)]
+        parts = [read_once(__file__).decode(), settings_dotenv(self.hp)]
+        if self.keeper:
+            parts.insert(1, self.keeper.source)
         print(f"\n{'=' * 100}\n".join(parts), file=self.text)
         is_cuda = self.device.type == "cuda"
         device = torch.cuda.get_device_name() if is_cuda else self.device.type
@@ -1471,7 +1354,7 @@ class Run:
         one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")
         prefix = env("TORCHELASTIC_RESTART_COUNT", "") if one_node else ""
         try:
-            with self.keeper.waiting(waiting):
+            with self.keeper.waiting(waiting) if self.keeper else contextlib.nullcontext():
                 store, _, _ = next(dist.rendezvous("env://"))
                 store = dist.PrefixStore(prefix, store)
                 place = {"rank": self.rank, "world_size": self.world_size}
@@ -1483,7 +1366,8 @@ class Run:
         """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
         if self.rank > 0:
             return
-        self.keeper.say(line)
+        say = self.keeper.say if self.keeper else print
+        say(line)
         with contextlib.suppress(OSError):  # a full disk
             if self.text:
                 print(line, file=self.text)
@@ -1576,6 +1460,13 @@ def compile_model(model: GPT) -> Forward:
     """Compile a model, for a batch of any shape when it first comes."""
     torch._dynamo.config.recompile_limit = GRAPHS
     return torch.compile(model, dynamic=False, fullgraph=True)
+
+
+def choose_forward(model: GPT, run: Run) -> Forward:
+    """Take the model itself, or compile it; with the keeper, for as long as that works."""
+    if not run.compile:
+        return model
+    return run.keeper.compiled(model) if run.keeper else compile_model(model)
 
 
 # PyTorch first tries the kernel that is asked for, then these in turn. FlashAttention 3 and 4 are
@@ -1860,7 +1751,9 @@ class Trainer:
             line = f"skipped_step:{step} loss or gradient not finite, {count} in a row"
             self.run.log(line, "skipped_step", step=step, in_a_row=count)
             if count >= self.run.hp.max_bad_steps:
-                raise UserError(f"{line}; {self.run.keeper.diagnose(self, batch)}")
+                keeper = self.run.keeper
+                why = keeper.diagnose(self, batch) if keeper else "keeper.py would tell why"
+                raise UserError(f"{line}; {why}")
 
     def prime(self) -> None:
         """Take WARMUP_STEPS steps that compile every kernel and change nothing."""
@@ -1871,8 +1764,11 @@ class Trainer:
                     self.step(step, 0.0, dry=True)
                     step += 1
                 except RuntimeError as error:
+                    if not self.run.keeper:
+                        raise
                     self.run.keeper.retry(self, step, error)
-        self.run.keeper.primed(self)
+        if self.run.keeper:
+            self.run.keeper.primed()
         self.bad_in_a_row.zero_()
         self.late.clear()
         self.feed_from(0)
@@ -1897,16 +1793,18 @@ def train(
     validation and while a checkpoint is copied.
     """
     hp = run.hp
+    keeper = run.keeper
     start = run.clock(synchronize=True) - elapsed
     while True:
         capped = 0 < hp.max_wallclock_seconds <= elapsed
         last = capped or step >= hp.iterations or run.stop == FINISH
         if last and run.stop == FAILED:
             run.recover()  # no more data is needed
-        if last or run.stopped or run.keeper.is_due(step):
+        if last or run.stopped or (keeper and keeper.is_due(step)):
             elapsed = run.clock(synchronize=True) - start
             trainer.look_back(0)
-            run.keeper.save(trainer, step, elapsed, last)
+            if keeper:
+                keeper.save(trainer, step, elapsed, last)
             start = run.clock() - elapsed
         if last or run.stopped:
             return step, elapsed
@@ -1933,21 +1831,27 @@ def export(model: GPT, run: Run) -> None:
     weights = {name: w.cpu().clone() for name, w in model.state_dict().items()}
     raw = io.BytesIO()  # torch.save would hide what the disk says
     torch.save(weights, raw)
-    run.keeper.write(
-        {
-            run.dir / "final_model.artifact": lambda file: file.write(fit_artifact(model, run)),
-            run.dir / "final_model.pt": lambda file: file.write(raw.getbuffer()),
-        }
-    )
+    files = {
+        run.dir / "final_model.artifact": lambda file: file.write(fit_artifact(model, run)),
+        run.dir / "final_model.pt": lambda file: file.write(raw.getbuffer()),
+    }
+    if run.keeper:
+        run.keeper.write(files)
+        return
+    for path, fill in files.items():
+        atomic_write(path, fill)
 
 
 def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
     """Train, and write artifact and raw weights; if a signal asks for it, a checkpoint instead."""
     keeper = run.keeper
-    keeper.prepare(trainer)
+    if keeper:
+        keeper.prepare(trainer)
     trainer.prime()
-    step, elapsed = train(trainer, val, run, *keeper.resume(trainer))
-    keeper.trained(trainer, step, elapsed)
+    start = keeper.resume(trainer) if keeper else (0, 0.0)
+    step, elapsed = train(trainer, val, run, *start)
+    if keeper:
+        keeper.trained(trainer, step, elapsed)
     require(run.stop != FAILED, run.problem)
     if run.stopped:
         return
@@ -1983,7 +1887,8 @@ def score_artifact(path: Path, model: GPT, forward: Forward, val: Validation, ru
     sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": cap}
     line = f"Total submission size {name}: {code + size} bytes ({code} code, {size} artifact)"
     run.log(line, "final", **final, **sizes)
-    run.keeper.scored()
+    if run.keeper:
+        run.keeper.scored()
     if run.hp.save_nll:
         save_nll(nll, val, run.hp)
     require(code + size <= cap, f"{line}, over ARTIFACT_MAX_BYTES={cap}; all is saved")
@@ -1993,7 +1898,9 @@ def main(arguments: list[str]) -> int:
     """Train, export and score a model, or only score one; 0, or the exit code after a signal."""
     require(arguments in ([], ["--help"], ["--settings"]), f"{arguments}: see --help")
     if arguments == ["--help"]:
-        print(__doc__, keeper_class().help(), sep="\n", flush=True)
+        keeper = find_keeper()
+        table = keeper.settings_table() if keeper else "keeper.py, beside it, has the table."
+        print(__doc__, table, sep="\n", flush=True)
         return 0
     hp = load_settings(os.environ, check_places=not arguments)
     if arguments == ["--settings"]:
@@ -2006,7 +1913,8 @@ def main(arguments: list[str]) -> int:
     try:
         return do_run(run, artifact)
     finally:
-        run.keeper.close()
+        if run.keeper:
+            run.keeper.close()
 
 
 def do_run(run: Run, artifact: Path) -> int:
@@ -2017,8 +1925,10 @@ def do_run(run: Run, artifact: Path) -> int:
         run.hp = dataclasses.replace(run.hp, bos=val.bos)
     run.start()
     model = GPT(run.hp, run.dtype).to(run.device)
-    forward = run.keeper.compiled(model) if run.compile else model
+    forward = choose_forward(model, run)
     run.log(val.note)
+    if run.keeper:
+        run.keeper.explain_validation(val)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     if stream:
         train_and_export(Trainer(model, forward, stream, run), val, run)
@@ -2031,8 +1941,9 @@ def do_run(run: Run, artifact: Path) -> int:
 
 def run_program() -> None:
     """Run `main` as a program: its errors in one line, and its exit code."""
-    keeper = keeper_class()
-    keeper.console(sys.argv[1:])
+    keeper = find_keeper()
+    if keeper:
+        keeper.any_console(sys.argv[1:])
     try:
         code = main(sys.argv[1:])
         if dist.is_initialized():
@@ -2040,12 +1951,14 @@ def run_program() -> None:
             os._exit(code)  # gloo's threads now and then abort a regular exit
         sys.exit(code)
     except BrokenPipeError:
-        keeper.flush()
+        if keeper:
+            keeper.flush_console()
         sys.exit(1)  # nobody reads what was asked for
     except (UserError, OSError) as problem:
         # Before they meet, the ranks of a node find the same problems. The first one speaks; the
         # others do if no launcher has ended them by then.
-        keeper.flush()
+        if keeper:
+            keeper.flush_console()
         first = os.environ.get("LOCAL_RANK", "0") in ("", "0")
         time.sleep(0 if first or dist.is_initialized() else 2)
         sys.exit(f"{Path(__file__).name}: error: {problem}" if str(problem) else 1)

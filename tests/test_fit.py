@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import resolve, run_cli, tiny_settings
 
+import keeper
 import train_gpt as tg
 
 CODE = Path(tg.__file__).stat().st_size
@@ -271,7 +272,7 @@ def test_forecast_is_the_size_of_the_initial_model_with_gaussian_for_zero_weight
     torch.manual_seed(0)
     model = tg.GPT(hp)
     run = Log(hp)
-    tg.forecast(model, run)
+    keeper.forecast(model, run)
     total, code, size, cap = map(int, re.findall(r"\d+", run.lines[0]))
     state = model.state_dict()
     zero = [name for name, w in state.items() if not w.any()]
@@ -285,7 +286,7 @@ def test_forecast_leaves_the_model_and_the_random_state_alone(tokenizer):
     hp = settings(tokenizer, MODEL_DIM=288)
     model = tg.GPT(hp)
     before, state = {n: w.clone() for n, w in model.state_dict().items()}, torch.get_rng_state()
-    tg.forecast(model, Log(hp))
+    keeper.forecast(model, Log(hp))
     assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -293,11 +294,11 @@ def test_forecast_leaves_the_model_and_the_random_state_alone(tokenizer):
 def test_forecast_warns_exactly_if_the_total_is_over_the_cap(tokenizer):
     hp = settings(tokenizer, MODEL_DIM=288)
     model, run = gaussian_model(288), Log(hp)
-    tg.forecast(model, run)
+    keeper.forecast(model, run)
     total = int(re.search(r"\d+", run.lines[0])[0])
     for cap in (total, total - 1):
         run.hp = dataclasses.replace(hp, artifact_max_bytes=cap)
-        tg.forecast(model, run)
+        keeper.forecast(model, run)
     assert ["warning" in line for line in run.lines] == [False, False, True]
 
 
@@ -305,7 +306,7 @@ def test_forecast_warns_exactly_if_the_total_is_over_the_cap(tokenizer):
 def test_forecast_over_the_cap_names_the_fit_budget(tokenizer, mode):
     hp = fit_settings(tokenizer, mode, 288, ARTIFACT_MAX_BYTES=CODE + 100_000)
     run = Log(hp)
-    tg.forecast(gaussian_model(288), run)
+    keeper.forecast(gaussian_model(288), run)
     assert run.lines[0].endswith(f"; warning: over the cap, with FIT_BUDGET={mode}")
 
 
