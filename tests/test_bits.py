@@ -7,6 +7,7 @@ change a result is at a value other than its default in one of the cases at leas
 import json
 import re
 import runpy
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,7 +159,16 @@ def test_the_stack_has_the_bits_of_the_frozen_script(stack):
     assert_same_bits(ours, frozen, *printed)
 
 
+def test_the_script_without_its_keeper_has_the_bits_of_the_frozen_script(
+    stack, server, dataset, tmp_path
+):
+    alone = job(dataset, tmp_path, Path(shutil.copy(SCRIPT, tmp_path)), **STACK)
+    printed = finish(alone.start(server))
+    assert_same_bits(alone, stack[1], printed[0], stack[2][1])
+
+
 def test_two_ranks_have_the_bits_of_the_frozen_script(server, dataset, tmp_path):
+    """Which divided the work over the ranks only if it was told to."""
     ours = job(dataset, tmp_path / "ours", SCRIPT, **STACK)
     frozen = job(dataset, tmp_path / "frozen", FROZEN, ZERO_LEVEL=1, **STACK)
     runs = [server.ranks(job.env, [], [], script=job.script) for job in (ours, frozen)]
