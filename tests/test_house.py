@@ -83,7 +83,6 @@ def run_ruff(*arguments: object, **options: object) -> subprocess.CompletedProce
     return subprocess.run([ruff, *arguments], capture_output=True, text=True, **options)
 
 
-@until_moved
 @each_file
 def test_a_file_is_at_most_2100_lines(path):
     assert path.read_text(encoding="utf-8").count("\n") <= 2100
