@@ -22,6 +22,7 @@ import difflib
 import functools
 import hashlib
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -1234,19 +1235,12 @@ FAILED = 1000  # over the numbers of all signals: a rank cannot go on
 
 @functools.cache
 def read_once(path: str) -> bytes:
-    """Read a file at its first use.
-
-    What a run was started with counts to its end, although the script or the tokenizer may be
-    edited or removed meanwhile.
-    """
+    """Read a file once: what a run was started with counts, whatever is edited meanwhile."""
     return Path(path).read_bytes()
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let `write` fill a temporary file, sync it, and rename it to `path`: all of it or nothing.
-
-    The folder is made again if it has been removed.
-    """
+    """Let `write` fill a temporary file, sync it, and rename it to `path`: all of it or nothing."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1269,14 +1263,12 @@ def find_keeper() -> ModuleType | None:
 
     It protects, resumes and explains a run. Without it, the run ends on the same bits.
     """
-    if not Path(__file__).with_name("keeper.py").is_file():
+    is_posix = importlib.util.find_spec("fcntl") is not None
+    if not is_posix or not Path(__file__).with_name("keeper.py").is_file():
         return None
     if __name__ == "__main__":  # the keeper imports this module, not a second one
         sys.modules["train_gpt"] = sys.modules[__name__]
-    try:
-        return importlib.import_module("keeper")
-    except ImportError:  # it is for POSIX alone
-        return None
+    return importlib.import_module("keeper")
 
 
 class Run:
@@ -1375,10 +1367,7 @@ class Run:
                 print(json.dumps({"event": event, **fields}), file=self.metrics)
 
     def clock(self, synchronize: bool = False) -> float:
-        """Tell rank 0's seconds, if asked after the device's work; all ranks call it together.
-
-        They also learn what one of them was asked.
-        """
+        """Tell rank 0's seconds, and all ranks, which call it together, what one was asked."""
         if synchronize and self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
         seconds = time.perf_counter() if self.rank == 0 else 0.0
@@ -1401,20 +1390,16 @@ class Run:
         self.stop = 0
         self.stopped = False
 
-    def on_first(self, action: Callable[[], Any]) -> Any:
-        """Call a function on rank 0 alone: what it returns, and None on the other ranks.
-
-        If it raises there, all ranks raise UserError; only that of rank 0 has a message.
-        """
-        result = None
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Call a function on rank 0 alone. If it raises there, all ranks raise UserError."""
         try:
-            result = action() if self.rank == 0 else None
+            if self.rank == 0:
+                action()
         except (OSError, UserError) as error:
-            self.fail(str(error))
+            self.fail(str(error))  # only rank 0 has a message
         self.clock()
         require(self.stop != FAILED, self.problem)
         self.stopped = False  # a signal is not for what must be done whole
-        return result
 
 
 def choose_device(hp: Hyperparameters, local_rank: int) -> torch.device:
@@ -1439,10 +1424,7 @@ def choose_dtype(hp: Hyperparameters, kind: str) -> torch.dtype:
 
 
 def chooses_to_compile(hp: Hyperparameters, kind: str) -> bool:
-    """Tell whether to compile: with COMPILE=auto, on CUDA, and on a CPU where it pays.
-
-    There, compiling takes a minute, at the first time. That pays for large steps alone.
-    """
+    """Tell whether to compile; on a CPU that takes a minute, and pays for large steps alone."""
     if hp.compile != "auto":
         return hp.compile == "1"
     if kind != "cpu" or hp.eval_only:
@@ -1526,10 +1508,7 @@ def use_kernel(kernel: str, run: Run, undo: contextlib.ExitStack) -> None:
 
 
 def attention_inputs(run: Run) -> list[Tensor]:
-    """Make random q, k, v of one sequence, (1, H, T, Dh), and a gradient of their result.
-
-    They are strided as the model's; T is from 2 to 2048.
-    """
+    """Make random q, k, v, (1, H, T, Dh), and a gradient of their result, as the model's."""
     hp = run.hp
     random = torch.Generator().manual_seed(0)
     T = min(max(hp.train_seq_len, 2), 2048)
@@ -1656,11 +1635,7 @@ class Trainer:
         self.upcoming: list[Tensor] | None = None
 
     def fetch(self) -> None:
-        """Have the next batch ready.
-
-        If it cannot be read, as when a shard has been removed, all ranks are asked to stop: the
-        steps before it are not lost.
-        """
+        """Have the next batch ready. If a shard cannot be read any more, all ranks will stop."""
         self.upcoming = None
         try:
             self.upcoming = next(self.feed, None)  # it ends after an error
@@ -1670,8 +1645,7 @@ class Trainer:
     def step(self, step: int, elapsed: float, dry: bool = False) -> Tensor:
         """Update the weights from the next global batch; its mean loss in nats, fp32 ().
 
-        If `dry`, or if loss or gradient is not finite, only `bad_in_a_row` changes. No rank waits
-        to know that.
+        If `dry`, or loss or gradient is not finite, only `bad_in_a_row` changes. No rank waits.
         """
         hp = self.run.hp
         self.accumulate()
@@ -1787,10 +1761,9 @@ def report(event: str, losses: dict[str, float], step: int, elapsed: float, run:
 def train(
     trainer: Trainer, val: Validation, run: Run, step: int, elapsed: float
 ) -> tuple[int, float]:
-    """Train from `step` on until ITERATIONS, the wallclock cap, or a signal.
+    """Train until ITERATIONS, the wallclock cap, or a signal; the last step, and the seconds.
 
-    Returns the last step and the seconds of training. Rank 0's clock counts, and stands in
-    validation and while a checkpoint is copied.
+    The clock stands in validation, and while a checkpoint is copied.
     """
     hp = run.hp
     keeper = run.keeper
@@ -1865,10 +1838,7 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
 
 
 def score_artifact(path: Path, model: GPT, forward: Forward, val: Validation, run: Run) -> None:
-    """Log the score of an artifact and its size, and write SAVE_NLL.
-
-    The size is checked against ARTIFACT_MAX_BYTES. Raises UserError.
-    """
+    """Log an artifact's score and size, and write SAVE_NLL. Raises UserError if it is too large."""
     if run.rank == 0:
         _, weights = load_artifact(path, run.hp)
         model.load_state_dict(weights)
