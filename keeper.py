@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -539,21 +539,38 @@ class Keeper:
         for left in folder.glob(".*.partial"):  # by a process that was killed
             left.unlink()
 
-    @contextlib.contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Tell what is waited for, if it takes long, and what may be wrong then."""
+    def meet(self, backend: str) -> None:
+        """Form a group with the other ranks. Raises UserError if they do not come."""
+        run = self.run
+        env = os.environ.get
+        where = f"{env('MASTER_ADDR')}:{env('MASTER_PORT')}"
+        waiting = f"rank {run.rank} waits for the other {run.world_size - 1} ranks at {where}"
+        # torchrun shows ranks that it restarts the addresses of the dead (PyTorch issue 135712). On
+        # one node, it counts the restarts alike for all.
+        one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")
+        prefix = env("TORCHELASTIC_RESTART_COUNT", "") if one_node else ""
+        timer = self.tell_later(waiting)
+        try:
+            store, _, _ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(prefix, store)
+            place = {"rank": run.rank, "world_size": run.world_size}
+            dist.init_process_group(backend, store=store, **place)
+        except RuntimeError as error:  # of which those of torch.distributed are kinds
+            raise UserError(f"{waiting}, and cannot meet them: {error}") from None
+        finally:
+            timer.cancel()
+
+    def tell_later(self, waiting: str) -> threading.Timer:
+        """Start to wait for what is to be told if it takes long, and what may be wrong then."""
         advice = "each needs its own RANK and the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         if self.run.rank > 0:
             advice += "; rank 0 checks the validation data before it comes"
         # One or two of a node speak for all: on a large validation set each wait is that long.
         patience = PATIENCE * {0: 1, 1: 2}.get(self.run.local_rank, 24)
-        timer = threading.Timer(patience, self.say, [f"{what}; {advice}"])
+        timer = threading.Timer(patience, self.say, [f"{waiting}; {advice}"])
         timer.daemon = True
         timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+        return timer
 
     def explain_validation(self, val: core.Validation) -> None:
         """Tell for how much text unknown pieces stand, if there are any."""

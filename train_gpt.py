@@ -1336,23 +1336,12 @@ class Run:
             self.log(f"warning: {warning}")
 
     def meet(self) -> None:
-        """Form a group with the other ranks. Raises UserError if they do not come."""
-        env = os.environ.get
-        where = f"{env('MASTER_ADDR')}:{env('MASTER_PORT')}"
-        waiting = f"rank {self.rank} waits for the other {self.world_size - 1} ranks at {where}"
+        """Form a group with the other ranks: gloo for what is on the CPU, NCCL on CUDA."""
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        # torchrun shows ranks that it restarts the addresses of the dead (PyTorch issue 135712). On
-        # one node, it counts the restarts alike for all.
-        one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")
-        prefix = env("TORCHELASTIC_RESTART_COUNT", "") if one_node else ""
-        try:
-            with self.keeper.waiting(waiting) if self.keeper else contextlib.nullcontext():
-                store, _, _ = next(dist.rendezvous("env://"))
-                store = dist.PrefixStore(prefix, store)
-                place = {"rank": self.rank, "world_size": self.world_size}
-                dist.init_process_group(backend, store=store, **place)
-        except RuntimeError as error:  # of which those of torch.distributed are kinds
-            raise UserError(f"{waiting}, and cannot meet them: {error}") from None
+        if self.keeper:
+            self.keeper.meet(backend)
+        else:
+            dist.init_process_group(backend)
 
     def log(self, line: str, event: str = "", **fields: Any) -> None:
         """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
