@@ -19,6 +19,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -42,7 +43,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -310,108 +311,249 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
 
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """scale·x / sqrt(mean(x²)) over the last dimension (arXiv 1910.07467); fp32's eps always."""
+    """Give scale·x / sqrt(mean(x²)) over the last dimension (arXiv 1910.07467); fp32's eps."""
     y = F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
     return y if scale == 1.0 else y * scale
 
 
 class Matrix(nn.Linear):
-    """A linear map of fp32 weights, cast where used; `gains` of the outputs scale the weights."""
+    """A linear map by fp32 weights W, cast where they are used; by W + B·A with a `delta` (A, B).
+
+    A (..., r, in) and B (..., out, r) may be one for all sequences, or one for each.
+    """
+
+    delta: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor, gains: Tensor | None = None) -> Tensor:
+        """Map x (..., in) to (..., out), whose channels are scaled by `gains` (out)."""
         weight = self.weight if gains is None else gains[:, None] * self.weight
-        return F.linear(x, weight.to(x.dtype))
+        y = F.linear(x, weight.to(x.dtype))
+        if self.delta is None:
+            return y
+        a, b = self.delta
+        b = b if gains is None else gains[:, None] * b
+        low = x @ a.mT.to(x.dtype)
+        return y + low @ b.mT.to(x.dtype)
 
 
 def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
-    """cos and sin of t·f for positions t and frequencies f_i = base^(-2i/r), double (2, T, r/2)
-    (arXiv 2104.09864). Where T is s times the trained length, linear divides f by s, ntk takes
-    base·s^(r/(r-2)), and yarn divides slow frequencies by s and leaves fast ones (2309.00071)."""
-    r, s = hp.rope_dims or hp.model_dim // hp.num_heads, max(1.0, length / hp.train_seq_len)
-    base = hp.rope_base * (s ** (r / (r - 2)) if hp.rope_scaling == "ntk" else 1.0)
+    """Tabulate cos and sin of t·f for positions t and frequencies f: double (2, T, r/2).
+
+    f_i = base^(-2i/r) (arXiv 2104.09864). Where T is s times the trained length, linear divides f
+    by s, ntk takes base·s^(r/(r-2)), and yarn divides slow f by s, not fast ones (2309.00071).
+    """
+    r = hp.rope_dims or hp.model_dim // hp.num_heads
+    s = max(1.0, length / hp.train_seq_len)
+    base = hp.rope_base
+    if hp.rope_scaling == "ntk":
+        base *= s ** (r / (r - 2))
     part = torch.arange(r // 2).double() / (r // 2)
-    yarn = 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
-    f = base**-part / {"linear": s, "yarn": yarn}.get(hp.rope_scaling, 1.0)
+    f = base**-part
+    if hp.rope_scaling == "linear":
+        f /= s
+    elif hp.rope_scaling == "yarn":
+        f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
     angles = torch.outer(torch.arange(length).double(), f)
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate pairs (i, i + r/2) of x's first r channels, (B, H, T, Dh), by rotary (2, T, r/2)."""
-    (cos, sin), r = rotary, 2 * rotary.size(-1)
-    (a, b), rest = x[..., :r].chunk(2, dim=-1), x[..., r:]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+    cos, sin = rotary
+    r = 2 * rotary.size(-1)
+    a, b = x[..., :r].chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, x[..., r:]), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q, (B, H, T, Dh), to k and v, whose heads may be fewer: like q."""
+Documents = Tensor | None  # bool (B, T), where documents start; attention crosses no start
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents = None) -> Tensor:
+    """Attend causally from q (B, H, T, Dh) to k and v (B, K, T, Dh): like q.
+
+    Nothing else in the model knows the kernels of attention.
+    """
+    sdpa = F.scaled_dot_product_attention
     gqa = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    if documents is None:
+        return sdpa(q, k, v, is_causal=True, enable_gqa=gqa)
+    number = documents.cumsum(1)[:, None, :, None]
+    mask = (number == number.mT).tril()
+    return sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa)
+
+
+def exclude_own(y: Tensor, v: Tensor) -> Tensor:
+    """Take from y (B, H, T, Dh) what lies along the token's own value, of v (B, K, T, Dh).
+
+    Exclusive self-attention: y - (y·v)v/|v|² (arXiv 2603.09078).
+    """
+    own = F.normalize(v, dim=-1).unsqueeze(2)
+    grouped = y.unflatten(1, (v.size(1), -1))
+    along = (grouped * own).sum(-1, keepdim=True)
+    return (grouped - along * own).flatten(1, 2)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with QK-norm and learned gains of query heads; in the last
-    XSA_LAST_N layers less what lies along the token's own value (2603.09078): y - (y·v)v/|v|²."""
+    """Causal grouped-query attention with QK-norm and a learned gain of each query head."""
 
     def __init__(self, hp: Hyperparameters, layer: int) -> None:
         super().__init__()
+        dim = hp.model_dim
+        self.head_dim = dim // hp.num_heads
         self.exclusive = layer >= hp.num_layers - hp.xsa_last_n
-        dim, self.heads, self.kv_heads = hp.model_dim, hp.num_heads, hp.num_kv_heads
-        kv_dim = dim // self.heads * self.kv_heads
-        self.c_q, self.proj = (Matrix(dim, dim, bias=False) for _ in range(2))
-        self.c_k, self.c_v = (Matrix(dim, kv_dim, bias=False) for _ in range(2))
-        self.q_gain = nn.Parameter(torch.full((self.heads, 1, 1), hp.qk_gain_init))
+        self.c_q = Matrix(dim, dim)
+        self.proj = Matrix(dim, dim)
+        self.c_k = Matrix(dim, self.head_dim * hp.num_kv_heads)
+        self.c_v = Matrix(dim, self.head_dim * hp.num_kv_heads)
+        self.q_gain = nn.Parameter(torch.empty(hp.num_heads, 1, 1))
 
-    def forward(self, x: Tensor, rotary: Tensor, gains: Tensor) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = (c(x).view(B, T, -1, D // self.heads) for c in (self.c_q, self.c_k, self.c_v))
-        q, k, v = (y.transpose(1, 2) for y in (rms_norm(q), rms_norm(k), v))
-        q, k = rotate(q * self.q_gain.to(x.dtype), rotary), rotate(k, rotary)
-        y = attend(q, k, v)
-        if self.exclusive:
-            own, grouped = F.normalize(v, dim=-1).unsqueeze(2), y.unflatten(1, (self.kv_heads, -1))
-            y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2)
-        return self.proj(y.transpose(1, 2).reshape(B, T, D), gains)
+    def heads(self, x: Tensor, rotary: Tensor, documents: Documents) -> Tensor:
+        """Give the output of each head, (B, H, T, Dh), for x (B, T, D)."""
+        heads = (-1, self.head_dim)
+        q = self.c_q(x).unflatten(2, heads)
+        k = self.c_k(x).unflatten(2, heads)
+        v = self.c_v(x).unflatten(2, heads)
+        q = rms_norm(q).transpose(1, 2)
+        k = rms_norm(k).transpose(1, 2)
+        v = v.transpose(1, 2)
+        q = rotate(q * self.q_gain.to(x.dtype), rotary)
+        k = rotate(k, rotary)
+        y = attend(q, k, v, documents)
+        return exclude_own(y, v) if self.exclusive else y
+
+    def forward(
+        self, x: Tensor, rotary: Tensor, gains: Tensor, documents: Documents = None
+    ) -> Tensor:
+        """Map x (B, T, D) to what the residual stream gets, (B, T, D), scaled by `gains` (D)."""
+        y = self.heads(x, rotary, documents)
+        y = y.transpose(1, 2).flatten(2)
+        return self.proj(y, gains)
 
 
 class Block(nn.Module):
-    """x ← m0·x + m1·x0; x ← x + a·Attention(norm x); x ← x + b·W2·relu(W1·norm x)².
-    m0, m1, a and b are learned per channel. The MLP's relu² is Primer's (arXiv 2109.08668)."""
+    """Attention and MLP: x ← m0·x + m1·x0; x ← x + a·Attention(norm x); x ← x + b·MLP(norm x).
+
+    m0, m1, a and b are learned per channel. MLP(x) = W2·relu(W1·x)² is Primer's (2109.08668).
+    """
 
     def __init__(self, hp: Hyperparameters, layer: int) -> None:
         super().__init__()
-        dim, hidden = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
+        dim = hp.model_dim
+        hidden = int(hp.mlp_mult * dim)
         leaky = functools.partial(F.leaky_relu, negative_slope=hp.mlp_leaky_slope)
         self.act = leaky if hp.mlp_act == "leaky_relu2" else F.relu
         self.scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
-        self.attn, self.fc = Attention(hp, layer), Matrix(dim, hidden, bias=False)
-        self.proj = Matrix(hidden, dim, bias=False)
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(dim)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, dim))
+        self.attn = Attention(hp, layer)
+        self.fc = Matrix(dim, hidden)
+        self.proj = Matrix(hidden, dim)
+        self.attn_scale = nn.Parameter(torch.empty(dim))
+        self.mlp_scale = nn.Parameter(torch.empty(dim))
+        self.resid_mix = nn.Parameter(torch.empty(2, dim))
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, documents: Documents = None) -> Tensor:
+        """Map the residual stream x (B, T, D); x0 is what it started as."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn(rms_norm(x, self.scale), rotary, self.attn_scale)
-        hidden = self.act(self.fc(rms_norm(x, self.scale))).square()
-        return x + self.proj(hidden, self.mlp_scale)
+        y = rms_norm(x, self.scale)
+        x = x + self.attn(y, rotary, self.attn_scale, documents)
+        y = self.fc(rms_norm(x, self.scale))
+        y = self.act(y).square()
+        return x + self.proj(y, self.mlp_scale)
 
 
 class BigramHash(nn.Module):
-    """A vector for each token and the one before it, from row (36313·t_i XOR 27191·t_{i-1}) mod
-    (B - 1) of a table of B, or row B - 1 at `starts`, where there is no token before it."""
+    """A vector for each token and the one before it, from a table with a hash's row for each pair.
+
+    The row is (36313·t_i XOR 27191·t_{i-1}) mod (N - 1) of N. The last one is for `starts`, where
+    there is no token before.
+    """
 
     def __init__(self, hp: Hyperparameters) -> None:
         super().__init__()
         self.table = nn.Embedding(hp.bigram_buckets, hp.bigram_dim)
-        self.expand = Matrix(hp.bigram_dim, hp.model_dim, bias=False)
-        self.bigram_scale = nn.Parameter(torch.tensor(0.05))
-        nn.init.zeros_(self.table.weight)
+        self.expand = Matrix(hp.bigram_dim, hp.model_dim)
+        self.bigram_scale = nn.Parameter(torch.empty(()))
 
     def forward(self, inputs: Tensor, starts: Tensor) -> Tensor:
+        """Map tokens int64 (B, T) and `starts` bool (B, T) to vectors (B, T, D)."""
         last = self.table.num_embeddings - 1
         rows = (36313 * inputs ^ 27191 * inputs.roll(1, 1)) % last
-        return self.bigram_scale * self.expand(self.table(torch.where(starts, last, rows)))
+        rows = torch.where(starts, last, rows)
+        return self.bigram_scale * self.expand(self.table(rows))
+
+
+class Row(NamedTuple):
+    """How a kind of parameter starts, is trained, and is stored: a row of `parameter_table`."""
+
+    pattern: str  # of its name; * is any text
+    optimizer: str  # "muon", for matrices alone, or "adam"
+    lr: float
+    decay: float
+    start: Any  # values, or what draws them; None: as its module drew them
+    bits: int  # of a value in the artifact; 0: fp32
+
+
+def parameter_table(hp: Hyperparameters) -> list[Row]:
+    """Describe the parameters of a GPT: the first row that fits a name counts."""
+    adam = ("adam", hp.scalar_lr, hp.adam_wd)
+    muon = ("muon", hp.matrix_lr, hp.muon_wd)
+    head = ("adam", hp.head_lr, hp.adam_wd)
+    embed = ("adam", hp.embed_lr, hp.embed_wd)
+    token = reads = None
+    writes = 0.0  # what writes to the residual stream starts silent
+    if hp.tie_embeddings:
+        embed = ("adam", hp.tied_embed_lr, hp.embed_wd)
+        token = functools.partial(nn.init.normal_, std=hp.tied_embed_init_std)
+    if hp.ortho_init:
+        reads = nn.init.orthogonal_
+        writes = functools.partial(nn.init.orthogonal_, gain=(2 * hp.num_layers) ** -0.5)
+    return [
+        Row("tok_emb.weight", *embed, token, hp.quant_bits_embed),
+        Row("lm_head.weight", *head, 0.0, hp.quant_bits_embed),
+        Row("bigram.table.weight", *embed, 0.0, hp.quant_bits_bigram),
+        Row("bigram.expand.weight", *muon, None, hp.quant_bits_bigram),
+        Row("bigram.bigram_scale", *adam, 0.05, 0),
+        Row("smear", *adam, 0.0, 0),
+        Row("skip_weights", *adam, 1.0, 0),
+        Row("blocks.*.attn.proj.weight", *muon, writes, hp.quant_bits_attn),
+        Row("blocks.*.attn.c_*.weight", *muon, reads, hp.quant_bits_attn),
+        Row("blocks.*.attn.q_gain", *adam, hp.qk_gain_init, 0),
+        Row("blocks.*.proj.weight", *muon, writes, hp.quant_bits_mlp),
+        Row("blocks.*.fc.weight", *muon, reads, hp.quant_bits_mlp),
+        Row("blocks.*.resid_mix", *adam, [[1.0], [0.0]], 0),
+        Row("blocks.*_scale", *adam, 1.0, 0),
+    ]
+
+
+def row_of(name: str, hp: Hyperparameters) -> Row:
+    """Find a parameter's row of the table. Raises UserError if there is none."""
+    for row in parameter_table(hp):
+        if fnmatch.fnmatchcase(name, row.pattern):
+            return row
+    raise UserError(f"parameter {name}: no row of parameter_table fits its name; add one")
+
+
+def is_control(name: str, hp: Hyperparameters) -> bool:
+    """Tell whether a parameter is a gain, scale or mix, which the artifact keeps as fp32."""
+    return row_of(name, hp).bits == 0
+
+
+@torch.no_grad()
+def initialize(parameter: Tensor, start: Any) -> None:
+    """Set the first values of a parameter, as its row of the table says."""
+    if callable(start):
+        start(parameter)
+    elif start is not None:
+        parameter.copy_(torch.tensor(start))
+
+
+def nll_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Give the NLL in nats of targets (B, T), 0 if IGNORE, by logits (B, T, V): fp32 (B, T)."""
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return nll.view_as(targets)
 
 
 class GPT(nn.Module):
@@ -419,133 +561,195 @@ class GPT(nn.Module):
 
     def __init__(self, hp: Hyperparameters, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.dtype, self.softcap, self.skips = dtype, hp.logit_softcap, hp.num_layers // 2
+        self.dtype = dtype
+        self.softcap = hp.logit_softcap
         self.bos = hp.bos
+        self.visits = [*range(hp.num_layers)]
         self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
         self.bigram = BigramHash(hp) if hp.bigram_buckets else None
-        self.smear = nn.Parameter(torch.zeros(hp.model_dim)) if hp.smear_gate else None
+        self.smear = nn.Parameter(torch.empty(hp.model_dim)) if hp.smear_gate else None
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(hp.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(self.skips, hp.model_dim))
-        if hp.tie_embeddings:
-            nn.init.normal_(self.tok_emb.weight, std=hp.tied_embed_init_std)
-        else:
-            self.lm_head = Matrix(hp.model_dim, hp.vocab_size, bias=False)
-        for name, weight in self.named_parameters():
-            writes = name.endswith("proj.weight")
-            if hp.ortho_init and name.startswith("blocks.") and name.endswith(".weight"):
-                nn.init.orthogonal_(weight, (2 * hp.num_layers) ** -0.5 if writes else 1.0)
-            elif writes or name == "lm_head.weight":  # what writes starts silent
-                nn.init.zeros_(weight)
+        self.skip_weights = nn.Parameter(torch.empty(len(self.visits) // 2, hp.model_dim))
+        self.lm_head = None if hp.tie_embeddings else Matrix(hp.model_dim, hp.vocab_size)
+        for name, parameter in self.named_parameters():
+            initialize(parameter, row_of(name, hp).start)
         for name, length in (("short", hp.train_seq_len), ("long", hp.eval_seq_len)):
-            self.register_buffer(name, rotary_table(hp, length).to(dtype), persistent=False)
+            table = rotary_table(hp, length).to(dtype)
+            self.register_buffer(name, table, persistent=False)
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """NLL in nats of each target given its prefix, 0 if IGNORE: int64 (B, T) to fp32 (B, T)."""
-        T = inputs.size(1)
-        rotary = (self.short if self.short.size(1) >= T else self.long)[:, :T]
+    def starts(self, inputs: Tensor) -> Tensor:
+        """Find where nothing comes before a token: at BOS, and first in a row. Bool (B, T)."""
+        return (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Map tokens int64 (B, T) to the first residual stream (B, T, D)."""
         x = self.tok_emb(inputs)
-        if self.bigram is not None or self.smear is not None:
-            starts = (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
         if self.bigram is not None:
-            x = x + self.bigram(inputs, starts)
+            x = x + self.bigram(inputs, self.starts(inputs))
         x = rms_norm(x).to(self.dtype)
         if self.smear is not None:  # nothing of a document reaches the next one
-            gate = torch.sigmoid(self.smear).to(x.dtype) * ~starts[..., None]
+            inside = ~self.starts(inputs)[..., None]
+            gate = torch.sigmoid(self.smear).to(x.dtype) * inside
             x = x + gate * (x.roll(1, 1) - x)
-        x0, stack = x, []
-        for i, block in enumerate(self.blocks):
-            if i >= self.skips and stack:
-                x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
-            x = block(x, x0, rotary)
-            if i < self.skips:
-                stack.append(x)
-        head = getattr(self, "lm_head", self.tok_emb)
+        return x
+
+    def trunk(self, x: Tensor, visits: list[int], documents: Documents = None) -> Tensor:
+        """Take the residual stream (B, T, D) through the blocks that `visits` lists.
+
+        What the first half of the visits gives, the second half is fed, the last one first.
+        """
+        T = x.size(1)
+        rotary = self.short if self.short.size(1) >= T else self.long
+        rotary = rotary[:, :T]
+        half = len(visits) // 2
+        x0 = x
+        skips = []
+        for layer in visits[:half]:
+            x = self.blocks[layer](x, x0, rotary, documents)
+            skips.append(x)
+        for i, layer in enumerate(visits[half:]):
+            if skips:
+                x = x + self.skip_weights[i].to(x.dtype) * skips.pop()
+            x = self.blocks[layer](x, x0, rotary, documents)
+        return x
+
+    def head(self, x: Tensor, *targets: Tensor) -> list[Tensor]:
+        """Give the NLL of each of `targets`, int64 (B, T), on the same logits: fp32 (B, T)."""
+        head = self.tok_emb if self.lm_head is None else self.lm_head
         logits = F.linear(rms_norm(x), head.weight.to(x.dtype)).float()
         logits = self.softcap * torch.tanh(logits / self.softcap)
-        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return nll.view_as(targets)
+        return [nll_of(logits, t) for t in targets]
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Give the NLL of each target given its prefix: int64 (B, T) to fp32 (B, T)."""
+        x = self.embed(inputs)
+        x = self.trunk(x, self.visits)
+        (nll,) = self.head(x, targets)
+        return nll
 
 
 # ===================================== OPTIMIZERS =====================================
-BLOCK_CONTROLS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain")  # gains, scales and mixes
-CONTROL_TENSORS = (*BLOCK_CONTROLS, "skip_weights", "smear", "bigram_scale")
+# An optimizer of this file keeps its state in `optimizer.state`, by parameter, where checkpoints
+# find it; it may make it as late as in its first step. It honours `found_inf`, a number on the
+# device: if that is not 0, the gradients are all 0, and its step changes nothing. It takes the
+# learning rate from its groups at each step.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
     """Push the singular values of each matrix of g, (N, rows, cols), towards 1, in g's dtype.
-    Newton-Schulz: X ← aX + (bA + cA²)X with A = XXᵀ (Muon, kellerjordan.github.io/posts/muon)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.mT if g.size(-2) > g.size(-1) else g
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+
+    Newton-Schulz: X ← aX + (bA + cA²)X with A = XXᵀ (Muon, kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = g.size(-2) > g.size(-1)
+    x = g.mT if tall else g
+    norm = x.norm(dim=(-2, -1), keepdim=True)
+    x = x / (norm + 1e-7)
     for _ in range(steps):
         s = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
-    return x.mT if g.size(-2) > g.size(-1) else x
+        polynomial = torch.baddbmm(s, s, s, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalized update; the matrices of a group are of one shape.
-    M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM). Nothing
-    changes if `found_inf` is set; the gradients are then expected to be zero."""
+
+    M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM).
+    """
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
         super().__init__(groups, defaults)
-        self.buffers = [torch.stack([*map(torch.zeros_like, g["params"])]) for g in groups]
-        self.found_inf = self.buffers[0].new_zeros(())
-        for group, buffer in zip(groups, self.buffers, strict=True):
-            for p, momentum in zip(group["params"], buffer.detach(), strict=True):
-                self.state[p]["momentum_buffer"] = momentum
+        self.found_inf = groups[0]["params"][0].new_zeros(())
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update all matrices from their gradients."""
-        bad = self.found_inf > 0
-        for group, buffer in zip(self.param_groups, self.buffers, strict=True):
-            params, momentum, lr = group["params"], group["momentum"], group["lr"]
-            grads = torch.stack([p.grad for p in params])
-            torch.where(bad, buffer, (buffer * momentum).add_(grads), out=buffer)
-            nesterov = grads.add_(buffer, alpha=momentum).masked_fill_(bad, 0).to(group["dtype"])
-            scale = max(1.0, grads.size(-2) / grads.size(-1)) ** 0.5
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * (~bad).to(grads.dtype))
-            for p, update in zip(params, orthogonalize(nesterov, group["steps"]), strict=True):
-                p.add_(update, alpha=-lr * scale)
+        for group in self.param_groups:
+            self.update(group, self.found_inf > 0)
+
+    def momentum(self, p: Tensor) -> Tensor:
+        """Give M of a matrix, 0 at its first step."""
+        if p not in self.state:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return self.state[p]["momentum_buffer"]
+
+    def update(self, group: dict[str, Any], bad: Tensor) -> None:
+        """Update the matrices of a group, unless `bad` is set."""
+        params = group["params"]
+        lr = group["lr"]
+        mu = group["momentum"]
+        grads = [p.grad for p in params]
+        momenta = [self.momentum(p) for p in params]
+        kept = grads[0].new_full((), mu).masked_fill_(bad, 1)
+        torch._foreach_mul_(momenta, kept)
+        torch._foreach_add_(momenta, grads)
+        nesterov = torch._foreach_add(grads, momenta, alpha=mu)
+        nesterov = torch.stack(nesterov).masked_fill_(bad, 0)
+        updates = orthogonalize(nesterov.to(group["dtype"]), group["steps"])
+        if group["weight_decay"]:
+            shrink = lr * group["weight_decay"] * (~bad).to(nesterov.dtype)
+            torch._foreach_mul_(params, 1 - shrink)
+        rows, cols = updates.shape[1:]
+        scale = max(1.0, rows / cols) ** 0.5
+        for p, update in zip(params, updates, strict=True):
+            p.add_(update, alpha=-lr * scale)
 
 
 def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim.Optimizer]:
-    """Divide the parameters of a GPT, or some, among AdamW and Muon, each into one group."""
-    hp, adam, muon = run.hp, {}, {}
-    embed = (hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.embed_wd)
-    rates = {"tok_emb.weight": embed, "bigram.table.weight": embed}
-    rates["lm_head.weight"] = (hp.head_lr, hp.adam_wd)
+    """Divide the parameters of a GPT, or some of them, among AdamW and Muon by their table."""
+    hp = run.hp
+    groups = {"adam": {}, "muon": {}}
     for name, p in params.items():
-        control = name.endswith(CONTROL_TENSORS)
-        other = (hp.scalar_lr, hp.adam_wd) if control else (hp.matrix_lr, hp.muon_wd)
-        lr, decay = rates.get(name, other)
-        groups, key = (adam, (lr, decay)) if control or name in rates else (muon, p.shape)
-        group = {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay}
-        groups.setdefault(key, group)["params"].append(p)
-    owned = [p for group in (*adam.values(), *muon.values()) for p in group["params"]]
-    assert len(owned) == len(set(owned)) and set(owned) == set(params.values())  # noqa: PT018
-    optimizers, betas = [], (hp.beta1, hp.beta2)
+        row = row_of(name, hp)
+        key = (row.lr, row.decay)
+        if row.optimizer == "muon":
+            what = f"parameter {name}: Muon takes matrices, not the shape {tuple(p.shape)}"
+            require(p.ndim == 2, f"{what}; let its row of parameter_table say adam")
+            key = (*key, p.shape)
+        group = {"params": [], "lr": row.lr, "base_lr": row.lr, "weight_decay": row.decay}
+        groups[row.optimizer].setdefault(key, group)["params"].append(p)
+    adam = [*groups["adam"].values()]
+    muon = [*groups["muon"].values()]
+    optimizers = []
     if adam:
-        optimizers += [torch.optim.AdamW([*adam.values()], 0, betas, hp.adam_eps, fused=True)]
-    for p in (p for group in adam.values() for p in group["params"]):
-        moments = {key: torch.zeros_like(p).detach() for key in ("exp_avg", "exp_avg_sq")}
-        optimizers[0].state[p] = {"step": p.new_zeros(()).detach(), **moments}
-    settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype}
-    return optimizers + ([Muon([*muon.values()], settings)] if muon else [])
+        betas = (hp.beta1, hp.beta2)
+        optimizers.append(torch.optim.AdamW(adam, 0.0, betas, hp.adam_eps, fused=True))
+    if muon:
+        settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype}
+        optimizers.append(Muon(muon, settings))
+    make_state(optimizers)
+    return optimizers
+
+
+def make_state(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Make the state before the first step: Trainer looks for it when it is built."""
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if isinstance(optimizer, Muon):
+                optimizer.momentum(p)
+                continue
+            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": p.new_zeros(()), **moments}
 
 
 def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
-    """The multiplier of all learning rates at `step`, `elapsed` seconds into training: 1, then
-    linearly down to FINAL_LR_FRAC at the end, be that ITERATIONS or the wallclock cap."""
-    left, cap = hp.iterations - step, hp.max_wallclock_seconds
+    """Give the multiplier of all learning rates at `step`, `elapsed` seconds into training.
+
+    It is 1, then falls linearly to FINAL_LR_FRAC at the end: ITERATIONS or the wallclock cap.
+    """
+    left = hp.iterations - step
+    cap = hp.max_wallclock_seconds
     if cap and step and elapsed:
         left = min(left, (cap - elapsed) * step / elapsed)  # at the mean pace so far
-    warmdown = hp.warmdown_frac * (step + left) if hp.warmdown_frac != "" else hp.warmdown_iters
-    full = min(1.0, max(0.0, left / warmdown)) if warmdown > 0 else 1.0
-    return full + (1 - full) * hp.final_lr_frac
+    warmdown = hp.warmdown_iters
+    if hp.warmdown_frac != "":
+        warmdown = hp.warmdown_frac * (step + left)
+    if warmdown <= 0:
+        return 1.0
+    share = min(1.0, max(0.0, left / warmdown))
+    return share + (1 - share) * hp.final_lr_frac
 
 
 def muon_momentum(hp: Hyperparameters, step: int) -> float:
@@ -1077,12 +1281,9 @@ def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
 
 
 def bits_of(name: str, w: Tensor, hp: Hyperparameters) -> int:
-    """With how many bits a parameter is stored; 0: as floats."""
-    if name.endswith(CONTROL_TENSORS) or w.ndim != 2 or w.numel() <= KEEP_FLOAT_NUMEL:
-        return 0
-    parts = {"tok_emb.": "embed", "lm_head.": "embed", "bigram.": "bigram"}
-    part = next((part for start, part in parts.items() if name.startswith(start)), "mlp")
-    return getattr(hp, f"quant_bits_{'attn' if '.attn.' in name else part}")
+    """Give the bits of a parameter's weights in the artifact; 0: they are floats."""
+    large = w.ndim == 2 and w.numel() > KEEP_FLOAT_NUMEL
+    return row_of(name, hp).bits if large else 0
 
 
 def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
@@ -1108,7 +1309,7 @@ def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
     """NumPy type and shape of the arrays that a parameter is stored as."""
     if bits_of(name, w, hp):
         return [["<f2", [len(w), 1]], ["|i1", [*w.shape]]]
-    return [["<f4" if name.endswith(CONTROL_TENSORS) else "<f2", [*w.shape]]]
+    return [["<f4" if is_control(name, hp) else "<f2", [*w.shape]]]
 
 
 def stored_arrays(name: str, w: Tensor, hp: Hyperparameters, pruned: float) -> list[np.ndarray]:
