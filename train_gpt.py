@@ -312,8 +312,14 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
     """Give scale·x / sqrt(mean(x²)) over the last dimension (arXiv 1910.07467); fp32's eps."""
-    y = F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+    eps = torch.finfo(torch.float32).eps
+    y = F.rms_norm(x, x.shape[-1:], eps=eps)
     return y if scale == 1.0 else y * scale
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """Make a parameter whose first values its row of `parameter_table` will set."""
+    return nn.Parameter(torch.empty(shape))
 
 
 class Matrix(nn.Linear):
@@ -329,12 +335,15 @@ class Matrix(nn.Linear):
 
     def forward(self, x: Tensor, gains: Tensor | None = None) -> Tensor:
         """Map x (..., in) to (..., out), whose channels are scaled by `gains` (out)."""
-        weight = self.weight if gains is None else gains[:, None] * self.weight
+        weight = self.weight
+        if gains is not None:
+            weight = gains[:, None] * weight
         y = F.linear(x, weight.to(x.dtype))
         if self.delta is None:
             return y
         a, b = self.delta
-        b = b if gains is None else gains[:, None] * b
+        if gains is not None:
+            b = gains[:, None] * b
         low = x @ a.mT.to(x.dtype)
         return y + low @ b.mT.to(x.dtype)
 
@@ -355,8 +364,10 @@ def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
     if hp.rope_scaling == "linear":
         f /= s
     elif hp.rope_scaling == "yarn":
-        f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
-    angles = torch.outer(torch.arange(length).double(), f)
+        slow = ((part - 0.25) / 0.75).clamp(0, 1)
+        f /= 1 + (s - 1) * slow
+    t = torch.arange(length).double()
+    angles = torch.outer(t, f)
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -365,7 +376,9 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     cos, sin = rotary
     r = 2 * rotary.size(-1)
     a, b = x[..., :r].chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, x[..., r:]), dim=-1)
+    turned_a = a * cos + b * sin
+    turned_b = b * cos - a * sin
+    return torch.cat((turned_a, turned_b, x[..., r:]), dim=-1)
 
 
 Documents = Tensor | None  # bool (B, T), where documents start; attention crosses no start
@@ -408,7 +421,7 @@ class Attention(nn.Module):
         self.proj = Matrix(dim, dim)
         self.c_k = Matrix(dim, self.head_dim * hp.num_kv_heads)
         self.c_v = Matrix(dim, self.head_dim * hp.num_kv_heads)
-        self.q_gain = nn.Parameter(torch.empty(hp.num_heads, 1, 1))
+        self.q_gain = parameter(hp.num_heads, 1, 1)
 
     def heads(self, x: Tensor, rotary: Tensor, documents: Documents) -> Tensor:
         """Give the output of each head, (B, H, T, Dh), for x (B, T, D)."""
@@ -419,7 +432,8 @@ class Attention(nn.Module):
         q = rms_norm(q).transpose(1, 2)
         k = rms_norm(k).transpose(1, 2)
         v = v.transpose(1, 2)
-        q = rotate(q * self.q_gain.to(x.dtype), rotary)
+        q = q * self.q_gain.to(x.dtype)
+        q = rotate(q, rotary)
         k = rotate(k, rotary)
         y = attend(q, k, v, documents)
         return exclude_own(y, v) if self.exclusive else y
@@ -443,15 +457,16 @@ class Block(nn.Module):
         super().__init__()
         dim = hp.model_dim
         hidden = int(hp.mlp_mult * dim)
-        leaky = functools.partial(F.leaky_relu, negative_slope=hp.mlp_leaky_slope)
-        self.act = leaky if hp.mlp_act == "leaky_relu2" else F.relu
+        self.act = F.relu
+        if hp.mlp_act == "leaky_relu2":
+            self.act = functools.partial(F.leaky_relu, negative_slope=hp.mlp_leaky_slope)
         self.scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
         self.attn = Attention(hp, layer)
         self.fc = Matrix(dim, hidden)
         self.proj = Matrix(hidden, dim)
-        self.attn_scale = nn.Parameter(torch.empty(dim))
-        self.mlp_scale = nn.Parameter(torch.empty(dim))
-        self.resid_mix = nn.Parameter(torch.empty(2, dim))
+        self.attn_scale = parameter(dim)
+        self.mlp_scale = parameter(dim)
+        self.resid_mix = parameter(2, dim)
 
     def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, documents: Documents = None) -> Tensor:
         """Map the residual stream x (B, T, D); x0 is what it started as."""
@@ -475,14 +490,15 @@ class BigramHash(nn.Module):
         super().__init__()
         self.table = nn.Embedding(hp.bigram_buckets, hp.bigram_dim)
         self.expand = Matrix(hp.bigram_dim, hp.model_dim)
-        self.bigram_scale = nn.Parameter(torch.empty(()))
+        self.bigram_scale = parameter()
 
     def forward(self, inputs: Tensor, starts: Tensor) -> Tensor:
         """Map tokens int64 (B, T) and `starts` bool (B, T) to vectors (B, T, D)."""
         last = self.table.num_embeddings - 1
-        rows = (36313 * inputs ^ 27191 * inputs.roll(1, 1)) % last
-        rows = torch.where(starts, last, rows)
-        return self.bigram_scale * self.expand(self.table(rows))
+        pairs = 36313 * inputs ^ 27191 * inputs.roll(1, 1)
+        rows = torch.where(starts, last, pairs % last)
+        vectors = self.expand(self.table(rows))
+        return self.bigram_scale * vectors
 
 
 class Row(NamedTuple):
@@ -542,12 +558,12 @@ def is_control(name: str, hp: Hyperparameters) -> bool:
 
 
 @torch.no_grad()
-def initialize(parameter: Tensor, start: Any) -> None:
+def initialize(p: Tensor, start: Any) -> None:
     """Set the first values of a parameter, as its row of the table says."""
     if callable(start):
-        start(parameter)
+        start(p)
     elif start is not None:
-        parameter.copy_(torch.tensor(start))
+        p.copy_(torch.tensor(start))
 
 
 def nll_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -561,25 +577,27 @@ class GPT(nn.Module):
 
     def __init__(self, hp: Hyperparameters, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        dim = hp.model_dim
         self.dtype = dtype
         self.softcap = hp.logit_softcap
         self.bos = hp.bos
         self.visits = [*range(hp.num_layers)]
-        self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
+        self.tok_emb = nn.Embedding(hp.vocab_size, dim)
         self.bigram = BigramHash(hp) if hp.bigram_buckets else None
-        self.smear = nn.Parameter(torch.empty(hp.model_dim)) if hp.smear_gate else None
+        self.smear = parameter(dim) if hp.smear_gate else None
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(hp.num_layers))
-        self.skip_weights = nn.Parameter(torch.empty(len(self.visits) // 2, hp.model_dim))
-        self.lm_head = None if hp.tie_embeddings else Matrix(hp.model_dim, hp.vocab_size)
-        for name, parameter in self.named_parameters():
-            initialize(parameter, row_of(name, hp).start)
+        self.skip_weights = parameter(len(self.visits) // 2, dim)
+        self.lm_head = None if hp.tie_embeddings else Matrix(dim, hp.vocab_size)
+        for name, p in self.named_parameters():
+            initialize(p, row_of(name, hp).start)
         for name, length in (("short", hp.train_seq_len), ("long", hp.eval_seq_len)):
             table = rotary_table(hp, length).to(dtype)
             self.register_buffer(name, table, persistent=False)
 
     def starts(self, inputs: Tensor) -> Tensor:
         """Find where nothing comes before a token: at BOS, and first in a row. Bool (B, T)."""
-        return (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
+        first = inputs.new_zeros(1)
+        return (inputs == self.bos).index_fill(1, first, True)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Map tokens int64 (B, T) to the first residual stream (B, T, D)."""
@@ -589,8 +607,8 @@ class GPT(nn.Module):
         x = rms_norm(x).to(self.dtype)
         if self.smear is not None:  # nothing of a document reaches the next one
             inside = ~self.starts(inputs)[..., None]
-            gate = torch.sigmoid(self.smear).to(x.dtype) * inside
-            x = x + gate * (x.roll(1, 1) - x)
+            gate = torch.sigmoid(self.smear).to(x.dtype)
+            x = x + gate * inside * (x.roll(1, 1) - x)
         return x
 
     def trunk(self, x: Tensor, visits: list[int], documents: Documents = None) -> Tensor:
@@ -609,14 +627,16 @@ class GPT(nn.Module):
             skips.append(x)
         for i, layer in enumerate(visits[half:]):
             if skips:
-                x = x + self.skip_weights[i].to(x.dtype) * skips.pop()
+                weight = self.skip_weights[i].to(x.dtype)
+                x = x + weight * skips.pop()
             x = self.blocks[layer](x, x0, rotary, documents)
         return x
 
     def head(self, x: Tensor, *targets: Tensor) -> list[Tensor]:
         """Give the NLL of each of `targets`, int64 (B, T), on the same logits: fp32 (B, T)."""
         head = self.tok_emb if self.lm_head is None else self.lm_head
-        logits = F.linear(rms_norm(x), head.weight.to(x.dtype)).float()
+        weight = head.weight.to(x.dtype)
+        logits = F.linear(rms_norm(x), weight).float()
         logits = self.softcap * torch.tanh(logits / self.softcap)
         return [nll_of(logits, t) for t in targets]
 
@@ -653,15 +673,19 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 
+Group = dict[str, Any]  # parameters and how to update them, as PyTorch's optimizers have it
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalized update; the matrices of a group are of one shape.
 
     M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM).
     """
 
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    def __init__(self, groups: list[Group], defaults: Group) -> None:
         super().__init__(groups, defaults)
-        self.found_inf = groups[0]["params"][0].new_zeros(())
+        first = groups[0]["params"][0]
+        self.found_inf = first.new_zeros(())
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -675,22 +699,22 @@ class Muon(torch.optim.Optimizer):
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return self.state[p]["momentum_buffer"]
 
-    def update(self, group: dict[str, Any], bad: Tensor) -> None:
+    def update(self, group: Group, bad: Tensor) -> None:
         """Update the matrices of a group, unless `bad` is set."""
         params = group["params"]
         lr = group["lr"]
         mu = group["momentum"]
         grads = [p.grad for p in params]
         momenta = [self.momentum(p) for p in params]
-        kept = grads[0].new_full((), mu).masked_fill_(bad, 1)
-        torch._foreach_mul_(momenta, kept)
+        kept = grads[0].new_full((), mu)
+        torch._foreach_mul_(momenta, kept.masked_fill_(bad, 1))
         torch._foreach_add_(momenta, grads)
         nesterov = torch._foreach_add(grads, momenta, alpha=mu)
         nesterov = torch.stack(nesterov).masked_fill_(bad, 0)
         updates = orthogonalize(nesterov.to(group["dtype"]), group["steps"])
         if group["weight_decay"]:
-            shrink = lr * group["weight_decay"] * (~bad).to(nesterov.dtype)
-            torch._foreach_mul_(params, 1 - shrink)
+            good = (~bad).to(nesterov.dtype)
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * good)
         rows, cols = updates.shape[1:]
         scale = max(1.0, rows / cols) ** 0.5
         for p, update in zip(params, updates, strict=True):
@@ -709,13 +733,15 @@ def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim
             require(p.ndim == 2, f"{what}; let its row of parameter_table say adam")
             key = (*key, p.shape)
         group = {"params": [], "lr": row.lr, "base_lr": row.lr, "weight_decay": row.decay}
-        groups[row.optimizer].setdefault(key, group)["params"].append(p)
+        group = groups[row.optimizer].setdefault(key, group)
+        group["params"].append(p)
     adam = [*groups["adam"].values()]
     muon = [*groups["muon"].values()]
     optimizers = []
     if adam:
         betas = (hp.beta1, hp.beta2)
-        optimizers.append(torch.optim.AdamW(adam, 0.0, betas, hp.adam_eps, fused=True))
+        adamw = torch.optim.AdamW(adam, 0.0, betas, hp.adam_eps, fused=True)
+        optimizers.append(adamw)
     if muon:
         settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype}
         optimizers.append(Muon(muon, settings))
