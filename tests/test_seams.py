@@ -1,0 +1,329 @@
+"""How techniques come in: one at each seam of the model, without an edit of train_gpt.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import train_gpt as tg
+
+BOS = 1
+TINY = {
+    "VOCAB_SIZE": 23,
+    "NUM_LAYERS": 3,
+    "MODEL_DIM": 32,
+    "NUM_HEADS": 4,
+    "NUM_KV_HEADS": 2,
+    "TRAIN_SEQ_LEN": 12,
+    "TRAIN_BATCH_TOKENS": 48,
+    "LOGIT_SOFTCAP": 5.0,
+    "DEVICE": "cpu",
+    "DTYPE": "fp32",
+}
+
+
+def settings(**values):
+    """Tiny settings, changed by `values`."""
+    texts = {name: str(value) for name, value in {**TINY, **values}.items()}
+    return tg.load_settings(texts, check_places=False)
+
+
+def double_model(kind=tg.GPT, **values):
+    """A model in float64 (but for its logits) none of whose parameters is as initialized."""
+    torch.manual_seed(0)
+    model = kind(settings(**values), torch.float64).double()
+    for p in model.parameters():
+        nn.init.normal_(p, 0.3, 0.7)
+    return model
+
+
+def tokens(rows=2, length=12, seed=0):
+    """Inputs and targets (2, rows, length) without a BOS."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 23, (2, rows, length), generator=random)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-6, rtol=0)  # logits are fp32
+
+
+def compiled(model):
+    """The model as the compiler sees it, in one graph."""
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
+
+
+# ---- attention: a gate for the output of each head
+
+
+class Gated(tg.Attention):
+    """Attention whose heads are gated by the first channels of the token (arXiv 2505.06708)."""
+
+    def __init__(self, hp, layer):
+        super().__init__(hp, layer)
+        self.gate = tg.Matrix(12, hp.num_heads)
+
+    def heads(self, x, rotary, documents):
+        gates = torch.sigmoid(self.gate(x[..., :12])).mT.unsqueeze(-1)
+        return gates * super().heads(x, rotary, documents)
+
+
+@pytest.fixture
+def gated(monkeypatch):
+    """Let GPT have Gated for its attention."""
+    table = tg.parameter_table
+    row = tg.Row("*.attn.gate.weight", "adam", 0.02, 0.0, 0.0, 8)
+    monkeypatch.setattr(tg, "parameter_table", lambda hp: [row, *table(hp)])
+    monkeypatch.setattr(tg, "Attention", Gated)
+
+
+def test_a_gate_of_zero_halves_the_output_of_attention(gated, monkeypatch):
+    model, batch = double_model(), tokens()
+    plain = {name: p for name, p in model.state_dict().items() if "gate" not in name}
+    with torch.no_grad():
+        for block in model.blocks:
+            assert block.attn.gate.weight.shape == (4, 12)
+            block.attn.gate.weight.zero_()
+        half = model(*batch)
+    monkeypatch.setattr(tg, "Attention", Gated.__base__)
+    other = double_model()
+    other.load_state_dict(plain)
+    with torch.no_grad():
+        assert (other(*batch) - half).abs().max() > 1e-3
+        for block in other.blocks:
+            block.attn_scale *= 0.5
+        close(other(*batch), half)
+
+
+def test_a_gate_is_learned_and_compiled(gated):
+    model, batch = double_model(), tokens()
+    with torch.no_grad():
+        close(compiled(model)(*batch), model(*batch))
+    compiled(model)(*batch).sum().backward()
+    assert all(block.attn.gate.weight.grad.abs().max() > 0 for block in model.blocks)
+    names = dict(model.named_parameters())
+    adam = tg.build_optimizers(names, tg.Run(settings()))[0]
+    (group,) = (group for group in adam.param_groups if group["lr"] == 0.02)
+    assert len(group["params"]) == 3
+
+
+# ---- head: an auxiliary target
+
+
+class NextNext(tg.GPT):
+    """A model that learns from the next token, and half as much from the one after it."""
+
+    def forward(self, inputs, targets):
+        x = self.trunk(self.embed(inputs), self.visits)
+        later = F.pad(targets[:, 1:], (0, 1), value=tg.IGNORE)
+        nll, auxiliary = self.head(x, targets, later)
+        return nll + 0.5 * auxiliary if self.training else nll
+
+
+def test_an_auxiliary_target_is_of_the_same_logits():
+    model, plain, (inputs, targets) = double_model(NextNext), double_model(), tokens()
+    later = torch.cat((targets[:, 1:], targets[:, :1]), 1)
+    with torch.no_grad():
+        nll, auxiliary = plain(inputs, targets), plain(inputs, later)
+        auxiliary[:, -1] = 0
+        close(model(inputs, targets), nll + 0.5 * auxiliary)
+        close(compiled(model)(inputs, targets), nll + 0.5 * auxiliary)
+        assert torch.equal(model.eval()(inputs, targets), nll)
+
+
+# ---- trunk: a block that is visited twice
+
+
+class Twice(tg.GPT):
+    """A model whose middle block comes twice."""
+
+    def __init__(self, hp, dtype):
+        super().__init__(hp, dtype)
+        self.visits = [0, 1, 1, 2]
+        self.skip_weights = nn.Parameter(torch.ones(2, hp.model_dim))
+
+
+def test_a_block_visited_twice_is_two_blocks_of_the_same_weights():
+    model, deeper, batch = double_model(Twice), double_model(NUM_LAYERS=4), tokens()
+    weights = model.state_dict()
+    for name in list(weights):
+        if name.startswith("blocks.2."):
+            weights[name.replace("2", "3", 1)] = weights[name]
+            weights[name] = weights[name.replace("2", "1", 1)]
+    deeper.load_state_dict(weights)
+    with torch.no_grad():
+        close(model(*batch), deeper(*batch))
+        close(compiled(model)(*batch), deeper(*batch))
+    model(*batch).sum().backward()
+    deeper(*batch).sum().backward()
+    once, again = (deeper.blocks[i].fc.weight.grad for i in (1, 2))
+    close(model.blocks[1].fc.weight.grad, once + again)
+
+
+def test_skips_follow_the_visits_of_a_call():
+    """The second half of the visits is fed by the first, the last one first."""
+    model, (inputs, _) = double_model(Twice), tokens()
+    last, first, middle = (model.blocks[i] for i in (2, 0, 1))
+    s, r = model.skip_weights, model.short
+    with torch.no_grad():
+        x0 = model.embed(inputs)
+        a = last(x0, x0, r)
+        b = first(a, x0, r)
+        c = middle(b + s[0] * b, x0, r)
+        d = first(c + s[1] * a, x0, r)
+        assert torch.equal(model.trunk(x0, [2, 0, 1, 0]), d)
+        assert torch.equal(model.trunk(x0, [2]), a)
+
+
+# ---- Matrix: a low-rank delta
+
+
+def low_rank(matrix, rows=None, seed=0):
+    """Random A and B for a matrix, the same for all sequences, or one for each of `rows`."""
+    random = torch.Generator().manual_seed(seed)
+    many = () if rows is None else (rows,)
+    shapes = (3, matrix.in_features), (matrix.out_features, 3)
+    made = [torch.randn(*many, *s, generator=random).double() / 8 for s in shapes]
+    return tuple(x.requires_grad_() for x in made)
+
+
+def matrices(model):
+    return [module for module in model.modules() if isinstance(module, tg.Matrix)]
+
+
+def test_a_delta_equals_its_dense_matrix():
+    model, dense, batch = double_model(), double_model(), tokens()
+    for i, (matrix, other) in enumerate(zip(matrices(model), matrices(dense), strict=True)):
+        a, b = matrix.delta = low_rank(matrix, seed=i)
+        with torch.no_grad():
+            other.weight += b @ a
+    with torch.no_grad():
+        close(model(*batch), dense(*batch))
+        close(compiled(model)(*batch), dense(*batch))
+        assert (double_model()(*batch) - dense(*batch)).abs().max() > 1e-3
+
+
+def test_each_sequence_may_have_its_own_delta():
+    model, batch = double_model(), tokens(rows=3)
+    deltas = [low_rank(matrix, rows=3, seed=i) for i, matrix in enumerate(matrices(model))]
+    for matrix, delta in zip(matrices(model), deltas, strict=True):
+        matrix.delta = delta
+    with torch.no_grad():
+        together = model(*batch)
+        for row in range(3):
+            for matrix, (a, b) in zip(matrices(model), deltas, strict=True):
+                matrix.delta = a[row], b[row]
+            close(model(*batch[:, row : row + 1]), together[row : row + 1])
+
+
+def test_a_delta_learns_while_the_weights_rest():
+    model, batch = double_model().requires_grad_(False), tokens()
+    matrix = model.blocks[1].attn.proj
+    matrix.delta = low_rank(matrix)
+    model(*batch).sum().backward()
+    assert all(x.grad.abs().max() > 0 for x in matrix.delta)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ---- calibration: hooks see the inputs and the gradients of the outputs of matrices
+
+
+def test_hooks_gather_what_calibration_needs():
+    """The Hessian XᵀX; and X with the gradients G of the outputs gives that of the weights, GᵀX."""
+    model, inputs, gradients, hessians = double_model(), {}, {}, {}
+
+    def listen(matrix, given):
+        inputs[matrix] = given[0].flatten(0, 1).detach()
+        hessians[matrix] = hessians.get(matrix, 0) + inputs[matrix].T @ inputs[matrix]
+
+    for matrix in matrices(model):
+        matrix.register_forward_pre_hook(listen)
+        matrix.register_full_backward_hook(
+            lambda m, _, g: gradients.update({m: g[0].flatten(0, 1)})
+        )
+    model(*tokens()).sum().backward()
+    gains = {m.proj: m.mlp_scale for m in model.blocks}
+    gains |= {m.attn.proj: m.attn_scale for m in model.blocks}
+    assert len(hessians) == 3 * 6
+    for matrix, hessian in hessians.items():
+        x = inputs[matrix]
+        assert x.shape == (24, matrix.in_features)
+        assert hessian.trace() == pytest.approx(float(x.square().sum()))
+        scale = gains.get(matrix, torch.ones(matrix.out_features))
+        found = scale[:, None] * (gradients[matrix].T @ x)
+        torch.testing.assert_close(found, matrix.weight.grad, atol=1e-9, rtol=1e-6)
+
+
+# ---- attend: attention that does not cross the starts of documents
+
+
+class Isolated(tg.GPT):
+    """A model whose attention stays in a document."""
+
+    def forward(self, inputs, targets):
+        x = self.trunk(self.embed(inputs), self.visits, self.starts(inputs))
+        (nll,) = self.head(x, targets)
+        return nll
+
+
+@pytest.mark.parametrize("values", [{}, {"NUM_KV_HEADS": 4}, {"XSA_LAST_N": 3}], ids=str)
+def test_documents_of_a_row_are_as_if_each_were_alone(values):
+    model, plain = double_model(Isolated, **values), double_model(**values)
+    inputs, targets = tokens()
+    inputs[0, [0, 5]] = inputs[1, [2, 3]] = BOS
+    parts = [(0, 0, 5), (0, 5, 12), (1, 0, 2), (1, 2, 3), (1, 3, 12)]
+    with torch.no_grad():
+        nll = model(inputs, targets)
+        close(compiled(model)(inputs, targets), nll)
+        for row, start, stop in parts:
+            one = slice(row, row + 1), slice(start, stop)
+            close(nll[one], plain(inputs[one], targets[one]))
+        assert (plain(inputs, targets) - nll).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_over_documents_equals_brute_force(heads):
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, h, 9, 8, generator=random, dtype=torch.float64) for h in (4, heads, heads)
+    )
+    starts = torch.rand(2, 9, generator=random) < 0.3
+    y = tg.attend(q, k, v, starts)
+    for b, h, t in torch.cartesian_prod(*map(torch.arange, (2, 4, 9))).tolist():
+        first = max([0, *(i for i in range(t + 1) if starts[b, i])])
+        keys, values = (x[b, h * heads // 4, first : t + 1] for x in (k, v))
+        shares = (keys @ q[b, h, t] / 8**0.5).softmax(0)
+        torch.testing.assert_close(y[b, h, t], shares @ values)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_kernels_agree_when_compiled(backend, documents):
+    model, batch = double_model(Isolated if documents else tg.GPT), tokens()
+    with torch.no_grad():
+        expected = model(*batch)
+    with sdpa_kernel(backend):
+        nll = compiled(model)(*batch)
+        nll.sum().backward()
+    close(nll, expected)
+    assert model.blocks[0].attn.c_q.weight.grad.abs().max() > 0
+
+
+# ---- what is off costs nothing
+
+
+def test_the_graph_has_no_trace_of_what_is_off():
+    """As many products and attentions as there must be, and no mask."""
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(double_model(), backend=backend, fullgraph=True, dynamic=False)(*tokens())
+    names = " ".join(seen)
+    assert names.count("scaled_dot_product_attention") == 3
+    assert names.count("linear") == 3 * 6 + 1
+    assert not [word for word in ("cumsum", "tril", "matmul", "where", "roll") if word in names]
