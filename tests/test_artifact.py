@@ -4,14 +4,12 @@ import dataclasses
 import functools
 import hashlib
 import json
-import lzma
 import math
 import os
 import pickle
 import random
 import struct
 import tracemalloc
-import zlib
 
 import hypothesis
 import numpy as np
@@ -53,7 +51,7 @@ MODEL_SETTINGS = {
     "QUANT_SIGMA",
     "COMPRESSOR",
 }
-COMPRESSORS = ("zstd", "zlib", "lzma", "rans")
+COMPRESSORS = ("zstd", "rans")
 MATRIX = "blocks.0.fc.weight"
 
 
@@ -252,7 +250,7 @@ def test_loaded_weights_are_those_stored(tmp_path, tokenizer, tied, layers):
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
-@pytest.mark.parametrize("clip", ["rowmax", "percentile", "sigma"])
+@pytest.mark.parametrize("clip", ["rowmax", "sigma"])
 def test_every_clip_and_compressor_survives(tmp_path, tokenizer, clip, compressor):
     bits = {f"QUANT_BITS_{part}": b for part, b in (("MLP", 5), ("ATTN", 6), ("EMBED", 7))}
     values = {"NUM_LAYERS": 1, "QUANT_CLIP": clip, "COMPRESSOR": compressor, "MODEL_DIM": 264}
@@ -610,10 +608,7 @@ def zeros_coded(compressor, size):
     """Zeros as the compressor's own library codes them."""
     if compressor == "rans":
         return tg.rans_encode([np.zeros(size, np.int8)])
-    if compressor == "zlib":
-        deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
-        return deflate.compress(bytes(size)) + deflate.flush()
-    return (lzma if compressor == "lzma" else zstandard).compress(bytes(size))
+    return zstandard.compress(bytes(size))
 
 
 DAMAGE = {
@@ -642,8 +637,8 @@ LEVELS = 600 * 128 + 2 * 5 * 128 * 128  # those of coded_artifact
 def test_crafted_levels_are_refused_and_allocate_little(tmp_path, tokenizer, compressor, damage):
     header, payload, levels = opened(coded_artifact(tokenizer, compressor))
     data = crafted(header, payload, damage(levels, compressor))
-    # The model has 0.3 M parameters, 1.2 MB; xz's dictionary comes on top.
-    assert refused_peak(data, tmp_path, tokenizer) < (90e6 if compressor == "lzma" else 8e6)
+    # The model has 0.3 M parameters, 1.2 MB.
+    assert refused_peak(data, tmp_path, tokenizer) < 8e6
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
@@ -656,22 +651,10 @@ def test_levels_crafted_rightly_load(tmp_path, tokenizer, compressor):
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_levels_of_another_coder_are_refused(tmp_path, tokenizer, compressor):
     header, payload, _ = opened(coded_artifact(tokenizer, compressor))
-    for other in set(COMPRESSORS) - {compressor}:
-        levels = opened(coded_artifact(tokenizer, other))[2]
-        with pytest.raises(tg.UserError):
-            load(crafted(header, payload, levels), tmp_path, tokenizer)
-
-
-def test_a_dictionary_of_a_gigabyte_is_refused_and_not_made(tmp_path, tokenizer):
-    header, payload, _ = opened(coded_artifact(tokenizer, "lzma"))
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0}]
-    levels = bytearray(lzma.compress(bytes(LEVELS), lzma.FORMAT_XZ, filters=filters))
-    # Block header: its size, flags, filter id, size of properties, dictionary size; then padding.
-    assert bytes(levels[12:16]) == b"\x02\x00\x21\x01"
-    levels[16] = 36  # 2 · 2^(36 // 2 + 11): a gigabyte
-    levels[20:24] = struct.pack("<I", zlib.crc32(levels[12:20]))
-    data = crafted(header, payload, bytes(levels))
-    assert refused_peak(data, tmp_path, tokenizer) < 20e6
+    (other,) = set(COMPRESSORS) - {compressor}
+    levels = opened(coded_artifact(tokenizer, other))[2]
+    with pytest.raises(tg.UserError):
+        load(crafted(header, payload, levels), tmp_path, tokenizer)
 
 
 def rans_parts(tokenizer):

@@ -353,7 +353,7 @@ OTHERS = {
     **{"MUON_WD": 0.2, "ADAM_WD": 0.2, "EMBED_WD": 0.2, "GRAD_CLIP_NORM": 0.2},
     **{"XSA_LAST_N": 2, "LN_SCALE": 0, "ROPE_DIMS": 2, "MLP_ACT": "relu2", "EVAL_STRIDE": 16},
     **{"EVAL_DOC_ISOLATED": 1, "EVAL_SEQ_LEN": 64, "QUANT_BITS_MLP": 6, "QUANT_CLIP": "sigma"},
-    **{"COMPRESSOR": "zlib", "DTYPE": "bf16", "SCORE_STREAMS": 1},
+    **{"COMPRESSOR": "rans", "DTYPE": "bf16", "SCORE_STREAMS": 1},
 }
 
 

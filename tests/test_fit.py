@@ -101,10 +101,9 @@ def test_fit_fills_the_cap_to_within_0_3_percent(tokenizer, mode, dim, share):
     assert 0.997 * cap <= total <= cap
 
 
-@pytest.mark.parametrize("compressor", ["zlib", "lzma", "rans"])
 @pytest.mark.parametrize("mode", ["prune", "sigma"])
-def test_fit_fills_the_cap_with_the_other_compressors(tokenizer, mode, compressor):
-    hp = fit_settings(tokenizer, mode, 288, COMPRESSOR=compressor)
+def test_fit_fills_the_cap_with_rans_too(tokenizer, mode):
+    hp = fit_settings(tokenizer, mode, 288, COMPRESSOR="rans")
     model = gaussian_model(288)
     cap = cap_for(model, hp, 0.8)
     total = CODE + len(fit(model, hp, cap)[0])
@@ -222,16 +221,15 @@ def test_sigma_may_start_outside_of_its_search(tokenizer, start):
     assert 0.997 * cap <= total <= cap
 
 
-@pytest.mark.parametrize("clip", ["rowmax", "percentile"])
-def test_sigma_without_its_clip_is_refused(tokenizer, clip):
+def test_sigma_without_its_clip_is_refused(tokenizer):
     with pytest.raises(tg.UserError, match="FIT_BUDGET=sigma: needs QUANT_CLIP=sigma"):
-        settings(tokenizer, FIT_BUDGET="sigma", QUANT_CLIP=clip)
+        settings(tokenizer, FIT_BUDGET="sigma", QUANT_CLIP="rowmax")
 
 
 # ---- pruning
 
 
-@pytest.mark.parametrize("clip", ["rowmax", "percentile"])
+@pytest.mark.parametrize("clip", ["rowmax", "sigma"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_pruning_zeroes_the_smallest_weights_and_nothing_else(tokenizer, share, clip):
     hp = settings(tokenizer, MODEL_DIM=288, QUANT_CLIP=clip, QUANT_BITS_MLP=6)
