@@ -424,13 +424,18 @@ class Identity:
 
 def forecast(model: core.GPT, run: core.Run) -> None:
     """Log the artifact's size for the initial weights, with Gaussian ones where they are zero."""
-    noise, code = torch.Generator().manual_seed(0), len(core.read_once(core.__file__))
+    noise = torch.Generator().manual_seed(0)
     state = model.state_dict()
-    for name in [name for name, w in state.items() if not w.any()]:
-        state[name] = torch.randn(state[name].shape, generator=noise)
-    size, cap = code + len(core.pack_artifact(state, run.hp)), run.hp.artifact_max_bytes
-    warning = f"; warning: over the cap, with FIT_BUDGET={run.hp.fit_budget}" * (size > cap)
-    run.log(f"forecast: {size} bytes ({code} code, {size - code} artifact) of {cap}{warning}")
+    for name, w in state.items():
+        if not w.any():
+            state[name] = torch.randn(w.shape, generator=noise)
+    code = len(core.read_once(core.__file__))
+    size = len(core.pack_artifact(state, run.hp))
+    cap = run.hp.artifact_max_bytes
+    line = f"forecast: {code + size} bytes ({code} code, {size} artifact) of {cap}"
+    if code + size > cap:
+        line += f"; warning: over the cap, with FIT_BUDGET={run.hp.fit_budget}"
+    run.log(line)
 
 
 def unknown_note(folder: Path, count: int, lost: int | None) -> str:

@@ -1204,66 +1204,85 @@ def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
 # ===================================== ARTIFACT =====================================
 # A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), coded levels of matrices.
 # No pickle: loading checks the digest, runs nothing, and decompresses no more than the model holds.
-PREAMBLE, MAGIC, VERSION = struct.Struct("<6sHII"), b"BIRDIE", 2
+PREAMBLE = struct.Struct("<6sHII")  # 16 bytes
+MAGIC = b"BIRDIE"
+VERSION = 2
 KEEP_FLOAT_NUMEL = 65536  # smaller matrices stay fp16: they cost little and are worth precision
 RANS_BITS = 14  # precision of probabilities
+RANS_TOTAL = 1 << RANS_BITS
+RANS_START = 1 << 16  # a lane's first state
 RANS_LANE = 8192  # symbols for each state, of at most 2048: fast, and under 0.1% of the size
 
 
+def rans_frequencies(symbols: np.ndarray) -> np.ndarray:
+    """Scale the counts of symbols to a sum of 2^14. No symbol that occurs gets 0."""
+    counts = np.bincount(symbols)
+    scaled = np.rint(counts * (RANS_TOTAL / symbols.size)).astype(np.int64)
+    f = np.maximum(scaled, counts > 0)
+    while rest := RANS_TOTAL - f.sum():
+        f[f.argmax()] += np.sign(rest)
+    return f.astype(np.uint32)
+
+
 def rans_encode(arrays: list[np.ndarray]) -> bytes:
-    """Code int8 arrays, each within 0.5% of its order-0 entropy: range asymmetric numeral systems
-    (arXiv 1311.2540) with a table of frequencies f (sum 2^14, cumulated c) for each array. A lane
-    is a state x in [2^16, 2^32): x ← (x // f)·2^14 + x mod f + c, after a word of 16 bits has left
-    if x ≥ f·2^18. Decoding runs backwards, so encoding starts at the end."""
-    width, words = min(max(1, sum(a.size for a in arrays) // RANS_LANE), 2048), []
-    lanes = np.full(width, 1 << 16, np.uint32)
+    """Code int8 arrays, each within 0.5% of its order-0 entropy.
+
+    Range asymmetric numeral systems (arXiv 1311.2540). Each array has a table of frequencies f (sum
+    2^14, cumulated c). A lane is a state x in [2^16, 2^32): x ← (x // f)·2^14 + x mod f + c, after
+    a word of 16 bits has left if x ≥ f·2^18. Decoding runs backwards: encoding starts at the end.
+    """
+    width = np.clip(sum(array.size for array in arrays) // RANS_LANE, 1, 2048)
+    lanes = np.full(width, RANS_START, np.uint32)
+    words = []
     for array in reversed(arrays):
         symbols = array.ravel().astype(np.int16) + 128
         low = symbols.min()
-        counts = np.bincount(symbols - low)
-        f = np.rint(counts * (2**RANS_BITS / symbols.size)).astype(np.int64)
-        f = np.maximum(f, counts > 0)
-        while (rest := (1 << RANS_BITS) - f.sum()) != 0:
-            f[f.argmax()] += np.sign(rest)
-        per_symbol = np.stack((f, f.cumsum() - f)).astype(np.uint32)[:, symbols - low]
+        symbols -= low
+        f = rans_frequencies(symbols)
+        c = f.cumsum(dtype=np.uint32) - f
         for at in reversed(range(0, symbols.size, width)):
-            freq, start = per_symbol[:, at : at + width]
-            x = lanes[: len(freq)]
-            full = (x >> (32 - RANS_BITS)) >= freq
+            symbol = symbols[at : at + width]
+            freq = f[symbol]
+            x = lanes[: len(symbol)]
+            full = x >> (32 - RANS_BITS) >= freq
             words.append(x[full].astype("<u2"))
             x[full] >>= 16
-            quotient, remainder = np.divmod(x, freq)
-            x[:] = (quotient << RANS_BITS) + remainder + start
+            x[:] = (x // freq << RANS_BITS) + x % freq + c[symbol]
         words.append(np.array([low, len(f), *f], "<u2"))
     words.append(lanes.astype("<u4").view("<u2"))
     return np.concatenate(words[::-1]).tobytes()
 
 
 def rans_decode(data: bytes, sizes: list[int]) -> np.ndarray:
-    """The int8 arrays of these sizes that rans_encode coded, as one. Raises ValueError."""
-    words, pieces = np.frombuffer(data, "<u2"), []
-    width = min(max(1, sum(sizes) // RANS_LANE), 2048)
-    lanes, at = words[: 2 * width].view("<u4").astype(np.uint32), 2 * width
-    for size in sizes:
-        low, count = words[at : at + 2].tolist()
-        f, at = words[at + 2 : at + 2 + count].astype(np.uint32), at + 2 + count
-        require(f.sum() == 1 << RANS_BITS, "its frequencies do not add up")
-        symbol = np.repeat(np.arange(len(f)), f)
-        freq, offset = f[symbol], np.arange(1 << RANS_BITS, dtype=np.uint32)
-        offset -= (f.cumsum(dtype=np.uint32) - f)[symbol]
-        level, piece = (symbol + low - 128).astype(np.int8), np.empty(size, np.int8)
-        for i in range(0, size, width):
-            x = lanes[: size - i]
-            slot = x & ((1 << RANS_BITS) - 1)
-            piece[i : i + width] = level[slot]
+    """Decode the int8 arrays of these sizes that rans_encode coded, as one. Raises ValueError."""
+    stream = io.BytesIO(data)
+
+    def take(count: int) -> np.ndarray:
+        words = np.frombuffer(stream.read(2 * count), "<u2")
+        require(len(words) == count, "its levels are cut off")
+        return words
+
+    width = np.clip(sum(sizes) // RANS_LANE, 1, 2048)
+    lanes = take(2 * width).view("<u4").astype(np.uint32)
+    levels = np.empty(sum(sizes), np.int8)
+    for part in np.split(levels, np.cumsum(sizes))[:-1]:
+        low, count = take(2).tolist()
+        f = take(count).astype(np.uint32)
+        require(f.sum() == RANS_TOTAL, "its frequencies do not add up")
+        symbol = np.repeat(np.arange(count), f)
+        freq = f[symbol]
+        c = f.cumsum(dtype=np.uint32) - f
+        offset = np.arange(RANS_TOTAL, dtype=np.uint32) - c[symbol]
+        level = (symbol + low - 128).astype(np.int8)
+        for at in range(0, part.size, width):
+            x = lanes[: part.size - at]
+            slot = x % RANS_TOTAL
+            part[at : at + width] = level[slot]
             x[:] = freq[slot] * (x >> RANS_BITS) + offset[slot]
-            hungry = x < 1 << 16
-            fed = np.count_nonzero(hungry)
-            x[hungry] = x[hungry] << 16 | words[at : at + fed]
-            at += fed
-        pieces.append(piece)
-    require(at == len(words) and (lanes == 1 << 16).all(), "its levels do not decode")
-    return np.concatenate([*pieces, np.empty(0, np.int8)])
+            hungry = x < RANS_START
+            x[hungry] = x[hungry] << 16 | take(np.count_nonzero(hungry))
+    require(not stream.read(1) and (lanes == RANS_START).all(), "its levels do not decode")
+    return levels
 
 
 def zstd() -> ModuleType:
@@ -1320,18 +1339,22 @@ def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
 
 
 def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
-    """NumPy type and shape of the arrays that a parameter is stored as."""
+    """List NumPy type and shape of the arrays that a parameter is stored as."""
     if bits_of(name, w, hp):
         return [["<f2", [len(w), 1]], ["|i1", [*w.shape]]]
     return [["<f4" if is_control(name, hp) else "<f2", [*w.shape]]]
 
 
 def stored_arrays(name: str, w: Tensor, hp: Hyperparameters, pruned: float) -> list[np.ndarray]:
-    """The arrays whose product stands for a parameter, by `layout`. Of the levels of a matrix, the
-    share `pruned`, of its smallest weights, becomes 0."""
-    bits, array = bits_of(name, w, hp), w.float().cpu().contiguous().numpy()
+    """Make the arrays, by `layout`, whose product stands for a parameter.
+
+    Of the levels of a matrix, the share `pruned`, of its smallest weights, becomes 0.
+    """
+    bits = bits_of(name, w, hp)
+    array = w.float().cpu().contiguous().numpy()
     if not bits:
-        return [array.astype(layout(name, w, hp)[0][0])]
+        kind = layout(name, w, hp)[0][0]
+        return [array.astype(kind)]
     scale, levels = quantize(array, bits, hp)
     if pruned and levels.any():
         size = np.abs(array)
@@ -1345,100 +1368,165 @@ def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters, pruned: floa
         tensors = {name: stored_arrays(name, w, hp, pruned) for name, w in state.items()}
     bad = [name for name, arrays in tensors.items() if not np.isfinite(arrays[0]).all()]
     require(not bad, f"no artifact: values not finite or over 65504 in {', '.join(bad)}")
-    settings = {name: setting_texts(hp)[name] for name in MODEL_SETTINGS}
-    tokenizer = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest()
-    table = {name: layout(name, w, hp) for name, w in state.items()}
-    header = {"settings": settings, "tokenizer": tokenizer, "bos": hp.bos, "tensors": table}
-    text, arrays = json.dumps(header).encode(), list(itertools.chain(*tensors.values()))
+    texts = setting_texts(hp)
+    header = {
+        "settings": {name: texts[name] for name in MODEL_SETTINGS},
+        "tokenizer": hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest(),
+        "bos": hp.bos,
+        "tensors": {name: layout(name, w, hp) for name, w in state.items()},
+    }
+    text = json.dumps(header).encode()
     # The first bytes of all numbers, then the second ones: sign and exponent are often alike.
-    floats = [a.reshape(-1, 1).view("u1").T.tobytes() for a in arrays if a.itemsize > 1]
+    floats = [arrays[0].reshape(-1, 1).view("u1").T.tobytes() for arrays in tensors.values()]
+    levels = [arrays[1] for arrays in tensors.values() if len(arrays) > 1]
     head = zstd().compress(text + b"".join(floats), 22)
-    levels = compress(hp.compressor, [a for a in arrays if a.itemsize == 1])
+    coded = compress(hp.compressor, levels)
     preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(head))
-    return preamble + hashlib.sha256(preamble + head + levels).digest() + head + levels
+    digest = hashlib.sha256(preamble + head + coded).digest()
+    return preamble + digest + head + coded
+
+
+def open_artifact(data: bytes) -> tuple[dict[str, Any], IO[bytes], bytes]:
+    """Check the preamble and the digest. Returns header, stream of floats, coded levels."""
+    preamble = data[:16]
+    digest = data[16:48]
+    body = data[48:]
+    require(data.startswith(MAGIC) and body, "not an artifact, or cut off at its start")
+    _, version, text_size, head_size = PREAMBLE.unpack(preamble)
+    require(version == VERSION, f"format version {version}; this script reads {VERSION}")
+    require(hashlib.sha256(preamble + body).digest() == digest, "truncated or damaged")
+    require(text_size < 2**21 and head_size <= len(body), "its header cannot be that long")
+    head = zstd().ZstdDecompressor().stream_reader(body[:head_size])
+    return json.loads(head.read(text_size)), head, body[head_size:]
+
+
+def read_settings(header: dict[str, Any], hp: Hyperparameters) -> Hyperparameters:
+    """Take the model's settings from a header, but not EVAL_* that were given for this score.
+
+    Raises UserError or ValueError.
+    """
+    texts = header["settings"]
+    require([*texts] == MODEL_SETTINGS, "its settings are not those of a model")
+    values = {name: parse_setting(name, text) for name, text in texts.items()}
+    asked = {name for name in hp.given if name.startswith("EVAL_")}
+    theirs = {name.lower(): value for name, value in values.items() if name not in asked}
+    hp = dataclasses.replace(hp, bos=int(header.get("bos", 1)), **theirs)
+    scored = dataclasses.replace(hp, train_batch_tokens=hp.train_seq_len, micro_batch_tokens=0)
+    problems = broken_rules(scored, check_places=False)
+    require(not problems, "; ".join(problems))
+    return hp
+
+
+def read_floats(head: IO[bytes], kind: str, shape: list[int]) -> Tensor:
+    """Read an array of this NumPy type, as fp32."""
+    width = np.dtype(kind).itemsize
+    raw = head.read(width * math.prod(shape))
+    planes = np.frombuffer(raw, "u1").reshape(width, -1)
+    floats = planes.T.copy().view(kind).reshape(shape)
+    return torch.from_numpy(floats.astype(np.float32))
 
 
 def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
-    """The settings, with the artifact's for the model, and its fp32 weights. Raises UserError."""
+    """Load the settings, the artifact's for the model, and its fp32 weights. Raises UserError."""
     data = path.read_bytes()
-    preamble, digest, body = data[:16], data[16:48], data[48:]
-    require(data.startswith(MAGIC) and body, f"{path}: not an artifact, or cut off at its start")
-    _, version, text_size, at = PREAMBLE.unpack(preamble)
-    require(version == VERSION, f"{path}: format version {version}; this script reads {VERSION}")
-    require(hashlib.sha256(preamble + body).digest() == digest, f"{path}: truncated or damaged")
     zstd()  # where it is missing, the artifact is not malformed
     try:
-        require(text_size < 2**21 and at <= len(body), "its header cannot be that long")
-        head = zstd().ZstdDecompressor().stream_reader(body[:at])
-        header, weights = json.loads(head.read(text_size)), {}
-        require([*header["settings"]] == MODEL_SETTINGS, "its settings are not those of a model")
-        values = {n: parse_setting(n, text) for n, text in header["settings"].items()}
-        asked = {name for name in hp.given if name.startswith("EVAL_")}  # for this score
-        theirs = {name.lower(): value for name, value in values.items() if name not in asked}
-        hp = dataclasses.replace(hp, bos=int(header.get("bos", 1)), **theirs)
-        scoring = {"train_batch_tokens": hp.train_seq_len, "micro_batch_tokens": 0}
-        problems = value_problems(dataclasses.replace(hp, **scoring))
-        require(not problems, "; ".join(problems))
+        header, head, coded = open_artifact(data)
+        hp = read_settings(header, hp)
         with torch.device("meta"):
             state = GPT(hp).state_dict()
         count = sum(w.numel() for w in state.values())
         require(count < 1000 * len(data), "it is too small for its model")
         table = {name: layout(name, w, hp) for name, w in state.items()}
         require(header["tensors"] == table, "its tensors are not those of its settings")
-        for name, ((kind, shape), *_) in table.items():
-            raw = head.read(np.dtype(kind).itemsize * math.prod(shape))
-            planes = np.frombuffer(raw, "u1").reshape(int(kind[2]), -1)
-            floats = np.ascontiguousarray(planes.T).view(kind).reshape(shape)
-            weights[name] = torch.from_numpy(floats.astype(np.float32))
+        weights = {name: read_floats(head, *arrays[0]) for name, arrays in table.items()}
         require(not head.read(1), "there is more than its tensors")
-        levels = [name for name in table if len(table[name]) == 2]
-        sizes = [state[name].numel() for name in levels]
-        coded = torch.from_numpy(decompress(hp.compressor, body[at:], sizes)).split(sizes)
-        for name, part in zip(levels, coded, strict=True):
+        matrices = [name for name, arrays in table.items() if len(arrays) > 1]
+        sizes = [state[name].numel() for name in matrices]
+        levels = torch.from_numpy(decompress(hp.compressor, coded, sizes)).split(sizes)
+        for name, part in zip(matrices, levels, strict=True):
             weights[name] = weights[name] * part.view(state[name].shape)
-        digest = header["tokenizer"]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # crafted content can raise anything
         raise UserError(f"{path}: malformed, or not for these settings: {error}") from None
-    same = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest() == digest
+    tokenizer = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest()
+    same = tokenizer == header.get("tokenizer")
     require(same, f"{hp.tokenizer_path}: not the tokenizer that {path} was trained with")
     return hp, weights
 
 
 def scheme(hp: Hyperparameters) -> str:
-    """The name of a quantization for log lines: its bits and its coder, such as int568_zstd."""
+    """Name a quantization for log lines: its bits and its coder, such as int568_zstd."""
     bits = {hp.quant_bits_mlp, hp.quant_bits_attn, hp.quant_bits_embed}
-    bits |= {hp.quant_bits_bigram} if hp.bigram_buckets else set()
-    return f"int{''.join(map(str, sorted(bits)))}_{hp.compressor}"
+    if hp.bigram_buckets:
+        bits.add(hp.quant_bits_bigram)
+    digits = "".join(map(str, sorted(bits)))
+    return f"int{digits}_{hp.compressor}"
+
+
+def fill_budget(
+    pack: Callable[[float], bytes], x: float, low: float, high: float, slope: float, most: int
+) -> dict[float, int]:
+    """Search the x from low to high that fills 99.7% of `most` bytes. Returns sizes tried, by x.
+
+    They fall with x, by `slope` bytes a unit at first, then as between the last two tries.
+    """
+    sizes = {}
+    x = min(max(x, low), high)
+    while len(sizes) < 16 and x not in sizes:
+        size = len(pack(x))
+        if sizes:
+            last = next(reversed(sizes))
+            slope = (sizes[last] - size) / (x - last) or slope
+        sizes[x] = size
+        if size > most:
+            low = x
+        elif size >= 0.997 * most or x == low:
+            break
+        else:
+            high = x
+        aim = x + (size - 0.9985 * most) / slope
+        x = min(max(aim, low), high)
+        if x in sizes:
+            x = (low + high) / 2
+    return sizes
 
 
 def fit_artifact(model: GPT, run: Run) -> bytes:
-    """The artifact. With FIT_BUDGET, the largest that fits the cap beside the code, at most 0.3% of
-    which stays empty: "sigma" searches log2 k, of which a unit is a bit a weight by the size law;
-    "prune", if there is too much, the share of levels to set to 0. What was done is logged."""
-    hp, state, cap = run.hp, model.state_dict(), run.hp.artifact_max_bytes
-    most, sigma = cap - len(read_once(__file__)), hp.fit_budget == "sigma"
-    slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
-    x, low, high = (math.log2(hp.quant_sigma), 2.0, 12.0) if sigma else (0.0, 0.0, 1.0)
-    x, tried = min(max(x, low), high), {}
-    while len(tried) < 16 and x not in tried:
-        changed = dataclasses.replace(hp, quant_sigma=2**x) if sigma else hp
-        tried[x] = data = pack_artifact(state, changed, pruned=0.0 if sigma else x)
-        fits = len(data) <= most
-        if hp.fit_budget == "none" or (fits and x == 0.0):
-            return data
-        if fits and (len(data) >= 0.997 * most or x == low):
-            break
-        low, high = (low, x) if fits else (x, high)
-        if len(tried) > 1:
-            (x0, one), (x1, two) = [*tried.items()][-2:]
-            slope = (len(one) - len(two)) / (x1 - x0) or slope
-        x = min(max(x + (len(data) - 0.9985 * most) / slope, low), high)
-        x = (low + high) / 2 if x in tried else x
-    x, best = max(tried.items(), key=lambda t: len(t[1]) * (1 if len(t[1]) <= most else -1))
-    fill, what = len(best) + cap - most, f"quant_sigma:{2**x:.4f}" if sigma else f"pruned:{x:.4f}"
-    further = "" if 0.997 * cap <= fill <= cap else " (it cannot do more)"
-    run.log(f"fit_budget:{hp.fit_budget} {what} tries:{len(tried)} fill:{fill / cap:.4f}{further}")
-    return best
+    """Pack the artifact. With FIT_BUDGET, it is the largest that fits the cap beside the code.
+
+    At most 0.3% of the cap stays empty. "sigma" searches log2 k, of which a unit is a bit a weight
+    by the size law. "prune" searches the share of levels to set to 0, if there is too much. What
+    was done is logged.
+    """
+    hp = run.hp
+    state = model.state_dict()
+
+    @functools.cache
+    def pack(x: float) -> bytes:
+        if hp.fit_budget == "sigma":
+            return pack_artifact(state, dataclasses.replace(hp, quant_sigma=2**x))
+        return pack_artifact(state, hp, pruned=x)
+
+    cap = hp.artifact_max_bytes
+    code = len(read_once(__file__))
+    most = cap - code
+    quantized = [w.numel() for name, w in state.items() if bits_of(name, w, hp)]
+    slope = sum(quantized) / 8 or 1.0
+    if hp.fit_budget == "sigma":
+        sizes = fill_budget(pack, math.log2(hp.quant_sigma), 2.0, 12.0, slope, most)
+    elif hp.fit_budget == "none" or len(pack(0.0)) <= most:
+        return pack(0.0)
+    else:
+        sizes = fill_budget(pack, 0.0, 0.0, 1.0, slope, most)
+    fitting = [x for x in sizes if sizes[x] <= most]
+    x = max(fitting, key=sizes.get) if fitting else min(sizes, key=sizes.get)
+    what = f"quant_sigma:{2**x:.4f}" if hp.fit_budget == "sigma" else f"pruned:{x:.4f}"
+    fill = (code + sizes[x]) / cap
+    further = "" if 0.997 <= fill <= 1 else " (it cannot do more)"
+    run.log(f"fit_budget:{hp.fit_budget} {what} tries:{len(sizes)} fill:{fill:.4f}{further}")
+    return pack(x)
 
 
 # ===================================== DISTRIBUTED RUN =====================================
