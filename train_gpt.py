@@ -1212,6 +1212,7 @@ RANS_BITS = 14  # precision of probabilities
 RANS_TOTAL = 1 << RANS_BITS
 RANS_START = 1 << 16  # a lane's first state
 RANS_LANE = 8192  # symbols for each state, of at most 2048: fast, and under 0.1% of the size
+GONE = ("COMPRESSOR=zlib", "COMPRESSOR=lzma")  # artifacts that 7c53aa7 was the last to read
 
 
 def rans_frequencies(symbols: np.ndarray) -> np.ndarray:
@@ -1403,16 +1404,23 @@ def open_artifact(data: bytes) -> tuple[dict[str, Any], IO[bytes], bytes]:
 def read_settings(header: dict[str, Any], hp: Hyperparameters) -> Hyperparameters:
     """Take the model's settings from a header, but not EVAL_* that were given for this score.
 
-    Raises UserError or ValueError.
+    What it lacks was at its default when the artifact was made. Raises UserError or ValueError.
     """
-    texts = header["settings"]
-    require([*texts] == MODEL_SETTINGS, "its settings are not those of a model")
-    values = {name: parse_setting(name, text) for name, text in texts.items()}
+    values = {name: FIELDS[name].default for name in MODEL_SETTINGS}
+    for name, text in header["settings"].items():
+        named = f"{name}={text}"
+        require(name in values, f"unknown setting {name:.60}: a newer script made it")
+        require(named not in GONE, f"{named}: commit 7c53aa7 is the last that reads it")
+        if named != "QUANT_CLIP=percentile":  # it chose the levels, which are there
+            try:
+                values[name] = parse_setting(name, text)
+            except ValueError as error:
+                raise UserError(f"{name}={text!r:.60}: {error}") from None
     asked = {name for name in hp.given if name.startswith("EVAL_")}
     theirs = {name.lower(): value for name, value in values.items() if name not in asked}
     hp = dataclasses.replace(hp, bos=int(header.get("bos", 1)), **theirs)
     scored = dataclasses.replace(hp, train_batch_tokens=hp.train_seq_len, micro_batch_tokens=0)
-    problems = broken_rules(scored, check_places=False)
+    problems = value_problems(scored)
     require(not problems, "; ".join(problems))
     return hp
 

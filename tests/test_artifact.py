@@ -1,5 +1,6 @@
 """The artifact: quantization, the file format, and what damaged or malicious files do."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -492,7 +493,7 @@ CRAFTED = {
     "no tensors": removed("tensors"),
     "settings not an object": changed(["settings"], [1, 2]),
     "settings null": changed(["settings"], None),
-    "setting missing": removed("settings", "LOGIT_SOFTCAP"),
+    "setting of its shape missing": removed("settings", "MODEL_DIM"),
     "setting a list": changed(["settings", "NUM_LAYERS"], [1]),
     "setting null": changed(["settings", "NUM_LAYERS"], None),
     "setting not a number": changed(["settings", "NUM_LAYERS"], "one"),
@@ -529,6 +530,12 @@ CRAFTED = {
     "payload shorter": lambda header, payload: payload[:-1],
     "payload empty": lambda header, payload: b"",
 }
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=5,
+)
+TEXTS = st.sampled_from(["-1", "0", "1", "2", "64", "65536", "9" * 30, "nan", "1e999", "rans", ""])
 
 
 @pytest.mark.parametrize("change", CRAFTED.values(), ids=CRAFTED.keys())
@@ -537,6 +544,72 @@ def test_crafted_content_is_refused(tmp_path, tokenizer, small, change):
     payload = change(header, payload)
     with pytest.raises(tg.UserError):
         load(crafted(header, payload, levels), tmp_path, tokenizer)
+
+
+def places_in(value, path=()):
+    """The path to everything that is inside of a JSON value."""
+    keys = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    for key in keys:
+        yield (*path, key)
+        yield from places_in(value[key], (*path, key))
+
+
+def fuzzed(header, edits):
+    """Replace some of what is inside of a header by other values."""
+    for where, value in edits:
+        places = [*places_in(header)]
+        if places:
+            changed(places[where % len(places)], value)(header, b"")
+
+
+def load_or_refuse(data, folder, tokenizer):
+    """Whatever the bytes are, nothing but UserError may come of it."""
+    with contextlib.suppress(tg.UserError):
+        load(data, folder, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder for the files of all examples of a property."""
+    return tmp_path_factory.mktemp("fuzzed")
+
+
+@given(edits=st.lists(st.tuples(st.integers(0, 999), TEXTS | JSON), min_size=1, max_size=3))
+def test_any_edited_header_is_loaded_or_refused(folder, tokenizer, small, edits):
+    header, payload, levels = opened(small)
+    fuzzed(header, edits)
+    load_or_refuse(crafted(header, payload, levels), folder, tokenizer)
+
+
+@given(edits=st.dictionaries(st.sampled_from(tg.MODEL_SETTINGS), TEXTS | st.text(max_size=5)))
+def test_any_texts_of_settings_are_loaded_or_refused(folder, tokenizer, small, edits):
+    header, payload, levels = opened(small)
+    header["settings"].update(edits)
+    load_or_refuse(crafted(header, payload, levels), folder, tokenizer)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+@given(payload=st.binary(max_size=99), levels=st.binary(max_size=99), keep=st.booleans())
+def test_any_floats_and_levels_are_loaded_or_refused(
+    folder, tokenizer, compressor, payload, levels, keep
+):
+    header, right, _ = opened(coded_artifact(tokenizer, compressor))
+    load_or_refuse(crafted(header, right if keep else payload, levels), folder, tokenizer)
+
+
+@given(head=st.binary(max_size=99), levels=st.binary(max_size=99), sizes=st.integers(0, 200))
+def test_any_sealed_bytes_are_refused(folder, tokenizer, head, levels, sizes):
+    data = sealed(head, levels, sizes % 20, sizes)
+    with pytest.raises(tg.UserError):
+        load(data, folder, tokenizer)
+
+
+@given(data=st.binary(max_size=200), magic=st.booleans())
+def test_any_bytes_are_refused(folder, tokenizer, data, magic):
+    with pytest.raises(tg.UserError):
+        load(tg.MAGIC * magic + data, folder, tokenizer)
 
 
 LAYOUTS = {
@@ -856,6 +929,130 @@ def test_a_model_too_large_for_its_file_is_refused_before_it_is_made(
     header["settings"].update(values)
     data = crafted(header, payload, levels)
     assert refused_peak(data, tmp_path, tokenizer) < 100e6
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_a_huge_model_of_zeros_in_a_small_file_is_refused(tmp_path, tokenizer, compressor):
+    """All of it fits its settings; but 10 KB are no file for 34 M weights."""
+    values = {"VOCAB_SIZE": 8, "MODEL_DIM": 8, "NUM_LAYERS": 1, "BIGRAM_BUCKETS": 2**18}
+    hp = settings(tokenizer, **values, COMPRESSOR=compressor)
+    with torch.device("meta"):
+        state = tg.GPT(hp).state_dict()
+    table = {name: tg.layout(name, w, hp) for name, w in state.items()}
+    texts = tg.setting_texts(hp)
+    header = {
+        "settings": {name: texts[name] for name in tg.MODEL_SETTINGS},
+        "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+        "tensors": table,
+    }
+    size = sum(np.dtype(kind).itemsize * math.prod(shape) for (kind, shape), *_ in table.values())
+    data = crafted(header, bytes(size), zeros_coded(compressor, 2**18 * 128))
+    assert len(data) < 15_000
+    assert refused_peak(data, tmp_path, tokenizer) < 4e6
+
+
+# ---- artifacts of older and newer scripts
+
+
+def with_settings(data, gone=(), **texts):
+    """An artifact whose header lacks these settings, or has other texts in them."""
+    header, payload, levels = opened(data)
+    kept = {name: text for name, text in header["settings"].items() if name not in gone}
+    return crafted(header | {"settings": kept | texts}, payload, levels)
+
+
+@pytest.mark.parametrize("name", ["ROPE_BASE", "LOGIT_SOFTCAP", "EVAL_SEQ_LEN", "QUANT_SIGMA"])
+def test_a_setting_that_the_header_lacks_is_at_its_default(tmp_path, tokenizer, small, name):
+    hp, _ = load(with_settings(small, [name]), tmp_path, tokenizer)
+    assert getattr(hp, name.lower()) == getattr(tg.Hyperparameters(), name.lower())
+
+
+@pytest.mark.parametrize("name", ["ROPE_BASE", "LOGIT_SOFTCAP", "QUANT_SIGMA"])
+def test_a_setting_that_the_header_lacks_is_not_that_of_the_process(
+    tmp_path, tokenizer, small, name
+):
+    hp, _ = load(with_settings(small, [name]), tmp_path, tokenizer, **{name: "9.5"})
+    assert getattr(hp, name.lower()) == getattr(tg.Hyperparameters(), name.lower())
+
+
+def test_a_header_may_lack_all_settings_that_are_at_their_default(tmp_path, tokenizer, small):
+    defaults = tg.setting_texts(tg.Hyperparameters())
+    texts = opened(small)[0]["settings"]
+    same = [name for name, text in texts.items() if text == defaults[name]]
+    assert len(same) > 15
+    expected, weights = load(small, tmp_path, tokenizer)
+    hp, found = load(with_settings(small, same), tmp_path, tokenizer)
+    assert hp == expected
+    assert all(torch.equal(found[name], w) for name, w in weights.items())
+
+
+def test_settings_may_be_in_any_order(tmp_path, tokenizer, small):
+    header, payload, levels = opened(small)
+    header["settings"] = dict(reversed(header["settings"].items()))
+    hp, _ = load(crafted(header, payload, levels), tmp_path, tokenizer)
+    assert hp == load(small, tmp_path, tokenizer)[0]
+
+
+def test_a_setting_of_a_newer_script_is_refused_by_its_name(tmp_path, tokenizer, small):
+    message = r"a\.artifact: unknown setting HEAD_GATE: a newer script made it$"
+    with pytest.raises(tg.UserError, match=message):
+        load(with_settings(small, HEAD_GATE="0"), tmp_path, tokenizer)
+
+
+def test_a_value_of_a_newer_script_is_refused_with_its_setting(tmp_path, tokenizer, small):
+    message = r"a\.artifact: MLP_ACT='swiglu': expected one of relu2, leaky_relu2$"
+    with pytest.raises(tg.UserError, match=message):
+        load(with_settings(small, MLP_ACT="swiglu"), tmp_path, tokenizer)
+
+
+def test_an_artifact_clipped_at_percentiles_loads(tmp_path, tokenizer):
+    """The clip only chose the levels: reading them does not need it."""
+    data = coded_artifact(tokenizer, "zstd")
+    hp, weights = load(with_settings(data, QUANT_CLIP="percentile"), tmp_path, tokenizer)
+    expected, expected_weights = load(data, tmp_path, tokenizer)
+    assert hp == expected
+    assert all(torch.equal(weights[name], w) for name, w in expected_weights.items())
+
+
+@pytest.mark.parametrize("compressor", ["zlib", "lzma"])
+def test_a_coder_that_is_gone_is_refused_with_the_commit_that_had_it(
+    tmp_path, tokenizer, small, compressor
+):
+    message = rf"a\.artifact: COMPRESSOR={compressor}: commit 7c53aa7 is the last that reads it$"
+    with pytest.raises(tg.UserError, match=message):
+        load(with_settings(small, COMPRESSOR=compressor), tmp_path, tokenizer)
+
+
+# ---- settings that are given for a score
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("EVAL_STRIDE", 4), ("EVAL_DOC_ISOLATED", 1), ("EVAL_SEQ_LEN", 32)]
+)
+@pytest.mark.parametrize("given", [None, 0, 8])
+def test_what_is_given_for_a_score_overrides_the_artifact_at_0_too(
+    tmp_path, tokenizer, small, name, own, given
+):
+    if name == "EVAL_DOC_ISOLATED" and given:
+        given = 1
+    asked = {} if given is None else {name: str(given)}
+    hp, _ = load(with_settings(small, **{name: str(own)}), tmp_path, tokenizer, **asked)
+    assert getattr(hp, name.lower()) == (own if given is None else given)
+
+
+def test_what_is_given_for_a_score_counts_where_the_header_lacks_it(tmp_path, tokenizer, small):
+    hp, _ = load(with_settings(small, ["EVAL_STRIDE"]), tmp_path, tokenizer, EVAL_STRIDE="8")
+    assert hp.eval_stride == 8
+
+
+def test_a_stride_that_was_trained_with_can_be_switched_off(run, tmp_path):
+    """The score is that of a model that never had one, of the same weights."""
+    never, own, off = (tmp_path / f"{name}.npy" for name in ("never", "own", "off"))
+    run("never", SAVE_NLL=never)
+    artifact = run("own", EVAL_STRIDE=16, SAVE_NLL=own) / "final_model.artifact"
+    run("off", EVAL_ONLY=1, ARTIFACT=artifact, EVAL_STRIDE=0, SAVE_NLL=off)
+    assert off.read_bytes() == never.read_bytes()
+    assert own.read_bytes() != never.read_bytes()
 
 
 # ---- atomic_write
