@@ -76,6 +76,16 @@ def device_problems(hp: core.Hyperparameters) -> list[str]:
     return [f"LOCAL_RANK={local}: there are {count} CUDA devices"] if 0 < count <= local else []
 
 
+def name_problems(hp: core.Hyperparameters) -> list[str]:
+    """Say what is wrong with the name of the run."""
+    name = hp.run_id
+    if hp.resume == "auto" and not name:
+        return ["RESUME=auto: needs RUN_ID, the run to go on with"]
+    if name in (".", "..") or re.search(r"[/\x00-\x1f\x7f]", name):
+        return [f"RUN_ID={name}: must be a plain file name"]
+    return []
+
+
 def place_problems(hp: core.Hyperparameters) -> list[str]:
     """Say which files and folders that the settings name are not there, or cannot be written."""
     data = Path(hp.data_path)
@@ -116,7 +126,7 @@ def surroundings_problems(
     hp: core.Hyperparameters, environ: Mapping[str, str], check_places: bool
 ) -> list[str]:
     """Say what is wrong with what surrounds a run: launcher, device, files and folders."""
-    problems = launcher_problems(environ) + device_problems(hp)
+    problems = launcher_problems(environ) + device_problems(hp) + name_problems(hp)
     return problems + place_problems(hp) if check_places else problems
 
 

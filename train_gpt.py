@@ -22,7 +22,6 @@ import difflib
 import fnmatch
 import functools
 import hashlib
-import importlib
 import importlib.util
 import io
 import itertools
@@ -235,12 +234,6 @@ def read_dotenv(path: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-def launched(name: str, default: int) -> int:
-    """Read what a launcher such as torchrun tells this process; `default` if it is no number."""
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else default
-
-
 def value_problems(hp: Hyperparameters) -> list[str]:
     """Say what is wrong between settings that are each valid."""
     batch = hp.train_batch_tokens
@@ -252,7 +245,6 @@ def value_problems(hp: Hyperparameters) -> list[str]:
     rotated = hp.rope_dims or head_dim
     odd_rope = hp.rope_dims % 2 or hp.rope_dims > head_dim
     unfit = hp.fit_budget == "sigma" and hp.quant_clip != "sigma"
-    plain = hp.run_id not in (".", "..") and not re.search(r"[/\x00-\x1f\x7f]", hp.run_id)
     width = f"heads of {head_dim} channels; rotary positions need an even number"
     rules = [
         (uneven, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
@@ -270,8 +262,6 @@ def value_problems(hp: Hyperparameters) -> list[str]:
         (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {CONTEXT} a rank"),
         (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
         (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
-        (hp.resume == "auto" and not hp.run_id, "{RESUME}: needs RUN_ID, the run to go on with"),
-        (not plain, "{RUN_ID}: must be a plain file name"),
         (unfit, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
     ]
     shown = {name: f"{name}={text}" for name, text in setting_texts(hp).items()}
@@ -294,12 +284,8 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
     problems += value_problems(hp)
     if keeper := find_keeper():
         problems += keeper.surroundings_problems(hp, environ, check_places)
-    else:
-        problems += [
-            f"{name}={getattr(hp, name.lower())}: needs keeper.py beside {Path(__file__).name}"
-            for name in ("SAVE_EVERY", "RESUME")
-            if getattr(hp, name.lower())
-        ]
+    elif hp.save_every or hp.resume:
+        problems.append(f"SAVE_EVERY, RESUME: need keeper.py beside {Path(__file__).name}")
     require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
     return hp
 
@@ -310,8 +296,7 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
     """Give scale·x / sqrt(mean(x²)) over the last dimension (arXiv 1910.07467); fp32's eps."""
-    eps = torch.finfo(torch.float32).eps
-    y = F.rms_norm(x, x.shape[-1:], eps=eps)
+    y = F.rms_norm(x, x.shape[-1:], eps=torch.finfo(torch.float32).eps)
     return y if scale == 1.0 else y * scale
 
 
@@ -321,12 +306,9 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Matrix(nn.Linear):
-    """A linear map by fp32 weights W, cast where they are used; by W + B·A with a `delta` (A, B).
+    """A linear map by fp32 weights W, cast where used; with a `delta` (A, B), by W + BA."""
 
-    A (..., r, in) and B (..., out, r) may be one for all sequences, or one for each.
-    """
-
-    delta: tuple[Tensor, Tensor] | None = None
+    delta: tuple[Tensor, Tensor] | None = None  # (..., r, in) and (..., out, r)
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -362,10 +344,8 @@ def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
     if hp.rope_scaling == "linear":
         f /= s
     elif hp.rope_scaling == "yarn":
-        slow = ((part - 0.25) / 0.75).clamp(0, 1)
-        f /= 1 + (s - 1) * slow
-    t = torch.arange(length).double()
-    angles = torch.outer(t, f)
+        f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
+    angles = torch.outer(torch.arange(length).double(), f)
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -374,19 +354,14 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     cos, sin = rotary
     r = 2 * rotary.size(-1)
     a, b = x[..., :r].chunk(2, dim=-1)
-    turned_a = a * cos + b * sin
-    turned_b = b * cos - a * sin
-    return torch.cat((turned_a, turned_b, x[..., r:]), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, x[..., r:]), dim=-1)
 
 
 Documents = Tensor | None  # bool (B, T), where documents start; attention crosses no start
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents = None) -> Tensor:
-    """Attend causally from q (B, H, T, Dh) to k and v (B, K, T, Dh): like q.
-
-    Nothing else in the model knows the kernels of attention.
-    """
+    """Attend causally from q (B, H, T, Dh) to k and v (B, K, T, Dh): like q."""
     sdpa = F.scaled_dot_product_attention
     gqa = q.size(1) != k.size(1)
     if documents is None:
@@ -397,10 +372,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents = None) -> Tens
 
 
 def exclude_own(y: Tensor, v: Tensor) -> Tensor:
-    """Take from y (B, H, T, Dh) what lies along the token's own value, of v (B, K, T, Dh).
-
-    Exclusive self-attention: y - (y·v)v/|v|² (arXiv 2603.09078).
-    """
+    """Take from y (B, H, T, Dh) its part along the own v: y - (y·v)v/|v|² (arXiv 2603.09078)."""
     own = F.normalize(v, dim=-1).unsqueeze(2)
     grouped = y.unflatten(1, (v.size(1), -1))
     along = (grouped * own).sum(-1, keepdim=True)
@@ -430,8 +402,7 @@ class Attention(nn.Module):
         q = rms_norm(q).transpose(1, 2)
         k = rms_norm(k).transpose(1, 2)
         v = v.transpose(1, 2)
-        q = q * self.q_gain.to(x.dtype)
-        q = rotate(q, rotary)
+        q = rotate(q * self.q_gain.to(x.dtype), rotary)
         k = rotate(k, rotary)
         y = attend(q, k, v, documents)
         return exclude_own(y, v) if self.exclusive else y
@@ -441,8 +412,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Map x (B, T, D) to what the residual stream gets, (B, T, D), scaled by `gains` (D)."""
         y = self.heads(x, rotary, documents)
-        y = y.transpose(1, 2).flatten(2)
-        return self.proj(y, gains)
+        return self.proj(y.transpose(1, 2).flatten(2), gains)
 
 
 class Block(nn.Module):
@@ -478,11 +448,7 @@ class Block(nn.Module):
 
 
 class BigramHash(nn.Module):
-    """A vector for each token and the one before it, from a table with a hash's row for each pair.
-
-    The row is (36313·t_i XOR 27191·t_{i-1}) mod (N - 1) of N. The last one is for `starts`, where
-    there is no token before.
-    """
+    """A vector for each pair of tokens: row (36313·t_i XOR 27191·t_{i-1}) mod (N - 1) of N."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         super().__init__()
@@ -492,11 +458,10 @@ class BigramHash(nn.Module):
 
     def forward(self, inputs: Tensor, starts: Tensor) -> Tensor:
         """Map tokens int64 (B, T) and `starts` bool (B, T) to vectors (B, T, D)."""
-        last = self.table.num_embeddings - 1
+        last = self.table.num_embeddings - 1  # for `starts`, where there is no token before
         pairs = 36313 * inputs ^ 27191 * inputs.roll(1, 1)
         rows = torch.where(starts, last, pairs % last)
-        vectors = self.expand(self.table(rows))
-        return self.bigram_scale * vectors
+        return self.bigram_scale * self.expand(self.table(rows))
 
 
 class Row(NamedTuple):
@@ -550,11 +515,6 @@ def row_of(name: str, hp: Hyperparameters) -> Row:
     raise UserError(f"parameter {name}: no row of parameter_table fits its name; add one")
 
 
-def is_control(name: str, hp: Hyperparameters) -> bool:
-    """Tell whether a parameter is a gain, scale or mix, which the artifact keeps as fp32."""
-    return row_of(name, hp).bits == 0
-
-
 @torch.no_grad()
 def initialize(p: Tensor, start: Any) -> None:
     """Set the first values of a parameter, as its row of the table says."""
@@ -562,12 +522,6 @@ def initialize(p: Tensor, start: Any) -> None:
         start(p)
     elif start is not None:
         p.copy_(torch.tensor(start))
-
-
-def nll_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Give the NLL in nats of targets (B, T), 0 if IGNORE, by logits (B, T, V): fp32 (B, T)."""
-    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return nll.view_as(targets)
 
 
 class GPT(nn.Module):
@@ -594,8 +548,7 @@ class GPT(nn.Module):
 
     def starts(self, inputs: Tensor) -> Tensor:
         """Find where nothing comes before a token: at BOS, and first in a row. Bool (B, T)."""
-        first = inputs.new_zeros(1)
-        return (inputs == self.bos).index_fill(1, first, True)
+        return (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Map tokens int64 (B, T) to the first residual stream (B, T, D)."""
@@ -610,10 +563,7 @@ class GPT(nn.Module):
         return x
 
     def trunk(self, x: Tensor, visits: list[int], documents: Documents = None) -> Tensor:
-        """Take the residual stream (B, T, D) through the blocks that `visits` lists.
-
-        What the first half of the visits gives, the second half is fed, the last one first.
-        """
+        """Take x (B, T, D) through the visited blocks; the first half feeds the second in turn."""
         T = x.size(1)
         rotary = self.short if self.short.size(1) >= T else self.long
         rotary = rotary[:, :T]
@@ -625,18 +575,18 @@ class GPT(nn.Module):
             skips.append(x)
         for i, layer in enumerate(visits[half:]):
             if skips:
-                weight = self.skip_weights[i].to(x.dtype)
-                x = x + weight * skips.pop()
+                x = x + self.skip_weights[i].to(x.dtype) * skips.pop()
             x = self.blocks[layer](x, x0, rotary, documents)
         return x
 
     def head(self, x: Tensor, *targets: Tensor) -> list[Tensor]:
         """Give the NLL of each of `targets`, int64 (B, T), on the same logits: fp32 (B, T)."""
         head = self.tok_emb if self.lm_head is None else self.lm_head
-        weight = head.weight.to(x.dtype)
-        logits = F.linear(rms_norm(x), weight).float()
+        logits = F.linear(rms_norm(x), head.weight.to(x.dtype)).float()
         logits = self.softcap * torch.tanh(logits / self.softcap)
-        return [nll_of(logits, t) for t in targets]
+        rows = logits.flatten(0, 1)
+        nll = [F.cross_entropy(rows, t.flatten(), reduction="none") for t in targets]
+        return [x.view_as(targets[0]) for x in nll]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Give the NLL of each target given its prefix: int64 (B, T) to fp32 (B, T)."""
@@ -647,10 +597,9 @@ class GPT(nn.Module):
 
 
 # ===================================== OPTIMIZERS =====================================
-# An optimizer of this file keeps its state in `optimizer.state`, by parameter, where checkpoints
-# find it; it may make it as late as in its first step. It honours `found_inf`, a number on the
-# device: if that is not 0, the gradients are all 0, and its step changes nothing. It takes the
-# learning rate from its groups at each step.
+# An optimizer keeps its state in `optimizer.state`, where checkpoints find it; it may make it as
+# late as in its first step. If `found_inf`, a number on the device, is not 0, gradients are 0, and
+# its step changes nothing. It takes the learning rate from its groups at each step.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -671,19 +620,15 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 
-Group = dict[str, Any]  # parameters and how to update them, as PyTorch's optimizers have it
-
-
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalized update; the matrices of a group are of one shape.
 
     M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM).
     """
 
-    def __init__(self, groups: list[Group], defaults: Group) -> None:
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
         super().__init__(groups, defaults)
-        first = groups[0]["params"][0]
-        self.found_inf = first.new_zeros(())
+        self.found_inf = groups[0]["params"][0].new_zeros(())
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -693,21 +638,20 @@ class Muon(torch.optim.Optimizer):
 
     def momentum(self, p: Tensor) -> Tensor:
         """Give M of a matrix, 0 at its first step."""
-        if p not in self.state:
+        if "momentum_buffer" not in self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return self.state[p]["momentum_buffer"]
 
-    def update(self, group: Group, bad: Tensor) -> None:
+    def update(self, group: dict[str, Any], bad: Tensor) -> None:
         """Update the matrices of a group, unless `bad` is set."""
         params = group["params"]
         lr = group["lr"]
-        mu = group["momentum"]
         grads = [p.grad for p in params]
         momenta = [self.momentum(p) for p in params]
-        kept = grads[0].new_full((), mu)
-        torch._foreach_mul_(momenta, kept.masked_fill_(bad, 1))
+        kept = grads[0].new_full((), group["momentum"]).masked_fill_(bad, 1)
+        torch._foreach_mul_(momenta, kept)
         torch._foreach_add_(momenta, grads)
-        nesterov = torch._foreach_add(grads, momenta, alpha=mu)
+        nesterov = torch._foreach_add(grads, momenta, alpha=group["momentum"])
         nesterov = torch.stack(nesterov).masked_fill_(bad, 0)
         updates = orthogonalize(nesterov.to(group["dtype"]), group["steps"])
         if group["weight_decay"]:
@@ -733,36 +677,18 @@ def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim
         group = {"params": [], "lr": row.lr, "base_lr": row.lr, "weight_decay": row.decay}
         group = groups[row.optimizer].setdefault(key, group)
         group["params"].append(p)
-    adam = [*groups["adam"].values()]
-    muon = [*groups["muon"].values()]
     optimizers = []
-    if adam:
+    if adam := [*groups["adam"].values()]:
         betas = (hp.beta1, hp.beta2)
-        adamw = torch.optim.AdamW(adam, 0.0, betas, hp.adam_eps, fused=True)
-        optimizers.append(adamw)
-    if muon:
+        optimizers.append(torch.optim.AdamW(adam, 0.0, betas, hp.adam_eps, fused=True))
+    if muon := [*groups["muon"].values()]:
         settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype}
         optimizers.append(Muon(muon, settings))
-    make_state(optimizers)
     return optimizers
 
 
-def make_state(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Make the state before the first step: Trainer looks for it when it is built."""
-    for optimizer in optimizers:
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            if isinstance(optimizer, Muon):
-                optimizer.momentum(p)
-                continue
-            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": p.new_zeros(()), **moments}
-
-
 def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
-    """Give the multiplier of all learning rates at `step`, `elapsed` seconds into training.
-
-    It is 1, then falls linearly to FINAL_LR_FRAC at the end: ITERATIONS or the wallclock cap.
-    """
+    """Scale all rates: 1, then linearly to FINAL_LR_FRAC at ITERATIONS or the wallclock cap."""
     left = hp.iterations - step
     cap = hp.max_wallclock_seconds
     if cap and step and elapsed:
@@ -774,12 +700,6 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
         return 1.0
     share = min(1.0, max(0.0, left / warmdown))
     return share + (1 - share) * hp.final_lr_frac
-
-
-def muon_momentum(hp: Hyperparameters, step: int) -> float:
-    """Momentum of Muon at `step`: linearly up to MUON_MOMENTUM, then constant."""
-    ramp = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
-    return (1 - ramp) * hp.muon_momentum_warmup_start + ramp * hp.muon_momentum
 
 
 # ===================================== DATA =====================================
@@ -800,10 +720,9 @@ def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
 
 def shard_size(path: Path) -> int:
     """Read how many tokens a shard has. Raises UserError if the file is not a whole shard."""
-    header = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0]
-    known = tuple(header[:2]) == SHARD_MAGIC
+    magic, version, count = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
+    known = (magic, version) == SHARD_MAGIC
     require(known, f"{path}: not a token shard: no {SHARD_MAGIC} in it")
-    count = header[2]
     whole = count > 0 and path.stat().st_size == SHARD_HEADER_BYTES + 2 * count
     require(whole, f"{path}: truncated or damaged: not as long as {count} tokens; get it again")
     return count
@@ -853,13 +772,11 @@ class TokenStream:
 
 
 def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tensor]]:
-    """Yield the micro-batches of each step from `first` on, int64 (2, rows, T), loaded ahead.
-
-    Step s is the tokens from s·TRAIN_BATCH_TOKENS on, of which each rank has a contiguous share.
-    """
+    """Yield the micro-batches of each step from `first` on, int64 (2, rows, T), loaded ahead."""
     step_tokens = run.hp.train_batch_tokens
     T = run.hp.train_seq_len
     total = step_tokens // T
+    # Each rank has a contiguous share of the tokens from s·TRAIN_BATCH_TOKENS on, for step s.
     start = total * run.rank // run.world_size
     stop = total * (run.rank + 1) // run.world_size
     # All micro-batches of all ranks have one shape, that one compiled graph serves.
@@ -869,13 +786,11 @@ def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tens
     padding = (start - stop) % rows * T
 
     def load(step: int) -> list[Tensor]:
-        begin = step * step_tokens + start * T
-        span = stream.read(begin, (stop - start) * T + 1)
+        span = stream.read(step * step_tokens + start * T, (stop - start) * T + 1)
         tokens = torch.from_numpy(span.astype(np.int64))
         inputs = F.pad(tokens[:-1], (0, padding))
         targets = F.pad(tokens[1:], (0, padding), value=IGNORE)
-        shape = (-1, rows, T)
-        pairs = torch.stack((inputs.view(shape), targets.view(shape)), dim=1)
+        pairs = torch.stack((inputs.view(-1, rows, T), targets.view(-1, rows, T)), dim=1)
         if run.device.type == "cuda":
             pairs = pairs.pin_memory()
         return list(pairs.to(run.device, non_blocking=True))
@@ -919,10 +834,8 @@ class ByteTable:
 
     def lengths(self, tokens: np.ndarray) -> np.ndarray:
         """Count the bytes of tokens[1:], each given the one before: (N,) to int64 (N - 1,)."""
-        before = tokens[:-1]
-        tokens = tokens[1:]
-        spaces = self.lead[tokens] & ~self.silent[before]
-        return self.base[tokens] + spaces
+        spaces = self.lead[tokens[1:]] & ~self.silent[tokens[:-1]]
+        return self.base[tokens[1:]] + spaces
 
 
 class Tokenizer(ByteTable):
@@ -934,8 +847,7 @@ class Tokenizer(ByteTable):
             self.sp = SentencePieceProcessor(model_proto=read_once(path))
         except Exception as error:
             raise UserError(f"{path}: not a SentencePiece model: {error}") from None
-        size = len(self.sp)
-        require(size == hp.vocab_size, f"{path}: {size} pieces, not VOCAB_SIZE")
+        require(len(self.sp) == hp.vocab_size, f"{path}: {len(self.sp)} pieces, not VOCAB_SIZE")
         super().__init__(self.sp)
         self.bos = self.sp.bos_id()
         self.unknown = self.sp.unk_id()
@@ -950,22 +862,17 @@ class Tokenizer(ByteTable):
             self.border = self.silent | self.space  # no piece is of several words
 
     def audit(self, tokens: np.ndarray, prose: bool = True) -> None:
-        """Compare `lengths` with the decoded text of each document of tokens, uint16 (N,).
-
-        Raises UserError; also if it is to be prose, but does not encode to its tokens again.
-        """
-        has_word = self.plain or self.byte_level
-        require(has_word, f"byte audit: no piece is a plain word; {ADVICE}")
-        later_documents = 1 + np.flatnonzero(tokens[1:] == self.bos)
-        for number, ids in enumerate(np.split(tokens, later_documents)):
+        """Compare `lengths` with the text of each document, and encode prose again."""
+        require(self.plain or self.byte_level, f"byte audit: no piece is a plain word; {ADVICE}")
+        starts = 1 + np.flatnonzero(tokens[1:] == self.bos)
+        for number, ids in enumerate(np.split(tokens, starts)):
             count = self.base[ids[0]] + self.lengths(ids).sum()
             size = self.decoded_bytes(ids)
             what = f"document {number} counts {count} bytes, but decodes to {size}"
             require(count == size, f"byte audit: validation {what}; {ADVICE}")
         if prose:
             self.audit_words(tokens)
-        has_text = self.lengths(tokens).any()
-        require(has_text, "byte audit: the validation tokens hold no text")
+        require(self.lengths(tokens).any(), "byte audit: the validation tokens hold no text")
 
     def decoded_bytes(self, ids: np.ndarray) -> int:
         """Count the UTF-8 bytes that tokens decode to, less spaces that follow a silent token."""
@@ -984,22 +891,17 @@ class Tokenizer(ByteTable):
         """Count byte tokens that form no character: each decodes to U+FFFD, of three bytes."""
         raw = bytearray(len(ids))
         for place in np.flatnonzero(self.byte[ids]):
-            piece = self.pieces[ids[place]]  # <0xFF>
-            raw[place] = int(piece[3:5], 16)
+            raw[place] = int(self.pieces[ids[place]][3:5], 16)  # of <0xFF>
         text = raw.decode("utf-8", "surrogateescape")
         return sum("\udc80" <= char <= "\udcff" for char in text)
 
     def words(self, tokens: np.ndarray) -> Iterator[tuple[bool, tuple[int, ...]]]:
-        """Yield the words of a stretch of a stream, each with whether it begins a text.
-
-        A word is a space and what follows, and is encoded by itself. What touches an unknown piece
-        is left out, and so are spaces at the end of a text, which are stripped.
-        """
+        """Yield the words of a stretch, each a space and what follows; and if it begins a text."""
         borders = np.flatnonzero(self.border[tokens]).tolist()
         for start, end in itertools.pairwise(borders):
             begin = start + int(self.silent[tokens[start]])
             word = tokens[begin:end].tolist()
-            if self.space[word].all():
+            if self.space[word].all():  # at the end of a text, decoding leaves them out
                 continue
             before = tokens[begin - 1] if begin else None
             unknown = before == self.unknown
@@ -1009,12 +911,7 @@ class Tokenizer(ByteTable):
             yield bool(begins_text), tuple(word)
 
     def audit_words(self, tokens: np.ndarray) -> None:
-        """Decode words from all over the stream, and encode them again.
-
-        Words of the tokenizer's own text give their tokens. Of another tokenizer's text, or of
-        tokens in disorder, about one in ten gives others. Raises UserError if over 1 in 1000 tokens
-        is in such a word.
-        """
+        """Encode decoded words: 1 in 1000 may differ; of another tokenizer, one in ten would."""
         counts = collections.Counter()
         for stretch in stretches(tokens):
             counts.update(self.words(stretch))
@@ -1035,8 +932,7 @@ class Tokenizer(ByteTable):
                 example = example or text
         what = "of the validation documents are in text that encodes to other tokens"
         problem = f"{wrong} of {judged} tokens {what}, such as {example!r}"
-        has_space = self.byte_level or SPACE in self.pieces
-        ours = has_space and wrong <= judged / 1000 + 4
+        ours = wrong <= judged / 1000 + 4 and (self.byte_level or SPACE in self.pieces)
         require(ours, f"byte audit: {problem}; {ADVICE}")
 
 
@@ -1045,16 +941,15 @@ def stretches(tokens: np.ndarray) -> list[np.ndarray]:
     if len(tokens) <= AUDITED_TOKENS:
         return [tokens]
     length = 2**12
-    random = np.random.default_rng(0)
-    starts = random.integers(len(tokens) - length, size=AUDITED_TOKENS // length)
+    most = len(tokens) - length
+    starts = np.random.default_rng(0).integers(most, size=AUDITED_TOKENS // length)
     return [tokens[start : start + length] for start in starts]
 
 
 class Validation:
-    """The audited validation tokens, and how many bytes of text they stand for.
+    """The audited tokens, uint16 (N,), and how many bytes all but the first of a stream stand for.
 
-    `tokens`, uint16 (N,), are streams from `starts[i]` to `starts[i + 1]`. `text_bytes` counts all
-    but the first token of each stream, as the tokens decode, or as the sidecar says.
+    Streams are from `starts[i]` to `starts[i + 1]`. The sidecar, if there is one, counts the bytes.
     """
 
     def __init__(self, run: Run) -> None:
@@ -1102,11 +997,10 @@ class Validation:
 
 
 def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
-    """Plan what scoring reads of a stream: int64 (W, 3).
+    """Plan the windows of a stream: first input, end, and first one with a scored target, (W, 3).
 
-    A window is its first input, the end of its inputs, and the first input whose target is scored
-    there. The first window of the stream, or with EVAL_DOC_ISOLATED of a document, scores all that
-    it holds, and each next one begins EVAL_STRIDE later, wherever the text ends.
+    The first window of the stream, or of a document if these are isolated, scores all that it
+    holds, and each next one begins EVAL_STRIDE later, wherever the text ends.
     """
     length = hp.eval_seq_len or hp.train_seq_len
     stride = hp.eval_stride or length
@@ -1123,12 +1017,9 @@ def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
 
 
 def row_lengths(used: np.ndarray, hp: Hyperparameters) -> np.ndarray:
-    """Choose how long the row of each window is, of which it uses so much: int64 (W,).
-
-    Documents and streams may be short, so rows have up to four lengths; but one if rotary tables
-    are scaled, since the table would then tell how long the document is.
-    """
+    """Choose a row's length for each window, int64 (W,): one of four, as documents may be short."""
     longest = hp.eval_seq_len or hp.train_seq_len
+    # A scaled rotary table would tell how long the document is.
     scaled = hp.rope_scaling != "none" and longest > hp.train_seq_len
     short = hp.eval_doc_isolated or hp.score_streams
     lengths = np.array([longest])
@@ -1138,26 +1029,19 @@ def row_lengths(used: np.ndarray, hp: Hyperparameters) -> np.ndarray:
 
 
 def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield this rank's inputs, targets, and indices of their NLL, int64 (B, T) each.
-
-    A target that is not scored in its row is IGNORE, and has the last index.
-    """
+    """Yield inputs, targets or IGNORE, and indices of their NLL or the last one: int64 (B, T)."""
     hp = run.hp
     last = len(val.tokens) - 1
     tokens = torch.from_numpy(val.tokens.astype(np.int32))
     tokens = F.pad(tokens, (0, 1), value=IGNORE).to(run.device)
     streams = itertools.pairwise(val.starts)
-    plans = [windows(val.tokens[a:b], hp) + a for a, b in streams]
-    spans = np.concatenate(plans)
-    used = spans[:, 1] - spans[:, 0]
-    lengths = row_lengths(used, hp)
-    share = hp.val_batch_size // run.world_size
-    most = min(share, run.forward_rows * hp.train_seq_len)
+    spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
+    lengths = row_lengths(spans[:, 1] - spans[:, 0], hp)
+    most = min(hp.val_batch_size // run.world_size, run.forward_rows * hp.train_seq_len)
     for T in np.unique(lengths).tolist():
         rows = max(1, most // T)
         group = torch.from_numpy(spans[lengths == T])
-        empty = -len(group) % rows
-        group = F.pad(group, (0, 0, 0, empty)).to(run.device)
+        group = F.pad(group, (0, 0, 0, -len(group) % rows)).to(run.device)
         for part in group.split(rows)[run.rank :: run.world_size]:
             first, stop, scored = part.T[..., None]
             at = first + torch.arange(T, device=run.device)
@@ -1170,10 +1054,7 @@ def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Tensor, Tensor,
 
 @torch.no_grad()
 def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
-    """Score each token but the first: NLL in nats, float32 (N - 1,); its mean, and bits per byte.
-
-    The first token of a later stream has 0. The result is the same on any number of ranks.
-    """
+    """Score each token but a stream's first: NLL in nats, float32 (N - 1,); its mean, and BPB."""
     # All NLL stays on the device until the end; the last one is for what is not scored.
     nll = torch.zeros(len(val.tokens), device=run.device)
     for inputs, targets, indices in scoring_batches(val, run):
@@ -1182,10 +1063,9 @@ def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[s
         dist.all_reduce(nll)  # each element is set on one rank and zero on the others
     nll = nll[:-1].cpu().numpy()
     nats = float(nll.sum(dtype=np.float64))
-    streams = len(val.starts) - 1
-    mean = nats / (len(val.tokens) - streams)
+    count = len(val.tokens) - (len(val.starts) - 1)
     bits = nats / math.log(2)
-    return nll, {"val_loss": mean, "val_bpb": bits / val.text_bytes}
+    return nll, {"val_loss": nats / count, "val_bpb": bits / val.text_bytes}
 
 
 def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
@@ -1197,8 +1077,8 @@ def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
     path.mkdir(exist_ok=True)
     spans = itertools.pairwise(val.starts)
     for shard, (start, end) in zip(val.paths, spans, strict=True):
-        part = nll[start : end - 1]
-        atomic_write(path / f"{shard.stem}.npy", functools.partial(np.save, arr=part))
+        write = functools.partial(np.save, arr=nll[start : end - 1])
+        atomic_write(path / f"{shard.stem}.npy", write)
 
 
 # ===================================== ARTIFACT =====================================
@@ -1226,11 +1106,11 @@ def rans_frequencies(symbols: np.ndarray) -> np.ndarray:
 
 
 def rans_encode(arrays: list[np.ndarray]) -> bytes:
-    """Code int8 arrays, each within 0.5% of its order-0 entropy.
+    """Code int8 arrays, each within 0.5% of its order-0 entropy, by rANS (arXiv 1311.2540).
 
-    Range asymmetric numeral systems (arXiv 1311.2540). Each array has a table of frequencies f (sum
-    2^14, cumulated c). A lane is a state x in [2^16, 2^32): x ← (x // f)·2^14 + x mod f + c, after
-    a word of 16 bits has left if x ≥ f·2^18. Decoding runs backwards: encoding starts at the end.
+    Each array has frequencies f (sum 2^14, cumulated c). A lane is a state x in [2^16, 2^32):
+    x ← (x // f)·2^14 + x mod f + c, after a word of 16 bits has left if x ≥ f·2^18. Decoding runs
+    backwards: encoding starts at the end.
     """
     width = np.clip(sum(array.size for array in arrays) // RANS_LANE, 1, 2048)
     lanes = np.full(width, RANS_START, np.uint32)
@@ -1343,14 +1223,11 @@ def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
     """List NumPy type and shape of the arrays that a parameter is stored as."""
     if bits_of(name, w, hp):
         return [["<f2", [len(w), 1]], ["|i1", [*w.shape]]]
-    return [["<f4" if is_control(name, hp) else "<f2", [*w.shape]]]
+    return [["<f4" if row_of(name, hp).bits == 0 else "<f2", [*w.shape]]]
 
 
 def stored_arrays(name: str, w: Tensor, hp: Hyperparameters, pruned: float) -> list[np.ndarray]:
-    """Make the arrays, by `layout`, whose product stands for a parameter.
-
-    Of the levels of a matrix, the share `pruned`, of its smallest weights, becomes 0.
-    """
+    """Make the arrays whose product stands for a parameter; a share of levels is `pruned` to 0."""
     bits = bits_of(name, w, hp)
     array = w.float().cpu().contiguous().numpy()
     if not bits:
@@ -1402,10 +1279,8 @@ def open_artifact(data: bytes) -> tuple[dict[str, Any], IO[bytes], bytes]:
 
 
 def read_settings(header: dict[str, Any], hp: Hyperparameters) -> Hyperparameters:
-    """Take the model's settings from a header, but not EVAL_* that were given for this score.
-
-    What it lacks was at its default when the artifact was made. Raises UserError or ValueError.
-    """
+    """Take the model's settings from a header, but for EVAL_* that were given for this score."""
+    # What it lacks was at its default when the artifact was made.
     values = {name: FIELDS[name].default for name in MODEL_SETTINGS}
     for name, text in header["settings"].items():
         named = f"{name}={text}"
@@ -1502,11 +1377,10 @@ def fill_budget(
 
 
 def fit_artifact(model: GPT, run: Run) -> bytes:
-    """Pack the artifact. With FIT_BUDGET, it is the largest that fits the cap beside the code.
+    """Pack the artifact. With FIT_BUDGET, it fills at least 99.7% of the cap beside the code.
 
-    At most 0.3% of the cap stays empty. "sigma" searches log2 k, of which a unit is a bit a weight
-    by the size law. "prune" searches the share of levels to set to 0, if there is too much. What
-    was done is logged.
+    "sigma" searches log2 k, of which a unit is a bit a weight by the size law. "prune" searches the
+    share of levels to set to 0, if there is too much.
     """
     hp = run.hp
     state = model.state_dict()
@@ -1544,6 +1418,12 @@ FINISH = 10  # as SIGUSR1 asks: train no further, and export
 FAILED = 1000  # over the numbers of all signals: a rank cannot go on
 
 
+def launched(name: str, default: int) -> int:
+    """Read what a launcher such as torchrun tells this process; `default` if it is no number."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
 @functools.cache
 def read_once(path: str) -> bytes:
     """Read a file once: what a run was started with counts, whatever is edited meanwhile."""
@@ -1570,10 +1450,7 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 @functools.cache
 def find_keeper() -> ModuleType | None:
-    """Import keeper.py, if it stands beside this file and can run here.
-
-    It protects, resumes and explains a run. Without it, the run ends on the same bits.
-    """
+    """Import keeper.py, which protects, resumes and explains a run, if it is beside this file."""
     is_posix = importlib.util.find_spec("fcntl") is not None
     if not is_posix or not Path(__file__).with_name("keeper.py").is_file():
         return None
@@ -1636,8 +1513,9 @@ class Run:
         if self.keeper:
             parts.insert(1, self.keeper.source)
         print(f"\n{'=' * 100}\n".join(parts), file=self.text)
-        is_cuda = self.device.type == "cuda"
-        device = torch.cuda.get_device_name() if is_cuda else self.device.type
+        device = self.device.type
+        if device == "cuda":
+            device = torch.cuda.get_device_name()
         line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
         line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size} "
         line += f"attention:{attention}"
@@ -1704,10 +1582,8 @@ class Run:
 
 def choose_device(hp: Hyperparameters, local_rank: int) -> torch.device:
     """Take the device that DEVICE names, or the first kind that is there."""
-    kind = hp.device
-    if kind == "auto":
-        there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
-        kind = next(there)
+    there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
+    kind = next(there) if hp.device == "auto" else hp.device
     return torch.device(kind, local_rank if kind == "cuda" else None)
 
 
@@ -1760,10 +1636,7 @@ ATTENTION_ERROR = 0.03  # at any position, of its norm; rounding to bf16 makes u
 
 
 def choose_attention(run: Run) -> str:
-    """Use the kernel that ATTENTION names, or the fastest that runs here and is right; its name.
-
-    Raises UserError if there is none.
-    """
+    """Use the kernel that ATTENTION names, or the fastest one that is right; return its name."""
     place = run.device.type if run.dtype == torch.bfloat16 else "fp32"
     names = [run.hp.attention]
     if run.hp.attention == "auto":
@@ -1831,10 +1704,7 @@ def attention_backend(run: Run) -> str:
 
 
 def attention_problem(run: Run) -> str:
-    """Compare attention and its gradients with plain products in fp32: what is wrong, or nothing.
-
-    Each position is compared: kernels have been wrong at a few alone (PyTorch issue 196678).
-    """
+    """Compare attention and its gradients with plain products in fp32: say what is wrong."""
     *inputs, grad = attention_inputs(run)
 
     def results(dtype: torch.dtype) -> list[Tensor]:
@@ -1849,6 +1719,7 @@ def attention_problem(run: Run) -> str:
     with sdpa_kernel(SDPBackend.MATH):
         exact = results(torch.float32)
     for name, a, b in zip(("result", "dq", "dk", "dv"), ours, exact, strict=True):
+        # At each position: kernels have been wrong at a few alone (PyTorch issue 196678).
         errors = (a.float() - b).norm(dim=(1, 3)) / b.norm(dim=(1, 3))
         first = 1 if name == "dq" else 0  # the first query has one key: its dq is 0
         error = float(errors[:, first:].max())
@@ -1862,11 +1733,7 @@ AHEAD = {"cuda": 2}  # steps that the host asks for, at most, before the device 
 
 
 def divide(sizes: dict[str, int], ranks: int) -> tuple[dict[str, tuple[int, int]], int]:
-    """Divide tensors of these sizes among equal shares of a buffer, each wholly into one.
-
-    Returns the owner of each and its offset in the owner's share, and the width of a share, whose
-    last element stays free.
-    """
+    """Place tensors whole in equal shares: owners, offsets, and a width with one to spare."""
     loads = [0] * ranks
     places = {}
     for name in sorted(sizes, key=sizes.get, reverse=True):
@@ -1881,11 +1748,11 @@ def later(number: Tensor) -> Callable[[], float]:
     host = number.to("cpu", non_blocking=number.is_cuda)
     if not number.is_cuda:
         return host.item
-    event = torch.cuda.Event()
-    event.record()
+    copied = torch.cuda.Event()
+    copied.record()
 
     def wait() -> float:
-        event.synchronize()
+        copied.synchronize()
         return host.item()
 
     return wait
@@ -1894,10 +1761,9 @@ def later(number: Tensor) -> Callable[[], float]:
 class Trainer:
     """Train a model: its data, gradients and optimizers on one rank.
 
-    Each rank owns a share of the parameters (ZeRO, arXiv 1910.02054), each of them whole. The
-    weights of all shares are one buffer, fp32 (ranks, width), and so are the gradients; parameters
-    are views of these. A rank sums the gradients of its share over the ranks (reduce-scatter),
-    updates its share, and hands it to all (all-gather). The last gradient of a share is the loss.
+    Each rank owns a share of the parameters (ZeRO, arXiv 1910.02054). The weights of all shares are
+    one buffer, fp32 (ranks, width), of which parameters are views; the gradients are another. A
+    rank sums the gradients of its share, updates it, and hands it to all. The last one is the loss.
     """
 
     def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
@@ -1943,10 +1809,7 @@ class Trainer:
             self.run.fail(f"the training data cannot be read any more: {error}")
 
     def step(self, step: int, elapsed: float, dry: bool = False) -> Tensor:
-        """Update the weights from the next global batch; its mean loss in nats, fp32 ().
-
-        If `dry`, or loss or gradient is not finite, only `bad_in_a_row` changes. No rank waits.
-        """
+        """Update the weights, unless `dry` or not finite, from a batch; its mean loss, fp32 ()."""
         hp = self.run.hp
         self.accumulate()
         grads = self.grads[self.run.rank]
@@ -1992,7 +1855,8 @@ class Trainer:
         """Let the optimizers update the own share, and move its average: e ← d·e + (1 - d)·w."""
         hp = self.run.hp
         scale = lr_scale(hp, step, elapsed)
-        momentum = muon_momentum(hp, step)
+        ramp = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
+        momentum = (1 - ramp) * hp.muon_momentum_warmup_start + ramp * hp.muon_momentum
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group.update(lr=group["base_lr"] * scale, momentum=momentum)
@@ -2061,10 +1925,7 @@ def report(event: str, losses: dict[str, float], step: int, elapsed: float, run:
 def train(
     trainer: Trainer, val: Validation, run: Run, step: int, elapsed: float
 ) -> tuple[int, float]:
-    """Train until ITERATIONS, the wallclock cap, or a signal; the last step, and the seconds.
-
-    The clock stands in validation, and while a checkpoint is copied.
-    """
+    """Train until ITERATIONS, the wallclock cap, or a signal; the last step, and the seconds."""
     hp = run.hp
     keeper = run.keeper
     start = run.clock(synchronize=True) - elapsed
@@ -2135,8 +1996,6 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
 
 
 # ===================================== MAIN =====================================
-
-
 def score_artifact(path: Path, model: GPT, forward: Forward, val: Validation, run: Run) -> None:
     """Log an artifact's score and size, and write SAVE_NLL. Raises UserError if it is too large."""
     if run.rank == 0:

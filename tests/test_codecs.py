@@ -415,3 +415,9 @@ def test_a_rans_stream_that_does_not_end_in_the_first_state_is_refused(state):
     data = tg.rans_encode([np.zeros(50, np.int8)])
     with pytest.raises((ValueError, tg.UserError)):
         tg.rans_decode(struct.pack("<I", state) + data[4:], [50])
+
+
+@pytest.mark.parametrize("sizes", [[], [50]])
+def test_a_rans_stream_without_states_is_refused(sizes):
+    with pytest.raises((ValueError, tg.UserError)):
+        tg.rans_decode(b"", sizes)

@@ -172,6 +172,21 @@ def test_the_artifact_of_a_fit_has_the_levels_of_its_sigma(tokenizer, tmp_path):
     assert np.abs(weights[name].numpy() - w).max() <= (0.51 * step).max()
 
 
+@pytest.mark.parametrize("jump", [3.3, 4.9, 6.1, 8.7, 11.1])
+def test_fit_takes_the_largest_that_fits_of_all_it_tried(tokenizer, monkeypatch, jump):
+    """Sizes that jump over what would fill the cap: the last try need not be the best."""
+    tried = []
+
+    def pack(state, hp, pruned=0.0):
+        x = float(np.log2(hp.quant_sigma))
+        tried.append(int(1000 * (900 if x < jump else 500) - x))
+        return bytes(tried[-1])
+
+    monkeypatch.setattr(tg, "pack_artifact", pack)
+    data, _ = fit(gaussian_model(288), fit_settings(tokenizer, "sigma", 288), CODE + 700_000)
+    assert len(data) == max(size for size in tried if size <= 700_000)
+
+
 # ---- where nothing is to be done, or not enough can be
 
 
