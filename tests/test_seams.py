@@ -62,10 +62,10 @@ class Gated(tg.Attention):
 
     def __init__(self, hp, layer):
         super().__init__(hp, layer)
-        self.gate = tg.Matrix(12, hp.num_heads)
+        self.head_gates = tg.Matrix(12, hp.num_heads)
 
     def heads(self, x, rotary, documents):
-        gates = torch.sigmoid(self.gate(x[..., :12])).mT.unsqueeze(-1)
+        gates = torch.sigmoid(self.head_gates(x[..., :12])).mT.unsqueeze(-1)
         return gates * super().heads(x, rotary, documents)
 
 
@@ -73,18 +73,18 @@ class Gated(tg.Attention):
 def gated(monkeypatch):
     """Let GPT have Gated for its attention."""
     table = tg.parameter_table
-    row = tg.Row("*.attn.gate.weight", "adam", 0.02, 0.0, 0.0, 8)
+    row = tg.Row("*.attn.head_gates.weight", "adam", 0.02, 0.0, 0.0, 8)
     monkeypatch.setattr(tg, "parameter_table", lambda hp: [row, *table(hp)])
     monkeypatch.setattr(tg, "Attention", Gated)
 
 
 def test_a_gate_of_zero_halves_the_output_of_attention(gated, monkeypatch):
     model, batch = double_model(), tokens()
-    plain = {name: p for name, p in model.state_dict().items() if "gate" not in name}
+    plain = {name: p for name, p in model.state_dict().items() if "head_gates" not in name}
     with torch.no_grad():
         for block in model.blocks:
-            assert block.attn.gate.weight.shape == (4, 12)
-            block.attn.gate.weight.zero_()
+            assert block.attn.head_gates.weight.shape == (4, 12)
+            block.attn.head_gates.weight.zero_()
         half = model(*batch)
     monkeypatch.setattr(tg, "Attention", Gated.__base__)
     other = double_model()
@@ -101,7 +101,7 @@ def test_a_gate_is_learned_and_compiled(gated):
     with torch.no_grad():
         close(compiled(model)(*batch), model(*batch))
     compiled(model)(*batch).sum().backward()
-    assert all(block.attn.gate.weight.grad.abs().max() > 0 for block in model.blocks)
+    assert all(block.attn.head_gates.weight.grad.abs().max() > 0 for block in model.blocks)
     names = dict(model.named_parameters())
     adam = tg.build_optimizers(names, tg.Run(settings()))[0]
     (group,) = (group for group in adam.param_groups if group["lr"] == 0.02)
