@@ -1202,9 +1202,8 @@ def bits_of(name: str, w: Tensor, hp: Hyperparameters) -> int:
 def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
     """Round rows of fp32 w to levels: fp16 scales (rows, 1), and int8 of w's shape.
 
-    Levels go up to ±Q, Q = 2^(bits-1) - 1. QUANT_CLIP says where they end. rowmax: at the largest
-    value, but no step is finer than σ/40, whose noise is 0.7% of σ. sigma: at k·σ, and they cost
-    about log2(Q/k) + 2.05 bits (SDClip).
+    Levels go up to ±Q, Q = 2^(bits-1) - 1. rowmax: they end at the largest value, but no step is
+    finer than σ/40. sigma: at k·σ, and they cost about log2(Q/k) + 2.05 bits (SDClip).
     """
     top = 2 ** (bits - 1) - 1
     sigma = w.std(1, keepdims=True)
@@ -1333,8 +1332,7 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # crafted content can raise anything
         raise UserError(f"{path}: malformed, or not for these settings: {error}") from None
-    tokenizer = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest()
-    same = tokenizer == header.get("tokenizer")
+    same = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest() == header.get("tokenizer")
     require(same, f"{hp.tokenizer_path}: not the tokenizer that {path} was trained with")
     return hp, weights
 
@@ -1618,13 +1616,6 @@ def compile_model(model: GPT) -> Forward:
     """Compile a model, for a batch of any shape when it first comes."""
     torch._dynamo.config.recompile_limit = GRAPHS
     return torch.compile(model, dynamic=False, fullgraph=True)
-
-
-def choose_forward(model: GPT, run: Run) -> Forward:
-    """Take the model itself, or compile it; with the keeper, for as long as that works."""
-    if not run.compile:
-        return model
-    return run.keeper.compiled(model) if run.keeper else compile_model(model)
 
 
 # PyTorch first tries the kernel that is asked for, then these in turn. FlashAttention 3 and 4 are
@@ -2054,7 +2045,9 @@ def do_run(run: Run, artifact: Path) -> int:
         run.hp = dataclasses.replace(run.hp, bos=val.bos)
     run.start()
     model = GPT(run.hp, run.dtype).to(run.device)
-    forward = choose_forward(model, run)
+    forward = model
+    if run.compile:
+        forward = run.keeper.compiled(model) if run.keeper else compile_model(model)
     run.log(val.note)
     if run.keeper:
         run.keeper.explain_validation(val)
@@ -2079,15 +2072,13 @@ def run_program() -> None:
             dist.barrier()
             os._exit(code)  # gloo's threads now and then abort a regular exit
         sys.exit(code)
-    except BrokenPipeError:
+    except (UserError, OSError) as problem:
         if keeper:
             keeper.flush_console()
-        sys.exit(1)  # nobody reads what was asked for
-    except (UserError, OSError) as problem:
+        if isinstance(problem, BrokenPipeError):
+            sys.exit(1)  # nobody reads what was asked for
         # Before they meet, the ranks of a node find the same problems. The first one speaks; the
         # others do if no launcher has ended them by then.
-        if keeper:
-            keeper.flush_console()
         first = os.environ.get("LOCAL_RANK", "0") in ("", "0")
         time.sleep(0 if first or dist.is_initialized() else 2)
         sys.exit(f"{Path(__file__).name}: error: {problem}" if str(problem) else 1)

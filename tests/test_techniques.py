@@ -800,7 +800,7 @@ def test_average_equals_its_definition(data_folder):
         trainer.step(step, 0.0)
         weights = weights_of(trainer)
         expected = [0.7 * e + 0.3 * w for e, w in zip(expected, weights, strict=True)]
-        averages = [trainer.view(name, trainer.average) for name in trainer.params]
+        averages = [trainer.within(name, trainer.average) for name in trainer.params]
         for e, average in zip(expected, averages, strict=True):
             assert average.dtype == torch.float32
             torch.testing.assert_close(average.double(), e, atol=1e-6, rtol=0)
