@@ -4,16 +4,21 @@ Recorded digests would hold for one kind of processor, so both scripts run. Ever
 change a result is at a value other than its default in one of the cases at least.
 """
 
+import functools
 import json
 import re
 import runpy
 import shutil
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import zstandard
 from conftest import REPO, at, events, load_weights, tiny_settings
 from programs import SCRIPT, Program, Server, loss_lines
+
+import train_gpt
 
 FROZEN = REPO / "records" / "frozen" / "train_gpt.py"
 
@@ -85,10 +90,33 @@ def job(dataset, folder: Path, script: Path, **changed: object) -> Job:
     return Job(folder, script, tiny_settings(dataset, folder, **SMALL | own | changed))
 
 
+@functools.cache
+def frozen_names() -> dict[str, object]:
+    """The names of the frozen script."""
+    return runpy.run_path(str(FROZEN))
+
+
+def new_settings() -> set[str]:
+    """The settings that artifacts carry today, and did not when the script was frozen."""
+    return set(train_gpt.MODEL_SETTINGS) - set(frozen_names()["MODEL_SETTINGS"])
+
+
+def artifact_of(job: Job) -> tuple[dict, bytes, bytes]:
+    """The header of a run's artifact without new settings, its floats, and its coded levels."""
+    content = (job.folder / "run/final_model.artifact").read_bytes()
+    text_size, head_size = struct.unpack("<II", content[8:16])
+    head = zstandard.ZstdDecompressor().stream_reader(content[48 : 48 + head_size]).read()
+    header = json.loads(head[:text_size])
+    for name in new_settings():
+        header["settings"].pop(name, None)
+    return header, head[text_size:], content[48 + head_size :]
+
+
 def told(job: Job, kinds: tuple[str, ...] = ("train", "val", "final")) -> list[str]:
     """The losses of a run's metrics in full precision, each step's once, without times and sizes
     of the code."""
-    keep = re.compile("event|step|.*loss|val_bpb|artifact_bytes")
+    sizes = "" if new_settings() else "|artifact_bytes"
+    keep = re.compile(f"event|step|.*loss|val_bpb{sizes}")
     lines = []
     for event in events(job.folder / "run"):
         if event["event"] in kinds:
@@ -117,8 +145,10 @@ def assert_same_bits(ours: Job, frozen: Job, *printed: str) -> None:
         if tensor.numpy().tobytes() != weights[1][name].numpy().tobytes()
     ]
     assert different == []
-    artifacts = [job.folder / "run" / "final_model.artifact" for job in (ours, frozen)]
-    assert artifacts[0].read_bytes() == artifacts[1].read_bytes()
+    assert artifact_of(ours) == artifact_of(frozen)
+    if not new_settings():
+        contents = [next(job.folder.rglob("*.artifact")).read_bytes() for job in (ours, frozen)]
+        assert contents[0] == contents[1]
     assert nll_of(ours) == nll_of(frozen)
 
 
@@ -144,6 +174,8 @@ def stack(server, dataset, tmp_path_factory) -> tuple[Job, Job, list[str]]:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "stack"])
 def test_a_run_has_the_bits_of_the_frozen_script(case, server, dataset, tmp_path):
+    if "FIT_BUDGET" in CASES[case] and new_settings():
+        pytest.skip("a longer header leaves less room for the weights")
     ours, frozen, printed = both(server, dataset, tmp_path, **CASES[case])
     assert_same_bits(ours, frozen, *printed)
 
@@ -195,6 +227,8 @@ def test_each_script_scores_the_artifacts_of_the_other(
     trained, scored, stack, server, dataset, tmp_path
 ):
     """In an environment that tells nothing of the model."""
+    if scored == FROZEN and new_settings():
+        pytest.skip("the frozen script refuses settings that it does not know")
     trained = next(job for job in stack[:2] if job.script == trained)
     small = job(dataset, tmp_path / "other", scored)
     bare = {name: small.env[name] for name in BARE}
@@ -206,8 +240,7 @@ def test_each_script_scores_the_artifacts_of_the_other(
 
 
 def test_the_cases_leave_no_setting_that_changes_a_result_at_its_default(dataset, tmp_path):
-    frozen = runpy.run_path(str(FROZEN))
-    fields, load_settings = frozen["FIELDS"], frozen["load_settings"]
+    fields, load_settings = frozen_names()["FIELDS"], frozen_names()["load_settings"]
     names = [*fields]
     names = names[names.index("SEED") :]
     changed = set(ELSEWHERE)
