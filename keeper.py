@@ -221,6 +221,7 @@ class Compiled:
 
 # ===================================== CHECKPOINTS =====================================
 # SHA-256, then what torch.save makes of tensors and plain values: loading runs no code.
+GONE = {"ZERO_LEVEL"}  # settings that there were, and that changed no result
 
 
 def checkpoint_name(step: int) -> str:
@@ -314,6 +315,8 @@ def check_origin(state: dict[str, Any], path: Path, data: str, run: core.Run) ->
     if not then.get("DATA"):
         run.log(f"warning: {path}: not known with what training data it was made")
         then["DATA"] = now["DATA"]
+    unknown = ", ".join(sorted(then.keys() - now.keys() - GONE))
+    require(not unknown, f"{path}: unknown settings {unknown}: a newer script made it")
     # A setting that it lacks was at its default: it was made before there was one.
     defaults = core.setting_texts(core.Hyperparameters())
     lines = {

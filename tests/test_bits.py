@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from conftest import REPO, at, events, load_weights, tiny_settings
+from conftest import at, events, load_weights, tiny_settings
 from programs import SCRIPT, Program, Server, loss_lines
 
 import train_gpt
 
-FROZEN = REPO / "records" / "frozen" / "train_gpt.py"
+FROZEN = SCRIPT.parent / "records/frozen/train_gpt.py"
 
 # Wide enough for matrices that are stored as integers, and two passes a step.
 SMALL = {

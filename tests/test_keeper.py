@@ -4,6 +4,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +77,32 @@ def test_help_tells_where_the_table_is(tmp_path):
     alone = run_cli({}, "--help", copy_to=tmp_path / "alone").stdout
     assert "keeper.py, beside it, has the table." in alone
     assert "| NUM_LAYERS " in run_cli({}, "--help").stdout
+
+
+# ---- checkpoints of other scripts
+
+
+def origin(**changed):
+    """Ask whether a run may go on from a checkpoint, with these settings changed; None: absent."""
+    lines, hp = [], train_gpt.Hyperparameters()
+    then = {**train_gpt.setting_texts(hp), "DATA": "tokens", **changed}
+    state = {"step": 3, "settings": {name: text for name, text in then.items() if text is not None}}
+    run = SimpleNamespace(hp=hp, log=lines.append)
+    grave = keeper.check_origin(state, Path("c.pt"), "tokens", run)
+    return grave, lines
+
+
+def test_a_checkpoint_without_a_setting_was_made_at_its_default():
+    assert origin(XSA_LAST_N=None, MUON_WD=None) == ("", ["resume:c.pt step:3"])
+
+
+def test_a_checkpoint_with_an_unknown_setting_is_refused_by_its_name():
+    with pytest.raises(train_gpt.UserError, match="unknown settings HEAD_GATE: a newer script"):
+        origin(HEAD_GATE="1")
+
+
+def test_a_checkpoint_from_before_the_one_distributed_path_is_gone_on_from():
+    assert origin(ZERO_LEVEL="1") == ("", ["resume:c.pt step:3"])
 
 
 # ---- another system
