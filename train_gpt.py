@@ -584,9 +584,11 @@ class GPT(nn.Module):
         head = self.tok_emb if self.lm_head is None else self.lm_head
         logits = F.linear(rms_norm(x), head.weight.to(x.dtype)).float()
         logits = self.softcap * torch.tanh(logits / self.softcap)
-        rows = logits.flatten(0, 1)
-        nll = [F.cross_entropy(rows, t.flatten(), reduction="none") for t in targets]
-        return [x.view_as(targets[0]) for x in nll]
+        losses = []
+        for t in targets:
+            nll = F.cross_entropy(logits.flatten(0, 1), t.flatten(), reduction="none")
+            losses.append(nll.view_as(t))
+        return losses
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Give the NLL of each target given its prefix: int64 (B, T) to fp32 (B, T)."""

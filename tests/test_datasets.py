@@ -47,7 +47,7 @@ def byte_env(dataset, tmp_path) -> dict[str, str]:
 
 
 def log_of(env) -> str:
-    return Path(env["OUT_DIR"], "tiny.txt").read_text().split("=" * 100)[1]
+    return Path(env["OUT_DIR"], "tiny.txt").read_text().split("=" * 100)[-1]
 
 
 def final_line(env) -> dict[str, float]:

@@ -145,7 +145,8 @@ def test_a_folder_that_is_removed_meanwhile_is_made_again(place, whole, tmp_path
 def start_copy(place: Place, folder: Path, hold: Path) -> subprocess.Popen:
     """Start a copy of the script, which stops in step 3 until a file is there."""
     folder.mkdir()
-    shutil.copy(SCRIPT, folder)
+    for path in (SCRIPT, SCRIPT.with_name("keeper.py")):
+        shutil.copy(path, folder)
     (folder / "sitecustomize.py").write_text(
         "import os, time\n"
         "replace = os.replace\n"

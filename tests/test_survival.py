@@ -76,8 +76,9 @@ def test_a_bad_step_changes_no_bit_of_the_state(fault, run, monkeypatch):
     prints = faults.fingerprints(monkeypatch.setattr)
     run(**EVEN)
     kinds = {"weights", "momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
-    assert prints[0].keys() == kinds
-    unchanged = [[k for k in kinds if a[k] == b[k]] for a, b in itertools.pairwise(prints)]
+    assert prints[0].keys() == {"weights"}  # the optimizers make their state in the first step
+    assert prints[1].keys() == kinds
+    unchanged = [[k for k in kinds if a.get(k) == b[k]] for a, b in itertools.pairwise(prints)]
     assert [sorted(names) for names in unchanged] == [[], [], sorted(kinds), [], [], []]
 
 
