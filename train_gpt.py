@@ -10,7 +10,7 @@ whole submission; it runs on CUDA, Apple MPS and plain CPUs, on one process or m
     EVAL_ONLY=1 ARTIFACT=a.artifact python train_gpt.py   score an artifact, nothing else
     python train_gpt.py --help | --settings               all settings | those of this run
 
-Shapes: B batch, T time, D model dim, H heads, Dh head dim, V vocabulary, N tokens.
+Shapes: B batch, T time, D model dim, H heads, K kv heads, Dh head dim, V vocabulary, N tokens.
 """
 
 from __future__ import annotations
