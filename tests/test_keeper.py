@@ -54,6 +54,14 @@ def test_with_and_without_it_the_losses_are_the_same(folders):
     assert losses(folders["with"]) == losses(folders["alone"]) != []
 
 
+def test_two_ranks_meet_without_it(tiny_env, tmp_path):
+    env = tiny_env | {"ITERATIONS": "2", "WARMUP_STEPS": "1"}
+    done = run_cli(env, copy_to=tmp_path / "alone", nproc=2)
+    assert done.rc == 0, done.stderr
+    assert "world_size:2" in done.stdout
+    assert "final_int8_zstd_roundtrip_exact" in done.stdout
+
+
 def test_the_log_has_the_source_of_both(folders):
     bar = f"\n{'=' * 100}\n"
     script = SCRIPT.read_text(encoding="utf-8")
