@@ -943,8 +943,7 @@ def stretches(tokens: np.ndarray) -> list[np.ndarray]:
     if len(tokens) <= AUDITED_TOKENS:
         return [tokens]
     length = 2**12
-    most = len(tokens) - length
-    starts = np.random.default_rng(0).integers(most, size=AUDITED_TOKENS // length)
+    starts = np.random.default_rng(0).integers(len(tokens) - length, size=AUDITED_TOKENS // length)
     return [tokens[start : start + length] for start in starts]
 
 
@@ -1077,8 +1076,7 @@ def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
         atomic_write(path, functools.partial(np.save, arr=nll))
         return
     path.mkdir(exist_ok=True)
-    spans = itertools.pairwise(val.starts)
-    for shard, (start, end) in zip(val.paths, spans, strict=True):
+    for shard, (start, end) in zip(val.paths, itertools.pairwise(val.starts), strict=True):
         write = functools.partial(np.save, arr=nll[start : end - 1])
         atomic_write(path / f"{shard.stem}.npy", write)
 
@@ -1212,8 +1210,7 @@ def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
     if hp.quant_clip == "sigma":
         ends = hp.quant_sigma * sigma
     else:
-        largest = np.abs(w).max(1, keepdims=True)
-        ends = np.maximum(largest, sigma * top / 40)
+        ends = np.maximum(np.abs(w).max(1, keepdims=True), sigma * top / 40)
     scale = (ends / top).astype("<f2")  # rounded before use: the levels make up for it
     step = np.where(scale > 0, scale, 1).astype(np.float32)
     levels = np.rint(w / step).clip(-top, top)
@@ -1232,8 +1229,7 @@ def stored_arrays(name: str, w: Tensor, hp: Hyperparameters, pruned: float) -> l
     bits = bits_of(name, w, hp)
     array = w.float().cpu().contiguous().numpy()
     if not bits:
-        kind = layout(name, w, hp)[0][0]
-        return [array.astype(kind)]
+        return [array.astype(layout(name, w, hp)[0][0])]
     scale, levels = quantize(array, bits, hp)
     if pruned and levels.any():
         size = np.abs(array)
@@ -1394,8 +1390,7 @@ def fit_artifact(model: GPT, run: Run) -> bytes:
     cap = hp.artifact_max_bytes
     code = len(read_once(__file__))
     most = cap - code
-    quantized = [w.numel() for name, w in state.items() if bits_of(name, w, hp)]
-    slope = sum(quantized) / 8 or 1.0
+    slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
     if hp.fit_budget == "sigma":
         sizes = fill_budget(pack, math.log2(hp.quant_sigma), 2.0, 12.0, slope, most)
     elif hp.fit_budget == "none" or len(pack(0.0)) <= most:
