@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import optimizers_of, random_model
+from conftest import optimizers_of, random_model, resolve
 
 import train_gpt as tg
 
@@ -22,8 +22,7 @@ EVERYTHING = {"SMEAR_GATE": 1, "BIGRAM_BUCKETS": 11, "BIGRAM_DIM": 6, "TIE_EMBED
 
 def settings(**values):
     """Tiny settings, changed by `values`."""
-    texts = {name: str(value) for name, value in {**TINY, **values}.items()}
-    return tg.load_settings(texts, check_places=False)
+    return resolve(TINY, **values)
 
 
 def put_first(monkeypatch, *rows):

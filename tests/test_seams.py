@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import resolve
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,8 +26,7 @@ TINY = {
 
 def settings(**values):
     """Tiny settings, changed by `values`."""
-    texts = {name: str(value) for name, value in {**TINY, **values}.items()}
-    return tg.load_settings(texts, check_places=False)
+    return resolve(TINY, **values)
 
 
 def double_model(kind=tg.GPT, **values):

@@ -15,7 +15,7 @@ import faults
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, events, load_weights, same_bits, shard_bytes, tiny_settings
+from conftest import SCRIPT, cli_env, events, load_weights, same_bits, shard_bytes, tiny_settings
 from programs import free_port
 
 import keeper
@@ -321,10 +321,9 @@ class Torchrun:
 
     def __init__(self, env: dict[str, str], *options: str, cwd: Path | None = None) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT)]
-        basic = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
         self.process = subprocess.Popen(
             command,
-            env={**basic, "OMP_NUM_THREADS": "1", **env},
+            env=cli_env(env),
             cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
