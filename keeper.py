@@ -41,7 +41,7 @@ from train_gpt import FAILED, FINISH, UserError, require
 
 
 def launcher_problems(environ: Mapping[str, str]) -> list[str]:
-    """Say what is wrong first with a launcher's variables: most often, another job left them."""
+    """Say the first thing wrong with a launcher's variables: often, another job left them."""
     advice = "start the job with torchrun, or unset what is left of another one"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         text = environ.get(name, "")
@@ -88,9 +88,8 @@ def name_problems(hp: core.Hyperparameters) -> list[str]:
 
 def place_problems(hp: core.Hyperparameters) -> list[str]:
     """Say which files and folders that the settings name are not there, or cannot be written."""
-    data = Path(hp.data_path)
-    train = hp.eval_only or any(data.glob("fineweb_train_[0-9]*.bin"))
-    kind, _, variant = data.name.partition("_")
+    train = hp.eval_only or core.shard_paths(hp, "train")
+    kind, _, variant = Path(hp.data_path).name.partition("_")
     download = f"python data/download.py --variant {shlex.quote(variant)}"
     get = f"get it: {download if kind == 'fineweb10B' else 'see data/README.md'}"
     resume = hp.resume in ("", "auto") or Path(hp.resume).is_file()
@@ -104,7 +103,7 @@ def place_problems(hp: core.Hyperparameters) -> list[str]:
     rules = [
         (not Path(hp.tokenizer_path).is_file(), "TOKENIZER_PATH", f"no such file; {get}"),
         (not train, "DATA_PATH", f"no fineweb_train_*.bin; {get}"),
-        (not any(data.glob("fineweb_val_[0-9]*.bin")), "DATA_PATH", f"no fineweb_val_*.bin; {get}"),
+        (not core.shard_paths(hp, "val"), "DATA_PATH", f"no fineweb_val_*.bin; {get}"),
         (hp.eval_only and not Path(hp.artifact).is_file(), "ARTIFACT", "no such file"),
         (not resume, "RESUME", "no such file"),
         (not os.access(f"{out}/", os.W_OK), "OUT_DIR", "cannot be written to"),
@@ -319,11 +318,9 @@ def check_origin(state: dict[str, Any], path: Path, data: str, run: core.Run) ->
     require(not unknown, f"{path}: unknown settings {unknown}: a newer script made it")
     # A setting that it lacks was at its default: it was made before there was one.
     defaults = core.setting_texts(core.Hyperparameters())
-    lines = {
-        name: f"\n  {name}={then.get(name, defaults.get(name))}, now {text}"
-        for name, text in now.items()
-        if then.get(name, defaults.get(name)) != text
-    }
+    then = defaults | then
+    changed = [name for name, text in now.items() if then[name] != text]
+    lines = {name: f"\n  {name}={then[name]}, now {now[name]}" for name in changed}
     grave = "".join(line for name, line in lines.items() if name not in core.RUN_SETTINGS)
     advice = "other settings made it, set them back or set RESUME_CHANGED=1"
     require(not grave or run.hp.resume_changed, f"{path}: {advice}:{grave}")
