@@ -553,17 +553,19 @@ class GPT(nn.Module):
     def embed(self, inputs: Tensor) -> Tensor:
         """Map tokens int64 (B, T) to the first residual stream (B, T, D)."""
         x = self.tok_emb(inputs)
+        if self.bigram is not None or self.smear is not None:
+            starts = self.starts(inputs)
         if self.bigram is not None:
-            x = x + self.bigram(inputs, self.starts(inputs))
+            x = x + self.bigram(inputs, starts)
         x = rms_norm(x).to(self.dtype)
         if self.smear is not None:  # nothing of a document reaches the next one
-            inside = ~self.starts(inputs)[..., None]
+            inside = ~starts[..., None]
             gate = torch.sigmoid(self.smear).to(x.dtype)
             x = x + gate * inside * (x.roll(1, 1) - x)
         return x
 
     def trunk(self, x: Tensor, visits: list[int], documents: Documents = None) -> Tensor:
-        """Take x (B, T, D) through the visited blocks; the first half feeds the second in turn."""
+        """Take x (B, T, D) through the visited blocks; skips go to the second half, last first."""
         T = x.size(1)
         rotary = self.short if self.short.size(1) >= T else self.long
         rotary = rotary[:, :T]
@@ -706,7 +708,7 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
 
 # ===================================== DATA =====================================
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then uint16
-# tokens; a document is its BOS and what follows. This is the format of the published data.
+# tokens; a document is its BOS and what follows.
 SHARD_MAGIC = (20240520, 1)
 SHARD_HEADER_BYTES = 1024
 SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
@@ -1615,8 +1617,8 @@ def compile_model(model: GPT) -> Forward:
     return torch.compile(model, dynamic=False, fullgraph=True)
 
 
-# PyTorch first tries the kernel that is asked for, then these in turn. FlashAttention 3 and 4 are
-# packages that take the place of its FlashAttention 2.
+# PyTorch tries the kernel that is asked for, then these. FlashAttention 3 and 4 are packages that
+# take the place of its FlashAttention 2.
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 KERNELS = {"cudnn": BACKENDS[0], "fa2": BACKENDS[1], "fa3": BACKENDS[1], "fa4": BACKENDS[1]}
 FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", "fa2")}
@@ -1721,7 +1723,7 @@ AHEAD = {"cuda": 2}  # steps that the host asks for, at most, before the device 
 
 
 def divide(sizes: dict[str, int], ranks: int) -> tuple[dict[str, tuple[int, int]], int]:
-    """Place tensors whole in equal shares: owners, offsets, and a width with one to spare."""
+    """Put tensors whole into equal shares: owners, offsets, a width with one element free."""
     loads = [0] * ranks
     places = {}
     for name in sorted(sizes, key=sizes.get, reverse=True):
@@ -1751,7 +1753,7 @@ class Trainer:
 
     Each rank owns a share of the parameters (ZeRO, arXiv 1910.02054). The weights of all shares are
     one buffer, fp32 (ranks, width), of which parameters are views; the gradients are another. A
-    rank sums the gradients of its share, updates it, and hands it to all. The last one is the loss.
+    rank sums its share's gradients, updates it, and hands it to all. Its last gradient is the loss.
     """
 
     def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
@@ -2035,7 +2037,7 @@ def main(arguments: list[str]) -> int:
 
 
 def do_run(run: Run, artifact: Path) -> int:
-    """Do what a run's settings ask for; 0, or the exit code after a signal."""
+    """Do what a run's settings ask for; its exit code."""
     stream = None if run.hp.eval_only else TokenStream("train", run)
     val = Validation(run)
     if stream:  # an artifact tells what it was trained with
