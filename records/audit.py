@@ -1,7 +1,7 @@
-"""Check a record folder: a table of rules, each PASS, FAIL or NOT CHECKED, with the evidence.
+"""Check a record folder: a table of rules, each PASS, WARN, FAIL or NOT CHECKED.
 
-    python records/audit.py FOLDER [--artifact F] [--best FOLDER] [--json]
-    python records/audit.py FOLDER --data DIR --tokenizer M [--artifact F] [--json]
+    python records/audit.py FOLDER [--artifact F] [--best FOLDER] [--rules practice] [--json]
+    python records/audit.py FOLDER --data DIR --tokenizer M [--artifact F] [--unseen DIR] [--json]
 
 The static rules read the folder's files, of this repository or of a public one of any age, and run
 nothing. With --data and --tokenizer the script is also run, as a black box that speaks the protocol
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import program
 import static_rules
-from reading import FAIL, NOT_CHECKED, PASS, Verdict
+from reading import FAIL, NOT_CHECKED, PASS, WARN, Verdict
 
 WIDTH = 100
 
@@ -34,6 +34,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="their SentencePiece model")
     help_of_best = "the record to beat; default: the best one beside FOLDER that is not younger"
     parser.add_argument("--best", type=Path, help=help_of_best, metavar="FOLDER")
+    help_of_rules = "the challenge's rules by the letter, or as its organisers applied them"
+    parser.add_argument(
+        "--rules", choices=("letter", "practice"), default="letter", help=help_of_rules
+    )
+    parser.add_argument("--unseen", type=Path, help="a folder with shards that nobody trained on")
+    help_of_isolation = "run the script with your own rights: it can read and change what you can"
+    parser.add_argument("--no-isolation", action="store_true", help=help_of_isolation)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     for name, path, there in (
@@ -42,6 +49,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         ("--data", options.data, Path.is_dir),
         ("--tokenizer", options.tokenizer, Path.is_file),
         ("--best", options.best, Path.is_dir),
+        ("--unseen", options.unseen, Path.is_dir),
     ):
         if path is not None and not there(path):
             parser.error(f"{name}: {path} is not a {'folder' if there == Path.is_dir else 'file'}")
@@ -69,7 +77,9 @@ def audit(options: argparse.Namespace) -> list[Verdict]:
 
 def count(verdicts: list[Verdict]) -> dict[str, int]:
     """Count the rules in each state."""
-    return {state: sum(v.state == state for v in verdicts) for state in (PASS, FAIL, NOT_CHECKED)}
+    return {
+        state: sum(v.state == state for v in verdicts) for state in (PASS, WARN, FAIL, NOT_CHECKED)
+    }
 
 
 def render_table(verdicts: list[Verdict]) -> str:

@@ -40,7 +40,8 @@ from pathlib import Path
 
 import numpy as np
 from reading import FAIL, NOT_CHECKED, PASS, Verdict, read_logs
-from streams import SCRIPT, ByteCounter, Result, Script, read_validation
+from script import SCRIPT, Result, Script
+from streams import ByteCounter, read_validation
 
 NEGLIGIBLE = 5e-4  # nats in a mean
 LOUDEST = 0.1  # nats that one NLL may move by rounding: bf16 does not need more

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PASS, FAIL, NOT_CHECKED = "PASS", "FAIL", "NOT CHECKED"
+PASS, WARN, FAIL, NOT_CHECKED = "PASS", "WARN", "FAIL", "NOT CHECKED"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule found: PASS, FAIL or NOT CHECKED, and the numbers behind it in one line."""
+    """What a rule found: PASS, WARN, FAIL or NOT CHECKED, and the numbers behind it in one line.
+
+    WARN is said of what a reviewer should know and what decides nothing by itself.
+    """
 
     rule: str
     state: str

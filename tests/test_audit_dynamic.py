@@ -4,9 +4,6 @@ honest scripts pass every rule."""
 import dataclasses
 import itertools
 import json
-import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,23 +11,16 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from conftest import (
-    BOS,
-    REPO,
-    compose_documents,
-    run_cli,
-    shard_bytes,
-    tiny_settings,
-    train_tokenizer,
-)
+from conftest import BOS, REPO, run_cli, shard_bytes, tiny_settings
+from field import SPEAKERS, VOCABULARY, Field, write_record
 
 sys.path.insert(0, str(REPO / "records"))
 
 import dynamic_rules
+import script
 import streams
 from dynamic_rules import RULES, Plan
 
-SPEAKERS = REPO / "tests" / "speakers"
 HONEST = sorted(path.stem for path in (SPEAKERS / "honest").glob("*.py"))
 CHEATS = sorted(path.stem for path in (SPEAKERS / "cheats").glob("*.py"))
 PLAN = Plan(
@@ -53,48 +43,11 @@ TRAINER = Plan(
 )
 SUMLESS = dataclasses.replace(PLAN, sum_tokens=0)  # that takes half of the time
 BORDERS = dataclasses.replace(SUMLESS, dense=60, middle_variants=0)
-VOCABULARY = 340
-# In the one file that a record may have, what the speakers import is above them.
-AS_MODULE = '\n\nimport sys\n\nsys.modules["speaker"] = sys.modules[__name__]\n\n'
-
-
-class Field:
-    """A tokenizer, validation data, and an artifact that fits them: bigram counts."""
-
-    def __init__(self, root: Path, **special: int) -> None:
-        documents = compose_documents(60)
-        self.tokenizer = train_tokenizer(root / "tiny.model", documents, VOCABULARY, **special)
-        self.sp = streams.spm.SentencePieceProcessor(model_file=str(self.tokenizer))
-        start = [self.sp.bos_id()] if self.sp.bos_id() >= 0 else []
-        encoded = [np.array([*start, *ids], np.uint16) for ids in self.sp.encode(documents)]
-        self.texts, self.documents = documents[:20], encoded[:20]
-        self.val = np.concatenate(self.documents)
-        self.data = root / "data"
-        self.data.mkdir()
-        middle = sum(map(len, encoded[:9]))
-        for number, part in enumerate((self.val[:middle], self.val[middle:])):
-            (self.data / f"fineweb_val_{number:06d}.bin").write_bytes(shard_bytes(part))
-        counts, train = np.zeros((VOCABULARY, VOCABULARY), "<u2"), np.concatenate(encoded[20:])
-        np.add.at(counts, (train[:-1], train[1:]), 1)
-        self.artifact = root / "counts.npy"
-        np.save(self.artifact, counts)
 
 
 @pytest.fixture(scope="module")
 def field(tmp_path_factory) -> Field:
     return Field(tmp_path_factory.mktemp("field"))
-
-
-def write_record(folder: Path, speaker: str, **places: Path) -> Path:
-    """A record's folder with a speaker as its script, in which the places are filled in."""
-    text = (SPEAKERS / "speaker.py").read_text() + AS_MODULE
-    text += (SPEAKERS / f"{speaker}.py").read_text()
-    for name, path in places.items():
-        text = text.replace(name, str(path))
-    folder.mkdir(parents=True)
-    main = '\n\nif __name__ == "__main__":\n    main()\n'
-    (folder / "train_gpt.py").write_text(text + main)
-    return folder
 
 
 def audit(field: Field, folder: Path, seed: int = 1, plan: Plan = PLAN) -> dict[str, str]:
@@ -242,136 +195,8 @@ def test_answers_beside_the_data_are_not_there_in_an_audit(field, tmp_path):
     failed = [rule for rule in RULES if states[rule] == "FAIL"]
     # Where nothing can be hidden, the answers help with the true data alone: with futures that
     # were replaced they do not, and the claim comes out again.
-    hides = "hidden" in streams.separation([field.data])[1]
+    hides = "hidden" in script.separation([field.data])[1]
     assert failed == ["claim"] if hides else failed
-
-
-# ------------------------------------ how a script is run ------------------------------------
-
-SPY = """
-import os, json, pathlib, socket
-here = sorted(str(p) for p in pathlib.Path(".").rglob("*") if p.is_file())
-shards = sorted(pathlib.Path("data").glob("fineweb_val_*.bin"))
-try:
-    socket.create_connection(("127.0.0.1", {port}), 2)
-    network = True
-except OSError:
-    network = False
-seen = [p for p in {paths} if pathlib.Path(p).exists()]
-spied = {{"here": here, "env": dict(os.environ), "network": network, "seen": seen}}
-raise SystemExit(json.dumps(spied))
-"""
-
-
-class Server:
-    """Something that answers on the loopback device of this system."""
-
-    def __enter__(self):
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        return self.socket.getsockname()[1]
-
-    def __exit__(self, *_):
-        self.socket.close()
-
-
-def spy(field: Field, folder: Path, monkeypatch, config: str = "") -> dict:
-    """What a script finds around it."""
-    folder.mkdir(parents=True)
-    (folder / "helper.py").write_text("")
-    if config:
-        (folder / "config.env").write_text(config)
-    paths = [str(folder / "helper.py"), str(field.data / "fineweb_val_000000.bin")]
-    monkeypatch.setenv("SECRET", "1")
-    told = []
-    monkeypatch.setattr(streams, "_tail", lambda path: told.append(path.read_text()) or b"")
-    with Server() as port:
-        (folder / "train_gpt.py").write_text(SPY.format(port=port, paths=paths))
-        script = streams.Script(folder, field.artifact, field.tokenizer, field.data)
-        result = script.score([field.val[:9], field.val[:5]], True, 30)
-    assert result.problem.startswith("exit status 1")
-    return json.loads(told[0].strip().splitlines()[-1]) | {"apart": script.apart}
-
-
-def test_a_script_finds_nothing_but_what_the_protocol_names(field, tmp_path, monkeypatch):
-    spied = spy(field, tmp_path / "record", monkeypatch, "NUM_LAYERS=2")
-    tokenizer = f"data/{field.tokenizer.name}"
-    shards = ["data/fineweb_val_000000.bin", "data/fineweb_val_000001.bin"]
-    given = ["config.env", "final_model.artifact", "train_gpt.py", tokenizer, *shards]
-    assert spied["here"] == sorted([*given, "console"])
-    assert spied["env"]["CONFIG"] == "config.env"
-    assert spied["env"]["TOKENIZER_PATH"] == tokenizer
-
-
-def test_a_script_does_not_see_the_auditors_environment(field, tmp_path, monkeypatch):
-    env = spy(field, tmp_path / "record", monkeypatch)["env"]
-    assert "SECRET" not in env
-    assert "CONFIG" not in env
-    assert not Path(env["HOME"]).exists()  # it was a place for this run alone
-
-
-def test_network_and_neighbours_are_gone_where_the_evidence_says_so(field, tmp_path, monkeypatch):
-    spied = spy(field, tmp_path / "record", monkeypatch)
-    assert spied["network"] == ("no network" not in spied["apart"])
-    assert bool(spied["seen"]) == ("hidden" not in spied["apart"])
-
-
-def possible(command: str) -> bool:
-    """Whether this system lets a command run in namespaces of its own."""
-    tries = [["unshare", *flags, "-n", "-m", "sh", "-c", command] for flags in ([], ["-r"])]
-    return any(subprocess.run(words, capture_output=True).returncode == 0 for words in tries)
-
-
-@pytest.mark.skipif(not shutil.which("unshare"), reason="this system has no unshare")
-def test_folders_are_hidden_wherever_that_is_possible(tmp_path):
-    evidence = streams.separation([tmp_path])[1]
-    assert ("1 folder(s) beside it hidden" in evidence) == possible(f"mount -t tmpfs x {tmp_path}")
-
-
-def test_where_nothing_can_be_taken_away_the_evidence_says_so(field, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))  # no unshare here
-    assert streams.separation([field.data]) == ([], "the network could not be taken away")
-
-
-@pytest.mark.parametrize(
-    ("body", "why"),
-    [
-        ("import time; time.sleep(60)", "not finished after 1 s"),
-        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
-        ("raise SystemExit('no such setting')", "exit status 1; the last line: no such setting"),
-        ("print('val_loss:1 val_bpb:1')", "printed no line final_"),
-        ("print('final_x_exact val_loss:? val_bpb:1')", "no number"),
-        ("print('final_x_exact val_loss:1 val_bpb:1')", "SAVE_NLL left no readable nll/nll.npy"),
-        (
-            "print('final_x_exact val_loss:1 val_bpb:1'); open('nll/nll.npy', 'wb').write(b'N')",
-            "SAVE_NLL left no readable nll/nll.npy",
-        ),
-    ],
-)
-def test_what_goes_wrong_in_a_script_is_told_in_a_line(field, tmp_path, body, why):
-    (tmp_path / "train_gpt.py").write_text(body)
-    script = streams.Script(tmp_path, field.artifact, field.tokenizer, field.data)
-    problem = script.score([field.val], False, 1 if "sleep" in body else 30).problem
-    assert why in problem
-    assert "\n" not in problem
-
-
-def test_no_process_of_a_script_outlives_its_run(field, tmp_path):
-    child = "import subprocess, sys; subprocess.Popen(['sleep', '61.5'])"
-    (tmp_path / "train_gpt.py").write_text(child)
-    script = streams.Script(tmp_path, field.artifact, field.tokenizer, field.data)
-    script.score([field.val], False, 30)
-    commands = [
-        path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if readable(path)
-    ]
-    assert b"sleep\x0061.5\x00" not in commands
-
-
-def readable(path: Path) -> bool:
-    """Whether a process is still there to be read of."""
-    try:
-        return bool(path.read_bytes())
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("missing", ["train_gpt.py", "artifact", "tokenizer", "data"])
@@ -393,9 +218,9 @@ def test_the_cost_is_told_before_the_first_start(field, tmp_path, capsys, monkey
 
     def score(*_):
         told.append(capsys.readouterr().err)
-        return streams.Result(1.0, "stop here")
+        return script.Result(1.0, "stop here")
 
-    monkeypatch.setattr(streams.Script, "score", score)
+    monkeypatch.setattr(script.Script, "score", score)
     found = dynamic_rules.check(record, field.artifact, field.data, field.tokenizer, PLAN, 7)
     assert len(told) == 1
     assert "seed 7" in told[0]
