@@ -45,6 +45,7 @@ class Log:
     finished: bool
     runs: int = 1  # how many runs the file holds
     body: str = field(default="", repr=False)  # the console lines of the last run
+    named_seed: str = ""  # the seed that the file's name tells
 
 
 @dataclass(frozen=True)
@@ -237,16 +238,19 @@ def track_of(folder: Path) -> str:
 
 NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 BAR = re.compile(r"={60,}\s*")
+SEED_ROW = re.compile(r"[ \t]*seed[ \t]*:[ \t]*(\d{1,20})\b", re.IGNORECASE)
+SEED_WORD = re.compile(r"[ \t]*seed=(\d{1,20})(?!\S)", re.IGNORECASE)
 STEP = re.compile(r"(?:step[:\s]\s*(\d+)(?:\s*/\s*\d+)?|(\d+)\s*/\s*\d+):?\s[^\n]*?loss")
 SCORES = re.compile(rf"val_loss:\s*{NUMBER}\s+val_bpb:\s*{NUMBER}")
 TRAIN_TIME = re.compile(rf"train_time:\s*{NUMBER}\s*(ms|s|m)\b")
 EVAL_TIME = re.compile(rf"eval_time:\s*{NUMBER}\s*(ms|s|m)\b")
 UNITS = {"ms": 1.0, "s": 1e3, "m": 6e4}
 SIZES = {
-    "total": re.compile(r"Total submission size\b[^:]*:\s*([\d,_]+)\s*(?:bytes|B)?"),
-    "code": re.compile(r"Code size\b[^:]*:\s*([\d,_]+)\s*(?:bytes|B)?"),
-    "artifact": re.compile(r"[Ss]erialized[ _]model[ _]\S[^:]*:\s*([\d,_]+)\s*(?:bytes|B)?"),
+    "total": re.compile(r"Total submission size\b"),
+    "code": re.compile(r"Code size\b"),
+    "artifact": re.compile(r"[Ss]erialized[ _]model[ _](?=[^\s:])"),
 }
+COLON_SIZE = re.compile(r":\s*([\d,_]+)")
 RAW_SIZE = re.compile(r"Serialized model:\s*([\d,_]+)")
 OWN_SIZES = re.compile(r"\((\d+) code, (\d+) artifact\)")
 # Scores of a whole evaluation that are not those of the artifact.
@@ -261,6 +265,8 @@ NOISE = re.compile(
     re.MULTILINE,
 )
 NEW_SOURCE = re.compile(r'"""|\'\'\'|#!/|import \w|from [\w.]+ import ')
+IMPORT = re.compile(r"import \w|from [\w.]+ import ")
+TABLE_ROW = re.compile(r"Hyperparameters|[ \t]*\w+: ?\S|[A-Z][A-Z0-9_]*=")
 SETTING = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)")
 
 
@@ -274,51 +280,79 @@ def read_text(path: Path) -> str:
     return data.decode(coding, errors="replace")
 
 
-def split_source(lines: list[str]) -> tuple[str, list[str]]:
-    """Split a log into the script at its top and the lines after it; ("", lines) without one.
+def find_bars(lines: list[str]) -> list[int]:
+    """Find the lines of "=" that part sources, tables and the run from one another."""
+    return [i for i, line in enumerate(lines) if BAR.fullmatch(line)]
 
-    Scripts of all ages end it by a line of "=". Later ones put a table of hyperparameters before
-    it, and a headline "Source code:". Ours print keeper.py behind it, if it was there.
+
+def find_code(lines: list[str]) -> list[range]:
+    """Find the scripts that a log holds: each up to the line of "=" that ends it.
+
+    Scripts of all ages end by such a line. Before them may stand a table of settings, the lines
+    of an earlier run, or both. Behind the last line of "=" there is no script.
     """
-    bars = [i for i, line in enumerate(lines) if BAR.fullmatch(line)]
-    headed = [i for i in bars if i and lines[i - 1].strip() == "Source code:"]
-    if headed:
-        start = headed[0] + 1
-        end = next((i for i in bars if i >= start), len(lines))
-        return "\n".join(lines[start:end]), lines[: start - 2] + lines[end + 1 :]
-    if bars and any(re.match(r"(import|from) \S", line) for line in lines[: bars[0]]):
-        return "\n".join(lines[: bars[0]]), lines[end_of_head(lines, bars, 0) + 1 :]
-    return "", lines
+    found, start = [], 0
+    for bar in find_bars(lines):
+        part = lines[start:bar]
+        if any(IMPORT.match(line) for line in part):
+            found.append(range(start + first_of_code(part, start == 0), bar))
+        start = bar + 1
+    return found
 
 
-def end_of_head(lines: list[str], bars: list[int], start: int) -> int:
-    """Find the line of "=" that ends the sources which begin at `start`; -1 without one.
+def first_of_code(part: list[str], is_head: bool) -> int:
+    """Find where the script begins in what stands before a line of "=".
 
-    Ours end before the settings: behind the script may stand keeper.py, with another such line.
+    The head of a log is taken whole, unless a table of settings stands there.
     """
-    later = [bar for bar in bars if bar >= start]
-    before_settings = (bar for bar in later if read_settings(lines[bar + 1 :]))
-    return next(before_settings, later[0] if later else -1)
+    first = next(i for i, line in enumerate(part) if NEW_SOURCE.match(line))
+    while first and part[first - 1][:1] in ("#", ""):
+        first -= 1
+    if is_head and not any(TABLE_ROW.match(line) for line in part[:first]):
+        return 0
+    return first
 
 
 def last_run(lines: list[str]) -> tuple[str, list[str], int]:
     """Find the source and lines of the last run of a log, and count its runs.
 
-    A log that is appended to prints the source again; a console's only begins to count again.
+    A log that is appended to prints the source again; a console's only begins to count again. Ours
+    print keeper.py behind the script, if it was there.
     """
-    bars = [i for i, line in enumerate(lines) if BAR.fullmatch(line)]
-    last_bar = max(bars, default=-1)
-    start, runs, stepped = 0, 1, False
-    i = end_of_head(lines, bars, 0)
-    while i < last_bar:
-        stepped = stepped or bool(STEP.match(lines[i]) or SCORES.search(lines[i]))
-        if stepped and NEW_SOURCE.match(lines[i]):
-            start, runs, stepped = i, runs + 1, False
-            i = end_of_head(lines, bars, i)
-        i += 1
-    source, body = split_source(lines[start:])
+    scripts = find_code(lines)
+    source, start, runs, last_mark, i = "", 0, 1, -1, 0
+    for script in scripts:
+        marks = [k for k in range(i, script.start) if is_mark(lines[k])]
+        last_mark = marks[-1] if marks else last_mark
+        if last_mark >= start:
+            start, runs, source = head_of_run(lines, last_mark, script.start), runs + 1, ""
+        source = source or "\n".join(lines[script.start : script.stop])
+        i = script.stop
+    body = outside(lines, scripts, start)
+    while body and (BAR.fullmatch(body[0]) or not body[0].strip()):
+        del body[0]
     body = NOISE.sub("", "\n".join(body)).replace("\r", "\n").split("\n")
     return source, body, runs
+
+
+def is_mark(line: str) -> bool:
+    """Tell whether a line shows that a run had begun: it counts a step or states a score."""
+    return bool(STEP.match(line) or SCORES.search(line))
+
+
+def head_of_run(lines: list[str], last_mark: int, script: int) -> int:
+    """Find where an appended run begins: at its settings, if "=" opens them, or at its script."""
+    return next((k for k in range(last_mark, script) if BAR.fullmatch(lines[k])), script)
+
+
+def outside(lines: list[str], scripts: list[range], start: int) -> list[str]:
+    """List the lines from `start` on that are no script, nor the "=" that ends one."""
+    body: list[str] = []
+    for script in scripts:
+        if script.stop > start:
+            body += lines[start : script.start]
+            start = script.stop + 1
+    return body + lines[start:]
 
 
 def step_number(match: re.Match) -> int:
@@ -366,6 +400,17 @@ def read_final(line: str) -> tuple[str, float, float] | None:
     return scheme, float(match[1]), float(match[2])
 
 
+def labelled_size(line: str, label: re.Pattern[str]) -> int | None:
+    """Read the size behind a label and the next colon; None without them.
+
+    In two steps: one pattern for both would go through the line again from every label in it.
+    """
+    found = label.search(line)
+    colon = line.find(":", found.end()) if found else -1
+    size = COLON_SIZE.match(line, colon) if colon >= 0 else None
+    return whole(to_number(size[1])) if size else None
+
+
 class Tally:
     """What the lines of one run add up to."""
 
@@ -396,8 +441,8 @@ class Tally:
         if (spent := EVAL_TIME.search(line)) and not step and not NOT_FINAL.search(line):
             self.eval_s = milliseconds(spent) / 1000
         for name, pattern in SIZES.items():
-            if match := pattern.search(line):
-                self.sizes[name] = whole(to_number(match[1]))
+            if (size := labelled_size(line, pattern)) is not None:
+                self.sizes[name] = size
         if match := RAW_SIZE.match(line):
             self.raw_size = whole(to_number(match[1]))
         if self.raw_size and self.sizes.get("total", 0) == self.raw_size + self.sizes.get(
@@ -409,28 +454,50 @@ class Tally:
             self.sizes |= {"artifact": whole(to_number(match[2]))}
 
 
-def find_seed(path: Path, settings: Mapping[str, str], body: str) -> str:
-    """Find the seed that settings, log lines, or the file's name tell; "" if they do not."""
-    found = re.findall(
-        r"^[ \t]*seed[ \t]*[:=][ \t]*(\d{1,20})\b", body, re.MULTILINE | re.IGNORECASE
-    )
-    named = re.findall(r"(?:seed[_-]?|_s)(\d{1,20})(?!\d)", path.stem, re.IGNORECASE)
-    seed = settings.get("SEED") or (found[-1:] + named[-1:] + [""])[0]
-    return str(int(seed)) if seed.isdecimal() else seed
+def find_seed(settings: Mapping[str, str], head: list[str], body: list[str]) -> str:
+    """Find the seed that a log itself tells; "" if it does not.
+
+    Settings come first, then lines "seed: 42", of the last run's head before others, then
+    "seed=42" alone in a line. "seed = 42" is Python: a source may stand in a log without any "=".
+    """
+    if seed := plain_seed(settings.get("SEED", "")):
+        return seed
+    for lines in (head[::-1], body):
+        for pattern in (SEED_ROW, SEED_WORD):
+            matches = (pattern.match(line) for line in lines)
+            if found := next(filter(None, matches), None):
+                return plain_seed(found[1])
+    return ""
+
+
+def plain_seed(text: str) -> str:
+    """Write a seed without leading zeros; as it stands if it is no number of usual length."""
+    return str(int(text)) if text.isdecimal() and len(text) <= 20 else text
+
+
+def seed_in_name(path: Path) -> str:
+    """Find the seed in the name of a log, train_seed42.log or train_s42.log, or of its folder."""
+    for name in (path.stem, path.parent.name):
+        for pattern in (r"seed[_-]?(\d{1,20})(?!\d)", r"_s(\d{1,20})(?!\d)"):
+            if found := re.findall(pattern, name, re.IGNORECASE):
+                return plain_seed(found[-1])
+    return ""
 
 
 def read_log(path: Path) -> Log | None:
     """Read the last run in a training log; None if the file is none."""
     source, body, runs = last_run(read_text(path).split("\n"))
     settings, tally, again = read_settings(body), Tally(), count_again(body)
-    for line in body[again[-1] :] if again else body:
+    first_step = again[-1] if again else 0
+    for line in body[first_step:]:
         tally.take(line.strip())
     if not (tally.steps or tally.vals or tally.finals):
         return None
-    text = "\n".join(body)
+    named_seed = seed_in_name(path)
     return Log(
         path=path,
-        seed=find_seed(path, settings, text),
+        seed=find_seed(settings, body[:first_step], body) or named_seed,
+        named_seed=named_seed,
         source=source,
         settings=settings,
         finals=tally.finals,
@@ -443,7 +510,7 @@ def read_log(path: Path) -> Log | None:
         artifact_bytes=tally.sizes.get("artifact", 0),
         finished=bool(tally.finals) and not tally.broken_off,
         runs=runs + len(again),
-        body=text,
+        body="\n".join(body),
     )
 
 

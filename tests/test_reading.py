@@ -263,6 +263,61 @@ def test_seed_in_the_name_of_a_file(folder, name, seed):
     assert one_log(folder, EARLY.replace("seed:42\n", ""), name).seed == seed
 
 
+TABLE = "Hyperparameters:\n  seed: 43\n  train_seq_len: 2048\n"
+SEEDED = SOURCE + "seed = 0\ndef f():\n    seed: 1\n    seed=2\n"
+
+
+@pytest.mark.parametrize("table", [TABLE, "SEED=43\nNUM_LAYERS=2\nA=1\n"])
+def test_settings_and_source_between_two_bars_are_told_apart(folder, table):
+    log = one_log(folder, f"{BAR}\n{table}{SEEDED}\n{BAR}\n{EARLY.replace('seed:42', '')}", "a.log")
+    assert (log.source, log.seed, log.runs) == (SEEDED, "43", 1)
+    assert log.finals[-1][2] == 1.21632999
+
+
+@pytest.mark.parametrize("head", ["", f"{BAR}\n{TABLE}{BAR}\nSource code:\n{BAR}\n"])
+def test_a_seed_in_the_source_is_none(folder, head):
+    log = one_log(folder, f"{head}{SEEDED}\n{BAR}\n{EARLY.replace('42', '43')}", "a.log")
+    assert (log.source, log.seed) == (SEEDED, "43")
+
+
+@pytest.mark.parametrize("line", ["    seed = 0", "    seed=0,", '"seed": 0', "data_seed: 0"])
+def test_python_without_any_bar_tells_no_seed(folder, line):
+    assert one_log(folder, f"{line}\n{EARLY}\n{line}\n").seed == "42"
+    assert one_log(folder, f"{line}\n{EARLY.replace('seed:42', '')}").seed == ""
+
+
+def test_seed_of_an_appended_run_is_that_of_its_own_table(folder):
+    head = f"{BAR}\n{TABLE}{BAR}\nSource code:\n{BAR}\n{SOURCE}\n{BAR}\n"
+    one = head + LATE.partition("train_shards")[2]
+    log = one_log(folder, one + one.replace("seed: 43", "seed: 44"))
+    assert (log.seed, log.runs) == ("44", 2)
+
+
+def test_seed_of_a_run_that_a_console_appends_is_the_last_one_before_it(folder):
+    text = EARLY + EARLY.replace("seed:42", "seed:43")
+    assert (one_log(folder, text).seed, one_log(folder, text).runs) == ("43", 2)
+
+
+def test_seeds_of_content_and_name_are_both_kept(folder):
+    log = one_log(folder, EARLY, "train_seed7.log")
+    assert (log.seed, log.named_seed) == ("42", "7")
+
+
+def test_stride_in_a_name_is_no_seed(folder):
+    assert one_log(folder, EARLY, "seed7_s64.log").named_seed == "7"
+
+
+def test_seed_in_the_name_of_a_logs_own_folder(folder):
+    (folder / "seed_7").mkdir()
+    (folder / "seed_7" / "train.log").write_text(EARLY.replace("seed:42", ""))
+    assert reading.read_logs(folder)[0].seed == "7"
+
+
+def test_setting_of_a_seed_without_end_is_no_reason_to_break(folder):
+    log = one_log(folder, f"A=1\nSEED={'9' * 5000}\nB=2\n{EARLY}")
+    assert log.seed == "9" * 5000
+
+
 def test_size_of_the_weights_in_training_is_not_the_submissions(folder):
     text = "\n".join(line for line in EARLY.splitlines() if "int8+zlib" not in line)
     log = one_log(folder, text)
