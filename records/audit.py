@@ -62,7 +62,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def audit(options: argparse.Namespace) -> list[Verdict]:
     """Apply the static rules, and the dynamic ones if there is what they need."""
-    verdicts = static_rules.check(options.folder, options.artifact, options.best)
+    verdicts = static_rules.check(options.folder, options.artifact, options.best, options.rules)
     if not options.data:
         reason = "the script was not run: that needs --data and --tokenizer"
         return [*verdicts, Verdict("dynamic", NOT_CHECKED, reason)]

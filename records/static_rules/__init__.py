@@ -10,9 +10,10 @@ from reading import Verdict
 
 from static_rules.files import check_files, check_metadata
 from static_rules.improvement import check_improvement
-from static_rules.record import Record, find_artifact
+from static_rules.record import LETTER, Record, find_artifact
 from static_rules.runs import check_finished, check_script, check_source
-from static_rules.scores import check_score, check_seeds
+from static_rules.scores import check_deviation, check_score
+from static_rules.seeds import check_reruns, check_seeds
 from static_rules.sizes import check_digests, check_size, check_sizes_claimed
 from static_rules.times import check_eval_time, check_train_time
 from static_rules.validation import check_leakage, check_val_bytes
@@ -20,13 +21,16 @@ from static_rules.validation import check_leakage, check_val_bytes
 __all__ = ["check", "find_artifact"]
 
 
-def check(folder: Path, artifact: Path | None, best: Path | None) -> list[Verdict]:
+def check(
+    folder: Path, artifact: Path | None, best: Path | None, rules: str = LETTER
+) -> list[Verdict]:
     """Apply every static rule to a record folder.
 
     `best` is the folder of the record to beat; without it, the best one beside `folder` is taken.
+    `rules` are the challenge's by the LETTER, or as its organisers applied them: PRACTICE.
     """
-    record = Record(folder, artifact, best)
-    rules = {
+    record = Record(folder, artifact, best, rules)
+    table = {
         "files": check_files,
         "metadata": check_metadata,
         "script": check_script,
@@ -34,6 +38,8 @@ def check(folder: Path, artifact: Path | None, best: Path | None) -> list[Verdic
         "finished": check_finished,
         "score": check_score,
         "seeds": check_seeds,
+        "reruns": check_reruns,
+        "deviation": check_deviation,
         "size": check_size,
         "sizes_claimed": check_sizes_claimed,
         "digests": check_digests,
@@ -44,7 +50,7 @@ def check(folder: Path, artifact: Path | None, best: Path | None) -> list[Verdic
         "improvement": check_improvement,
     }
     verdicts = []
-    for name, rule in rules.items():
+    for name, rule in table.items():
         state, evidence = rule(record)
         verdicts.append(Verdict(name, state, " ".join(evidence.split())))
     return verdicts

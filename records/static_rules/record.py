@@ -8,11 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from reading import Log, Submission, read_logs, read_submission, to_number, track_of
+from reading import Log, Submission, read_logs, read_submission, seed_name, to_number, track_of
 
-Finding = tuple[str, str]  # PASS, FAIL or NOT CHECKED, and the evidence
+Finding = tuple[str, str]  # PASS, WARN, FAIL or NOT CHECKED, and the evidence
+
+LETTER, PRACTICE = "letter", "practice"  # the challenge's rules, or as they were applied
+MOST_ROUNDING = 1e-4  # of a score, however few decimals a claim states
 
 ARTIFACTS = ("*.artifact", "*.ptz", "*.int8.*", "*.int6.*", "final_model*.bin", "final_model*.xz")
+# Words in the name or folder of a log that is a side experiment's.
+SIDE = re.compile(
+    r"(?<![a-z])(?:ablat|baseline|control|debug|dry.?run|no.?ttt|proxy|sanity|smoke|sweep)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class Record:
     folder: Path
     named_artifact: Path | None = None
     best: Path | None = None
+    rules: str = LETTER
 
     @cached_property
     def problem(self) -> str:
@@ -59,27 +68,63 @@ class Record:
         return read_logs(self.folder)
 
     @cached_property
-    def by_seed(self) -> dict[str, list[Log]]:
-        """The logs of each seed; a log without one stands for itself, by its name."""
-        groups: dict[str, list[Log]] = {}
-        for log in self.logs:
-            groups.setdefault(log.seed or log.path.name, []).append(log)
-        return groups
+    def claimed_seeds(self) -> list[str]:
+        """The seeds that submission.json names: in its table of scores, and in its list."""
+        listed = self.raw.get("seeds")
+        names = listed if isinstance(listed, list) else [self.raw.get("seed")]
+        found = [*self.seed_table, *(seed_name(name) for name in names if is_plain(name))]
+        return [*dict.fromkeys(filter(None, found))]
+
+    def seed_of(self, log: Log) -> str:
+        """Tell the seed of a log; of one that names none, the seed whose score it states, or ""."""
+        if log.seed:
+            return log.seed
+        taken = {other.seed for other in self.logs}
+        free = [(seed, score) for seed, score in self.seed_scores.items() if seed not in taken]
+        return next((seed for seed, score in free if states(log, score)), "")
+
+    def is_aside(self, log: Log) -> bool:
+        """Tell whether a log is of a side experiment: by its place, where it states no claim."""
+        place = log.path.relative_to(self.folder)
+        is_apart = len(place.parts) > 1 and self.is_told_at_the_top
+        if not (is_apart or SIDE.search(place.as_posix())):
+            return False
+        claims = [self.seed_scores.get(log.seed, math.nan)]
+        if self.submission:
+            claims.append(self.submission.val_bpb)
+        return not any(states(log, claim) for claim in claims)
+
+    @cached_property
+    def is_told_at_the_top(self) -> bool:
+        """Whether every claimed seed has a log in the folder itself, not in one below."""
+        told = {log.seed for log in self.logs if log.path.parent == self.folder}
+        return bool(self.claimed_seeds) and told >= {*self.claimed_seeds}
 
     @cached_property
     def claimed(self) -> list[Log]:
-        """The logs of the seeds whose scores submission.json names; all, if it names none.
+        """Every log that speaks for the record: of the seeds it claims; all, if it claims none.
 
-        A folder may hold logs of other runs, such as a baseline's, which claim nothing.
+        Nothing is left out by what it says. Side experiments are, and seeds that no claim names;
+        a log that tells no seed may be of any.
         """
-        headline = self.submission.val_bpb if self.submission else math.nan
-        chosen = []
-        for seed, logs in self.by_seed.items():
-            claims = [self.seed_scores.get(seed, math.nan), headline]
-            scores = [score for log in logs for score in all_scores(log)]
-            if any(agrees(claim, score) for claim in claims for score in scores):
-                chosen += logs
-        return chosen or self.logs
+        main = [log for log in self.logs if not self.is_aside(log)] or self.logs
+        names = {*self.claimed_seeds, ""} if self.claimed_seeds else set()
+        chosen = [log for log in main if not names or self.seed_of(log) in names]
+        return chosen or main
+
+    @cached_property
+    def asides(self) -> list[Log]:
+        """The other logs, which no claim names."""
+        chosen = {log.path for log in self.claimed}
+        return [log for log in self.logs if log.path not in chosen]
+
+    @cached_property
+    def by_seed(self) -> dict[str, list[Log]]:
+        """The claimed logs of each seed; a log without one stands for itself, by its name."""
+        groups: dict[str, list[Log]] = {}
+        for log in self.claimed:
+            groups.setdefault(self.seed_of(log) or log.path.name, []).append(log)
+        return groups
 
     @cached_property
     def script(self) -> bytes | None:
@@ -129,9 +174,29 @@ def precision(number: float) -> float:
     return 10.0 ** -min(decimals, 8)
 
 
+def tolerance(claim: float) -> float:
+    """Tell how far a claim may be from a value by rounding: half a unit, and 1e-4 at most."""
+    return min(precision(claim) / 2, MOST_ROUNDING) + 1e-9
+
+
 def agrees(claim: float, value: float) -> bool:
-    """Tell whether a claim is a value, rounded or cut off as the claim's decimals tell."""
-    return abs(claim - value) <= 1.001 * precision(claim) + 1e-9
+    """Tell whether a claim is a value, rounded as the claim's decimals tell."""
+    return abs(claim - value) <= tolerance(claim)
+
+
+def is_cut_off(claim: float, value: float) -> bool:
+    """Tell whether a claim is a value with its last decimals cut off, where rounding adds one."""
+    return 0 < value - claim < min(precision(claim), MOST_ROUNDING)
+
+
+def states(log: Log, claim: float) -> bool:
+    """Tell whether a log states a claimed score."""
+    return any(agrees(claim, score) for score in all_scores(log))
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether a JSON value can name a seed."""
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
 def all_scores(log: Log) -> list[float]:

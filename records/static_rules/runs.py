@@ -4,7 +4,7 @@ import ast
 import re
 import sys
 
-from reading import FAIL, NOT_CHECKED, PASS, Log, to_text
+from reading import FAIL, NOT_CHECKED, PASS, WARN, Log
 
 from static_rules.record import Finding, Record, join, later_bpb, plural
 
@@ -39,12 +39,14 @@ def newest_python(record: Record) -> tuple[int, int]:
 
 
 def check_source(record: Record) -> Finding:
-    """Check that the script in every log is the shipped one."""
+    """Check that the script in every log is the shipped one, and the same for all seeds."""
+    if reason := different_code(record):
+        return FAIL, reason
     if record.script is None:
         return NOT_CHECKED, "no train_gpt.py"
     printed = [log for log in record.logs if log.source]
     if not printed:
-        return NOT_CHECKED, "no log holds its script"
+        return code_by_size(record)
     shipped = record.script.decode("utf-8-sig", errors="replace")
     other = [log for log in printed if not same_text(log.source, shipped)]
     if other:
@@ -55,6 +57,31 @@ def check_source(record: Record) -> Finding:
     near = f", {inexact} but for line ends" if inexact else ""
     of = f"{len(printed)} of {plural(len(record.logs), 'log')}"
     return PASS, f"the script in {of} is train_gpt.py{near}"
+
+
+def different_code(record: Record) -> str:
+    """Tell that seeds of the claim were run from scripts that differ; "" if none is known to."""
+    groups: list[list[Log]] = []
+    for log in (log for log in record.claimed if log.source):
+        same = (group for group in groups if same_text(group[0].source, log.source))
+        found = next(same, None)
+        if found is None:
+            groups.append([log])
+        else:
+            found.append(log)
+    if len(groups) < 2:
+        return ""
+    parts = (f"{', '.join(log.path.name for log in group)}" for group in groups[:4])
+    return f"the seeds were run from different code: {' | '.join(parts)}"
+
+
+def code_by_size(record: Record) -> Finding:
+    """Tell whether logs without a script at least counted the same bytes of code."""
+    sizes = {log.path.name: log.code_bytes for log in record.claimed if log.code_bytes}
+    if len({*sizes.values()}) < 2:
+        return NOT_CHECKED, "no log holds its script"
+    told = ", ".join(f"{size:,} in {name}" for name, size in [*sizes.items()][:6])
+    return WARN, f"no log holds its script, and the size of the code is not one: {told}"
 
 
 def same_text(one: str, two: str) -> bool:
@@ -69,28 +96,24 @@ def check_finished(record: Record) -> Finding:
     done = {seed for seed, logs in record.by_seed.items() if any(log.finished for log in logs)}
     found: dict[str, list[str]] = {FAIL: [], NOT_CHECKED: [], PASS: []}
     for seed, logs in record.by_seed.items():
-        last = logs[-1]
         if seed in done:
             continue
-        if done and not is_claimed(seed, last, record):
-            found[PASS].append(f"{last.path.name}, which no claim names, has no exact score")
+        if done and not seed.isdecimal():
+            found[PASS].append(f"{logs[-1].path.name}, which names no seed, has no exact score")
             continue
-        state, text = how_it_ends(last)
-        found[state].append(f"{last.path.name} (seed {seed}) {text}")
+        state, text = how_it_ends(logs[-1])
+        found[state].append(f"{logs[-1].path.name} (seed {seed[:20]}) {text}")
     for state in (FAIL, NOT_CHECKED):
         if found[state]:
             return state, join(found[state])
     again = [f"{log.path.name} holds {log.runs} runs" for log in record.logs if log.runs > 1]
     ended = f"{plural(len(done), 'seed')} ended with an exact score"
-    return PASS, join([ended, *found[PASS], *again])
+    return PASS, join([ended, *found[PASS], *map(unfinished, record.asides), *again])
 
 
-def is_claimed(seed: str, log: Log, record: Record) -> bool:
-    """Tell whether a seed is one of the record's: named by it, or if it names none, by a log."""
-    seeds = record.raw.get("seeds")
-    listed = seeds if isinstance(seeds, list) else []
-    named = {*record.seed_table, *map(to_text, listed)}
-    return seed in named if named else bool(log.seed)
+def unfinished(log: Log) -> str:
+    """Tell that a log which no claim names has no exact score; "" if it has one."""
+    return "" if log.finished else f"{log.path.name}, which no claim names, has no exact score"
 
 
 def how_it_ends(log: Log) -> Finding:
