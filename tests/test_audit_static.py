@@ -99,9 +99,9 @@ class Folder:
         """Take fields out of submission.json."""
         self.describe(**{k: v for k, v in self.fields.items() if k not in names})
 
-    def check(self, **given: Path) -> dict[str, tuple[str, str]]:
+    def check(self, best: Path | None = None, rules: str = "letter") -> dict[str, tuple[str, str]]:
         """rule -> state and evidence."""
-        verdicts = static_rules.check(self.path, given.get("artifact"), given.get("best"))
+        verdicts = static_rules.check(self.path, None, best, rules)
         return {verdict.rule: (verdict.state, verdict.evidence) for verdict in verdicts}
 
     def failed(self) -> list[str]:
@@ -581,6 +581,50 @@ def test_training_may_only_finish_its_last_step_after_600_seconds(folder, ms, st
     assert folder.check()["train_time"][0] == state
 
 
+CALIBRATED = "gptq: collected 67 Hessians in 9.5s\n"
+GENERATED = "gptq:generated 64 sequences in 196.4s\n" + CALIBRATED
+
+
+@pytest.mark.parametrize(
+    ("lines", "ms", "state", "words"),
+    [
+        (CALIBRATED, 599_900, "WARN", "until 609.4 s, over 600 s, on data that is not told"),
+        (CALIBRATED, 588_000, "PASS", "until 597.5 s"),
+        ("gptq:calibrating on training data\n" + CALIBRATED, 599_900, "FAIL", "until 609.4 s"),
+        ("gptq:calibrating on training data\n" + CALIBRATED, 588_000, "PASS", "until 597.5 s"),
+        ("gptq:calibrating on training data\n", 599_900, "WARN", "that is not told"),
+        ("gptq:calibrating on training data\n", 588_000, "PASS", "that is not told"),
+        ("gptq:calibrated 67 layers in 9500ms\n", 599_900, "WARN", "until 609.4 s"),
+        (GENERATED, 599_900, "WARN", "until 805.8 s, over 600 s, on text of the model's own"),
+        (GENERATED + "gptq:done in 206.0s\n", 599_900, "WARN", "until 805.9 s"),
+        ("whole: 825.3s (must be < 600.0)\n", 588_000, "WARN", "says itself: whole: 825.3s"),
+        ("whole: 595.3s (must be < 600.0)\n", 588_000, "PASS", "588.00 s at most"),
+    ],
+)
+def test_what_reads_data_after_the_last_step_counts(folder, lines, ms, state, words):
+    for seed, bpb in SCORES.items():
+        text = log_text(seed, bpb, ms=580_000 if seed == "42" else ms)
+        text = text.replace(
+            "Serialized model:", f"{'' if seed == '42' else lines}Serialized model:"
+        )
+        folder.write(f"train_seed{seed}.log", text)
+    found, evidence = folder.check()["train_time"]
+    assert (found, words in evidence) == (state, True), evidence
+
+
+def test_calibration_on_training_data_only_warns_in_practice(folder):
+    text = log_text("42", 1.0808).replace("Code", f"calibrating on training data\n{CALIBRATED}Code")
+    folder.write("train_seed42.log", text)
+    assert folder.check()["train_time"][0] == "FAIL"
+    assert folder.check(rules="practice")["train_time"][0] == "WARN"
+
+
+def test_calibration_before_the_last_step_is_inside_the_timer(folder):
+    text = log_text("42", 1.0808)
+    folder.write("train_seed42.log", text.replace("stopping_early", f"{CALIBRATED}stopping_early"))
+    assert folder.check()["train_time"][0] == "PASS"
+
+
 @pytest.mark.parametrize(("minutes", "state"), [("9.5", "PASS"), ("10.1", "NOT CHECKED")])
 def test_time_in_minutes_is_too_rough_near_the_limit(folder, minutes, state):
     text = log_text("42", 1.0808, ms=0).replace("train_time:0ms", f"train_time: {minutes}m")
@@ -603,6 +647,14 @@ def test_what_the_evaluation_timer_leaves_out_is_said(folder):
     state, evidence = folder.check()["eval_time"]
     assert state == "PASS"
     assert "188.5 s" in evidence
+
+
+def test_compilation_that_brings_the_evaluation_over_600_seconds_is_a_warning(folder):
+    extra = "decompression done in 24.0s\nttt_lora:compile warmup done (137.6s)\n"
+    text = log_text("314", SCORES["314"], eval_ms=508_800).replace("Code size", f"{extra}Code size")
+    folder.write("train_seed314.log", text)
+    state, evidence = folder.check()["eval_time"]
+    assert (state, "670.4 s, over 600 s (train_seed314.log)" in evidence) == ("WARN", True)
 
 
 @pytest.mark.parametrize("rule", ["train_time", "eval_time"])
