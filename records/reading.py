@@ -93,6 +93,7 @@ SEED_SPELLINGS = {
     "val_loss": ["val_loss", "val_loss_nats", "loss"],
     "artifact_bytes": ["artifact_bytes", "bytes_total", "total_bytes", "artifact_size_bytes"],
 }
+FOLDER = re.compile(r"(\d{4}-\d\d-\d\d)_?(.*)", re.DOTALL)
 # A loss in nats per token of any known tokenizer is above this; a score in bits per byte is below.
 HIGHEST_BPB_FOR_SURE = 1.6
 
@@ -197,8 +198,9 @@ def depth(value: Any) -> int:
 def read_submission(folder: Path) -> Submission:
     """Read submission.json of a record folder, in any known spelling.
 
-    A score that stands in val_loss, with no val_bpb, is read as the score. Raises ValueError, of
-    one line for people, if there is no such file or it is not a JSON object.
+    A score that stands in val_loss, with no val_bpb, is read as the score. The folder's name tells
+    the date and the name that the file does not. Raises ValueError, of one line for people, if
+    there is no such file or it is not a JSON object.
     """
     path = folder / "submission.json"
     if not path.is_file():
@@ -214,6 +216,9 @@ def read_submission(folder: Path) -> Submission:
         name: first_text(raw, SPELLINGS[name])
         for name in ("name", "author", "github_id", "date", "track")
     }
+    day, name = parts_of_name(folder)
+    text["date"] = text["date"] or day
+    text["name"] = text["name"] or name
     text["track"] = text["track"] or track_of(folder)
     return Submission(
         folder=folder,
@@ -226,6 +231,12 @@ def read_submission(folder: Path) -> Submission:
         seeds=read_seeds(raw),
         raw=raw,
     )
+
+
+def parts_of_name(folder: Path) -> tuple[str, str]:
+    """Read day and name from a folder's name, 2026-04-09_Name; "" for what it does not tell."""
+    match = FOLDER.fullmatch(folder.absolute().name)
+    return (match[1], " ".join(match[2].split("_"))) if match else ("", "")
 
 
 def track_of(folder: Path) -> str:

@@ -894,6 +894,89 @@ def test_other_validation_texts_are_not_compared(folder, tmp_path):
     assert folder.check(best=other.path)["improvement"][0] == "NOT CHECKED"
 
 
+@pytest.mark.parametrize(
+    ("own", "other", "found"),
+    [
+        ("2026-04-09T01:00:00Z", "2026-04-09T23:00:00Z", "2026-04-01_old"),
+        ("2026-04-09T23:00:00Z", "2026-04-09T01:00:00Z", "2026-04-09_b"),
+        ("2026-04-09T01:00:00+02:00", "2026-04-08T23:30:00Z", "2026-04-01_old"),
+        ("2026-04-09 23:00:00", "2026-04-09 01:00:00", "2026-04-09_b"),
+        ("2026-04-09T23:00:00Z", "2026-04-08", "2026-04-09_b"),
+        ("2026-04-09", "2026-04-10T01:00:00Z", "2026-04-01_old"),
+    ],
+)
+def test_time_of_day_tells_who_came_first(folder, rival, track, own, other, found):
+    folder.change(date=own)
+    Folder(track / "2026-04-09_b", {"1": 1.07, "2": 1.0701, "3": 1.0702}).change(date=other)
+    assert f"than {found}" in folder.check()["improvement"][1]
+
+
+@pytest.mark.parametrize("other", ["2026-04-09", "2026-04-09T12:00:00Z"])
+def test_rival_of_the_same_day_is_not_guessed_to_be_older(folder, rival, track, other):
+    same = Folder(track / "2026-04-09_b", {"1": 1.07, "2": 1.0701, "3": 1.0702})
+    same.change(date=other)
+    state, evidence = folder.check()["improvement"]
+    assert (state, "2026-04-09_b is of the same day" in evidence) == ("NOT CHECKED", True)
+
+
+def test_worse_rival_of_the_same_day_does_not_matter(folder, rival, track):
+    Folder(track / "2026-04-09_b", {"1": 1.2, "2": 1.21, "3": 1.22}).change(date="2026-04-09")
+    assert "than 2026-04-01_old" in folder.check()["improvement"][1]
+
+
+def test_name_and_date_of_the_folder_stand_in_for_missing_ones(folder, rival, track):
+    made = Folder(track / "2026-04-08_Some_name", {"1": 1.07, "2": 1.0701, "3": 1.0702})
+    made.drop("date", "name")
+    assert "than 2026-04-08_Some_name" in folder.check()["improvement"][1]
+    assert {"metadata"} == {r for r in made.failed() if r == "metadata"}
+
+
+def test_undated_record_is_no_rival(folder, rival, track):
+    Folder(track / "Some_name", {"1": 1.07, "2": 1.0701, "3": 1.0702}).drop("date")
+    assert "than 2026-04-01_old" in folder.check()["improvement"][1]
+
+
+def test_undated_record_has_no_rival(track, rival):
+    made = Folder(track / "Some_name")
+    made.drop("date")
+    state, evidence = made.check()["improvement"]
+    assert (state, "has no date" in evidence) == ("NOT CHECKED", True)
+
+
+@pytest.mark.parametrize(("rules", "state"), [("letter", "FAIL"), ("practice", "PASS")])
+def test_small_gain_passes_in_practice_only(folder, track, rules, state):
+    near = {"1": 1.0813, "2": 1.0814, "3": 1.0815}  # 0.0004 BPB over the mean of the folder
+    Folder(track / "2026-04-02_near", near).change(date="2026-04-02")
+    found, evidence = folder.check(rules=rules)["improvement"]
+    told = {"letter": "by the letter, p < 0.01", "practice": "in practice, p < 0.25 was enough"}
+    assert (found, told[rules] in evidence) == (state, True)
+
+
+def test_loss_fails_in_practice_too(folder, track):
+    Folder(track / "2026-04-02_a", {"1": 1.0800, "2": 1.0801, "3": 1.0802}).change(
+        date="2026-04-02"
+    )
+    assert folder.check(rules="practice")["improvement"][0] == "FAIL"
+
+
+@pytest.mark.parametrize(("rules", "state"), [("letter", "FAIL"), ("practice", "PASS")])
+def test_code_as_the_record_counted_it_counts_in_practice_only(folder, rules, state):
+    folder.write("train_gpt.py", script(150_000))
+    found, evidence = folder.check(rules=rules)["size"]
+    told = {
+        "letter": "150,000 code (measured)",
+        "practice": "50,000 code (as the record counted it",
+    }
+    assert (found, told[rules] in evidence) == (state, True)
+
+
+def test_command_line_hands_on_the_rules(folder):
+    folder.write("train_gpt.py", script(150_000))
+    assert run(folder.path).returncode == 1
+    done = run(folder.path, "--rules", "practice")
+    assert (done.returncode, "in practice" in done.stdout) == (0, True)
+
+
 def our_metadata() -> dict:
     """submission.json in our own format."""
     result = {"val_bpb": 2.0, "val_loss": 3.3, "artifact_bytes": 1000, "steps": 20}

@@ -398,6 +398,25 @@ def test_loss_alone_is_not_taken_for_a_score(folder):
     assert read.val_loss == 1.90684
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("2026-04-09_A_b", ("2026-04-09", "A b")),
+        ("2026-04-09", ("2026-04-09", "")),
+        ("A", ("", "")),
+    ],
+)
+def test_name_of_a_folder_tells_day_and_name(tmp_path, name, found):
+    (tmp_path / name).mkdir()
+    read = submission(tmp_path / name, val_bpb=1.1)
+    assert (read.date, read.name) == found
+
+
+def test_date_and_name_of_the_file_come_before_those_of_the_folder(folder):
+    read = submission(folder, date="2026-04-09", name="N")
+    assert (read.date, read.name) == ("2026-04-09", "N")
+
+
 def test_track_is_that_of_the_folder_where_none_is_named(folder):
     assert submission(folder, name="x").track == "10min_16mb"
 

@@ -112,6 +112,18 @@ def read_date(text: str) -> datetime.date | None:
         return None
 
 
+def read_moment(text: str) -> datetime.datetime | None:
+    """Read a date with its time of day, in UTC; None without one. No zone is taken for UTC."""
+    if len(text) <= 10:
+        return None
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+        zoned = moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+        return zoned.astimezone(datetime.UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
 def spelled(raw: Mapping[str, Any], name: str) -> bool:
     """Tell whether a field is there in any spelling."""
     return any(key in raw for key in SPELLINGS.get(name, [name]))
