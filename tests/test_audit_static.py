@@ -754,9 +754,84 @@ def test_bytes_that_are_not_those_of_the_validation_set_fail(folder):
     assert (state, "bytes are counted wrongly" in evidence) == ("FAIL", True)
 
 
-def test_bytes_near_the_known_number_are_not_judged(folder):
+def test_bytes_near_the_known_number_are_a_warning(folder):
     folder.log(nats=NATS * 1.0808 * 1.0185)
-    assert folder.check()["val_bytes"][0] == "NOT CHECKED"
+    assert folder.check()["val_bytes"][0] == "WARN"
+
+
+@pytest.mark.parametrize(
+    ("share", "rate", "state", "words"),
+    [
+        (0.96, 1, "PASS", "another export of the set"),
+        (1.04, 1, "PASS", "another export of the set"),
+        (0.96, 1.08, "FAIL", "bytes are counted wrongly"),
+        (0.96, 1.05, "WARN", "another export of the data, or bytes are counted wrongly"),
+        (0.8, 1, "FAIL", "only a part was scored"),
+        (1.3, 1, "WARN", "more than the set was scored"),
+    ],
+)
+def test_bytes_are_judged_by_those_of_a_token_too(folder, share, rate, state, words):
+    folder.log(tokens=round(TOKENS * share), nats=NATS * 1.0808 * rate)
+    found, evidence = folder.check()["val_bytes"]
+    assert (found, words in evidence) == (state, True), evidence
+
+
+@pytest.mark.parametrize(
+    ("data", "rate", "state"),
+    [
+        *(("sp1024", 2.436, "PASS"), ("sp1024", 2.48, "WARN"), ("sp1024", 2.6, "FAIL")),
+        *(("sp4096", 3.320, "PASS"), ("sp8192", 3.727, "PASS")),
+        ("sp8192_lossless_caps_caseops_v1", 3.157, "PASS"),
+        ("sp10240", 2.436, "NOT CHECKED"),
+    ],
+)
+def test_bytes_a_token_alone_are_judged_by_the_tokenizer(folder, data, rate, state):
+    for seed, bpb in SCORES.items():
+        text = log_text(seed, bpb, nats=bpb * rate * math.log(2)).replace("sp1024", data)
+        folder.write(f"train_seed{seed}.log", text.replace(f"tokens:{TOKENS}", ""))
+    assert folder.check()["val_bytes"][0] == state
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            "bytes_per_token = 3.7",
+            "AVG_BYTES_PER_TOKEN: float = 3.7",
+            "score(bytes_per_token=3.7)",
+        ),
+        "self.bytes_per_token = float(os.environ.get('BYTES_PER_TOKEN', '3.7'))",
+        *("bpb = loss / math.log(2) / 3.7", "bpb = loss / (math.log(2.0) * 3.7)"),
+        "bpb = loss / 0.693147 / 3.7",
+    ],
+)
+def test_fixed_number_of_bytes_a_token_fails(folder, line):
+    folder.write("train_gpt.py", f"{script()}{line}\n")
+    for seed, bpb in SCORES.items():
+        folder.write(f"train_seed{seed}.log", log_text(seed, bpb, nats=bpb * 3.7 * math.log(2)))
+    state, evidence = folder.check()["val_bytes"]
+    assert (state, "fixes 3.7 bytes a token" in evidence) == ("FAIL", True)
+
+
+def test_fixed_number_that_the_scores_are_not_of_is_a_warning(folder):
+    folder.write("train_gpt.py", f"{script()}bytes_per_token = 3.7  # to guess the time\n")
+    assert folder.check()["val_bytes"][0] == "WARN"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("bytes_per_token = 2.0", "bytes_per_token = 0.0", "bytes_per_token = n_bytes / tokens"),
+        *(
+            "bpb = loss / math.log(2) * tokens / n_bytes",
+            "lr = 3.7",
+            "x = f(1" + "*1.5" * 3000 + ")",
+        ),
+    ],
+)
+def test_counted_bytes_are_no_fixed_number(folder, line):
+    folder.write("train_gpt.py", f"{script()}{line}\n")
+    assert folder.check()["val_bytes"][0] == "PASS"
 
 
 def test_part_of_the_validation_set_fails_in_the_timed_track(folder):
@@ -809,6 +884,7 @@ def test_training_files_of_the_validation_set_are_leaky(folder):
         ("Trained on validation shard only.", "FAIL"),
         ("It was not trained on validation data.", "PASS"),
         ("We never ever train on the validation set.", "PASS"),
+        ("No, it is a model that was trained on the validation set.", "FAIL"),
     ],
 )
 def test_what_submission_json_says_of_training_is_read(folder, words, state):
