@@ -249,9 +249,10 @@ def track_of(folder: Path) -> str:
 
 NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 BAR = re.compile(r"={60,}\s*")
-SEED_ROW = re.compile(r"[ \t]*seed[ \t]*:[ \t]*(\d{1,20})\b", re.IGNORECASE)
-SEED_WORD = re.compile(r"[ \t]*seed=(\d{1,20})(?!\S)", re.IGNORECASE)
-STEP = re.compile(r"(?:step[:\s]\s*(\d+)(?:\s*/\s*\d+)?|(\d+)\s*/\s*\d+):?\s[^\n]*?loss")
+# A pattern that begins with a repeat is held at the start of its text: no text makes it slow.
+SEED_ROW = re.compile(r"\A[ \t]*seed[ \t]*:[ \t]*(\d{1,20})\b", re.IGNORECASE)
+SEED_WORD = re.compile(r"\A[ \t]*seed=(\d{1,20})(?!\S)", re.IGNORECASE)
+STEP = re.compile(r"\A(?:step[:\s]\s*(\d+)(?:\s*/\s*\d+)?|(\d+)\s*/\s*\d+):?\s[^\n]*?loss")
 SCORES = re.compile(rf"val_loss:\s*{NUMBER}\s+val_bpb:\s*{NUMBER}")
 TRAIN_TIME = re.compile(rf"train_time:\s*{NUMBER}\s*(ms|s|m)\b")
 EVAL_TIME = re.compile(rf"eval_time:\s*{NUMBER}\s*(ms|s|m)\b")
@@ -277,8 +278,8 @@ NOISE = re.compile(
 )
 NEW_SOURCE = re.compile(r'"""|\'\'\'|#!/|import \w|from [\w.]+ import ')
 IMPORT = re.compile(r"import \w|from [\w.]+ import ")
-TABLE_ROW = re.compile(r"Hyperparameters|[ \t]*\w+: ?\S|[A-Z][A-Z0-9_]*=")
-SETTING = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)")
+TABLE_ROW = re.compile(r"\A(?:Hyperparameters|[ \t]*\w+: ?\S|[A-Z][A-Z0-9_]*=)")
+SETTING = re.compile(r"\A([A-Z][A-Z0-9_]*)=(.*)")
 
 
 def read_text(path: Path) -> str:
@@ -340,9 +341,8 @@ def last_run(lines: list[str]) -> tuple[str, list[str], int]:
         source = source or "\n".join(lines[script.start : script.stop])
         i = script.stop
     body = outside(lines, scripts, start)
-    while body and (BAR.fullmatch(body[0]) or not body[0].strip()):
-        del body[0]
-    body = NOISE.sub("", "\n".join(body)).replace("\r", "\n").split("\n")
+    first = next((k for k, line in enumerate(body) if line.strip(" =\r")), len(body))
+    body = NOISE.sub("", "\n".join(body[first:])).replace("\r", "\n").split("\n")
     return source, body, runs
 
 

@@ -1,14 +1,18 @@
 """records/static_rules/ and records/audit.py: an honest folder, and one fault at a time."""
 
+import ast
 import hashlib
 import importlib
 import json
 import math
 import random
+import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from re import _parser as parser
 
 import jsonschema
 import pytest
@@ -511,7 +515,13 @@ def test_shipped_script_counts_not_the_wrapper_of_the_log(folder):
 @pytest.mark.parametrize("code", ["15.9 * 1024 * 1024", "target_mb * 1024**2", "16*2**20"])
 def test_mebibytes_for_megabytes_in_the_script_are_told(folder, code):
     folder.write("train_gpt.py", script() + f"most = {code}\n")
-    assert f"takes MiB for MB: {code}" in folder.check()["size"][1]
+    assert f"takes MiB for MB: {code.partition('*')[0]}" in folder.check()["size"][1]
+
+
+@pytest.mark.parametrize("code", ["8 * 1024 * 1024", "chunk_mb * 1024**2", "215.9 * 1024 * 1024"])
+def test_other_mebibytes_are_not(folder, code):
+    folder.write("train_gpt.py", script() + f"most = {code}\n")
+    assert "MiB for MB" not in folder.check()["size"][1]
 
 
 def test_total_over_the_cap_in_a_log_fails_even_if_the_files_fit(folder):
@@ -1197,3 +1207,138 @@ def test_folder_of_folders_in_the_place_of_files_is_no_reason_to_break(tmp_path)
         (tmp_path / name).mkdir()
     states = {v.rule: v.state for v in static_rules.check(tmp_path, None, None)}
     assert (states["files"], states["metadata"]) == ("FAIL", "FAIL")
+
+
+# ===================================== long lines =====================================
+
+
+Look = Callable[[str], object]
+
+
+def looks() -> dict[tuple[str, str], tuple[re.Pattern, Look]]:
+    """Every regular expression of reading.py and static_rules/, and how a text is looked at by it.
+
+    One that is written in a call is used as there, and a compiled one by all means.
+    """
+    found = {}
+    for path in [ROOT / "records/reading.py", *(ROOT / "records/static_rules").glob("*.py")]:
+        name = path.stem if path.stem == "reading" else f"static_rules.{path.stem}"
+        values = list(vars(importlib.import_module(name.removesuffix(".__init__"))).values())
+        values += [item for value in values if isinstance(value, dict) for item in value.values()]
+        for pattern in (value for value in values if isinstance(value, re.Pattern)):
+            found[pattern.pattern, "findall"] = pattern, pattern.findall
+            found[pattern.pattern, "fullmatch"] = pattern, pattern.fullmatch
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            function = ast.unparse(node.func)
+            if function in ("re.match", "re.fullmatch", "re.search", "re.findall", "fact"):
+                use = function.replace("fact", "re.findall").removeprefix("re.")
+                for argument in node.args:
+                    if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                        pattern = re.compile(argument.value, re.MULTILINE)
+                        found[argument.value, use] = pattern, getattr(pattern, use)
+    return found
+
+
+class Sampler:
+    """Texts that a pattern goes far into and does not match in the end."""
+
+    def __init__(self, pattern: re.Pattern, branch: int, grown: int, times: int) -> None:
+        self.branch, self.grown, self.times, self.repeats = branch, grown, times, 0
+        self.text = self.sample(parser.parse(pattern.pattern, pattern.flags))
+
+    def sample(self, items: object) -> str:
+        """A text for a part of a pattern; the repeat number `grown` in it is drawn out."""
+        return "".join(self.one(str(kind), value) for kind, value in items)
+
+    def one(self, kind: str, value: object) -> str:
+        """A text for one piece of a pattern."""
+        if kind == "LITERAL":
+            return chr(value)
+        if kind == "IN":
+            return self.char(value)
+        if kind in ("ANY", "NOT_LITERAL"):
+            return "x"
+        if kind == "SUBPATTERN":
+            return self.sample(value[-1])
+        if kind == "BRANCH":
+            return self.sample(value[1][self.branch % len(value[1])])
+        if kind.endswith("REPEAT"):
+            self.repeats += 1
+            number = self.times if self.repeats == self.grown else max(value[0], 1)
+            return self.sample(value[2]) * min(number, value[1])
+        return {"AT_BEGINNING": "\n", "AT_BOUNDARY": " "}.get(str(value), "")
+
+    @staticmethod
+    def char(choices: list) -> str:
+        """A character of a set."""
+        kind, value = choices[0]
+        if str(kind) == "NEGATE":
+            return "y"
+        if str(kind) == "CATEGORY":
+            return {"DIGIT": "1", "SPACE": " "}.get(str(value).split("_")[-1], "w")
+        return chr(value[0] if str(kind) == "RANGE" else value)
+
+
+def adversaries(pattern: re.Pattern, length: int) -> set[str]:
+    """Long texts against a pattern: each repeat drawn out, and what begins a match again and again.
+
+    For 400 KB of text, work that grows with the square takes hours.
+    """
+    texts = set()
+    items = parser.parse(pattern.pattern, pattern.flags)
+    for branch in range(4):
+        plain = Sampler(pattern, branch, 0, 0)
+        for grown in range(1, plain.repeats + 1):
+            text = Sampler(pattern, branch, grown, length).text
+            texts |= {text[:length] + "\0", text[:length]}
+        for end in range(1, len(items) + 1):
+            if start := plain.sample(items[:end]):
+                texts |= {(start * (length // len(start)))[:length] + "\0"}
+    return texts
+
+
+def search_adversaries(length: int) -> None:
+    """Look for every pattern in every text that is against it."""
+    for pattern, look in looks().values():
+        for text in adversaries(pattern, length):
+            look(text)
+
+
+def audit_adversaries(place: Path, length: int) -> None:
+    """Audit a folder whose log and submission.json are of lines against all patterns at once."""
+    texts = {text for p, _ in looks().values() for text in adversaries(p, length // 100)}
+    folder = Folder(place / "track_10min_16mb" / "2026-04-09_a")
+    log = log_text("42", 1.0808)
+    for start in (
+        "val_loader:",
+        "Total submission size ",
+        "seed:",
+        "train_files ",
+        "tokens:",
+        "in ",
+    ):
+        line = (start * (length // len(start)))[:length]
+        folder.write("train_seed42.log", f"{line}\n{log}{line}\n")
+        folder.change(blurb=line)
+        folder.write("train_gpt.py", script() + "#" + line)
+        folder.check()
+    folder.write("train_seed42.log", log + "\n".join(sorted(texts)))
+    folder.check()
+    for mark in (f"step:1/2 loss\nimport os\n{BAR}\n", "\n", f"{BAR}\n", "import os\n", "#\n"):
+        lines = mark * (length // len(mark))
+        folder.write("train_seed42.log", f"{lines}{log}{lines}{BAR}\n{log}")
+        folder.check()
+
+
+@pytest.mark.parametrize(
+    "work", ["search_adversaries(400_000)", "audit_adversaries(place, 400_000)"]
+)
+def test_no_long_line_takes_more_than_linear_work(tmp_path, work):
+    """In a process of its own: quadratic work would take hours, linear work takes seconds."""
+    code = (
+        f"import test_audit_static as t; from pathlib import Path; place = Path({str(tmp_path)!r})"
+    )
+    command = [sys.executable, "-c", f"{code}; t.{work}"]
+    subprocess.run(command, cwd=ROOT / "tests", check=True, timeout=600)

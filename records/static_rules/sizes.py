@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import string
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from static_rules.record import PRACTICE, Finding, Record, join
 
 CAP, MIB_CAP = 16_000_000, 16 * 2**20
 HELPERS = {".py", ".cpp", ".cc", ".c", ".cu", ".cuh", ".h", ".hpp", ".so", ".pyx", ".rs"}
-# 15.9 * 1024 * 1024, target_mb * 1024**2, 16 * 2**20
-MEBIBYTES = re.compile(
-    r"\b(?:1[56](?:\.\d+)?|\w*(?:target|max|budget|limit)\w*mb\w*)"
-    r"\s*\*\s*(?:1024\s*\*\s*1024|1024\s*\*\*\s*2|2\s*\*\*\s*20)\b",
-    re.IGNORECASE,
+# 15.9 * 1024 * 1024, target_mb * 1024**2, 16 * 2**20: the factor, and what may stand before it.
+MEBIBYTE = re.compile(
+    r"\*[ \t]*(?:1024[ \t]*\*[ \t]*1024|1024[ \t]*\*\*[ \t]*2|2[ \t]*\*\*[ \t]*20)\b"
 )
+SIXTEEN = re.compile(r"1[56](?:\.\d{1,20})?")
+LIMIT_WORDS = ("target", "max", "budget", "limit")
+LOOK_BACK = 100
+WORD = string.ascii_letters + string.digits + "_."
 
 
 def check_size(record: Record) -> Finding:
@@ -129,8 +132,21 @@ def uncounted(record: Record) -> str:
 
 def binary_units(record: Record) -> str:
     """Tell where the script takes 1024 * 1024 for a megabyte of the cap."""
-    found = MEBIBYTES.search(record.script_text)
-    return f"train_gpt.py takes MiB for MB: {found[0]}" if found else ""
+    text = record.script_text
+    for found in MEBIBYTE.finditer(text):
+        before = text[max(0, found.start() - LOOK_BACK) : found.start()].rstrip(" \t")
+        word = before[len(before.rstrip(WORD)) :]
+        if is_of_the_cap(word):
+            return f"train_gpt.py takes MiB for MB: {word} {found[0]}"
+    return ""
+
+
+def is_of_the_cap(word: str) -> bool:
+    """Tell whether a number or a name is one of the cap in megabytes: 15.9, target_mb."""
+    name = word.lower()
+    stem, mb, _ = name.rpartition("mb")
+    is_limit = bool(mb) and any(limit in stem for limit in LIMIT_WORDS)
+    return is_limit or bool(SIXTEEN.fullmatch(word))
 
 
 def check_sizes_claimed(record: Record) -> Finding:
