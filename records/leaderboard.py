@@ -24,11 +24,12 @@ from statistics import fmean, stdev
 import program
 import scipy.stats
 import static_rules
-from reading import FAIL, PASS, Log, Submission, read_logs, read_submission
+from reading import FAIL, PASS, WARN, Log, Submission, read_logs, read_submission
 
 FULL_SPLIT = range(151_000_000, 151_200_000)  # bytes of FineWeb's validation split, 151.08 MB
 FINEWEB = "FineWeb's validation split"
 SCORES = ("val_bpb", "val_loss")
+SAME_TOKENS = 0.002  # nats a token of a BPB differ by less than this, as rounding does
 HIGHEST = 100  # no score and no loss is above this: it is a mistake
 ASIDE = {"SEED", "RUN_ID", "OUT_DIR", "SAVE_NLL", "ARTIFACT"}  # say nothing of the method
 HEAD = """# Records
@@ -36,9 +37,9 @@ HEAD = """# Records
 This page and its picture are made by `python records/leaderboard.py` from the submission.json of
 the folders below; a test compares them. Scores are bits per byte of validation text, lower is
 better: the mean over seeds ± the sample deviation. Only scores on the same text are ranked
-together. "Audit" is what the static rules of `python records/audit.py FOLDER` find: how many rules
-pass of all, the rest could not be checked; or the rules that fail. The audit of an artifact as a
-black box takes minutes and is not part of this page.
+together. "Audit" is what the static rules of `python records/audit.py FOLDER` find: the rules that
+fail; or how many pass of all, and which warn. The rest could not be checked. The audit of an
+artifact as a black box takes minutes and is not part of this page.
 
     python records/submit.py RUN_ID [RUN_ID ...] --name N --author A --github-id G --track T
     python records/audit.py records/TRACK/FOLDER
@@ -112,7 +113,9 @@ def audit_state(folder: Path) -> str:
         return f"could not run: {type(error).__name__}"
     if failed := sorted({verdict.rule for verdict in verdicts if verdict.state == FAIL}):
         return f"FAIL: {', '.join(failed)}"
-    return f"{sum(verdict.state == PASS for verdict in verdicts)} of {len(verdicts)} pass"
+    passed = f"{sum(verdict.state == PASS for verdict in verdicts)} of {len(verdicts)} pass"
+    warned = sorted({verdict.rule for verdict in verdicts if verdict.state == WARN})
+    return f"{passed}, WARN: {', '.join(warned)}" if warned else passed
 
 
 def read_track(track: Path) -> tuple[list[Entry], list[tuple[Path, str]]]:
@@ -316,6 +319,17 @@ class Side:
         found = [log.finals[-1][column] for log in self.logs if log.finals]
         return seed_values(self.claim, name) or [score for score in found if plausible(score)]
 
+    def nats_a_bpb(self) -> float:
+        """Tell the nats a token of a BPB, which depend on text and tokenizer alone; nan if unknown.
+
+        They are the bytes a token, times ln 2.
+        """
+        losses, scores = self.scores("val_loss"), self.scores("val_bpb")
+        if not losses or len(losses) != len(scores):
+            losses, scores = [self.claim.val_loss], [self.claim.val_bpb]
+        known = plausible(fmean(losses)) and plausible(fmean(scores))
+        return fmean(losses) / fmean(scores) if known else math.nan
+
     def facts(self) -> dict[str, str]:
         """Describe the record: the name of each fact, and its text."""
         claim, stepped = self.claim, [log for log in self.logs if log.steps]
@@ -343,12 +357,23 @@ def compare(a: Path, b: Path) -> str:
         others |= settings_beside(two, one)
     first, second = max(map(len, facts)), max(map(len, facts.values()))
     lines = [f"{n:{first}}  {text:{second}}  {others[n]}".rstrip() for n, text in facts.items()]
-    lines += [f"{name}: {welch(one.scores(name), two.scores(name))}" for name in SCORES]
-    if validation_text(one.claim) != validation_text(two.claim):
-        lines.append("The scores are on different texts: they do not compare.")
+    lines += tests_of_scores(one, two)
     if silent:
         lines.append(f"Settings not compared: no log states them in {', '.join(silent)}")
     return "\n".join(lines)
+
+
+def tests_of_scores(one: Side, two: Side) -> list[str]:
+    """Test what can be compared: BPB on one text, and losses a token of one tokenizer on it."""
+    if validation_text(one.claim) != validation_text(two.claim):
+        return ["The scores are on different texts: they do not compare."]
+    lines = [f"val_bpb: {welch(one.scores('val_bpb'), two.scores('val_bpb'))}"]
+    rates = one.nats_a_bpb(), two.nats_a_bpb()
+    if math.isnan(sum(rates)):
+        return [*lines, "val_loss: not compared: whether the tokenizers are the same is not told"]
+    if abs(rates[0] / rates[1] - 1) > SAME_TOKENS:
+        return [*lines, "val_loss: not compared: the tokenizers differ, and so do tokens"]
+    return [*lines, f"val_loss: {welch(one.scores('val_loss'), two.scores('val_loss'))}"]
 
 
 def settings_beside(side: Side, other: Side) -> dict[str, str]:

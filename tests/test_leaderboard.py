@@ -437,6 +437,43 @@ def test_scores_on_different_texts_are_said_not_to_compare(records, pair):
     assert "different texts" not in leaderboard.compare(*pair)
 
 
+def test_scores_on_different_texts_are_not_tested(records, pair):
+    other = write_record(records, "2026-01-03_c", [1.1, 1.2], val_bytes=5)
+    assert "Welch t" not in leaderboard.compare(pair[0], other)
+
+
+def with_losses(records: Path, folder: str, nats: float) -> Path:
+    """A record whose seeds have so many nats a token of a BPB."""
+    scores = {"1": 1.2, "2": 1.3}
+    table = {seed: {"val_bpb": v, "val_loss": nats * v} for seed, v in scores.items()}
+    return write_record(records, folder, [*scores.values()], seed_results=table)
+
+
+@pytest.mark.parametrize(
+    ("nats", "said"),
+    [(2.0, "difference"), (2.001, "difference"), (2.5, "not compared: the tokenizers differ")],
+)
+def test_losses_are_tested_where_tokens_are_the_same(records, pair, nats, said):
+    other = with_losses(records, "2026-01-03_c", nats)
+    lines = leaderboard.compare(pair[0], other).splitlines()
+    tests = {line.partition(": ")[0]: line.partition(": ")[2] for line in lines if ": " in line}
+    assert tests["val_loss"].startswith(said)
+    assert "Welch t" in tests["val_bpb"]
+
+
+def test_losses_are_not_tested_where_tokens_are_not_known(records, pair):
+    scores = {"1": 1.2, "2": 1.3}
+    other = write_record(records, "2026-01-03_c", [1.2, 1.3], seed_results=scores)
+    assert "val_loss: not compared: whether" in leaderboard.compare(pair[0], other)
+
+
+def test_warnings_of_the_audit_are_on_the_page(records, monkeypatch):
+    verdicts = [Verdict("files", "PASS", ""), Verdict("reruns", "WARN", "")]
+    monkeypatch.setattr(leaderboard.static_rules, "check", lambda *arguments: verdicts)
+    write_record(records, "2026-01-01_a", [1.1])
+    assert rows(records)[0][-1] == "1 of 2 pass, WARN: reruns"
+
+
 def test_comparing_with_a_folder_that_is_no_record_is_refused(pair, tmp_path):
     with pytest.raises(SystemExit, match=r"submission\.json: not there"):
         leaderboard.main(["--compare", str(pair[0]), str(tmp_path)])
