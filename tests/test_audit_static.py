@@ -243,6 +243,16 @@ def test_score_in_a_line_of_unknown_form_is_found(folder):
     assert folder.check()["score"][0] == "PASS"
 
 
+def test_score_so_far_is_no_score(folder):
+    folder.write(
+        "train_seed42.log", "  ttt_chunk [11/1238] bpb=1.079512\n" + log_text("42", 1.0808)
+    )
+    folder.drop("seed_results")
+    folder.change(val_bpb=1.0795)
+    state, evidence = folder.check()["score"]
+    assert (state, "1.0795 is in no log" in evidence) == ("FAIL", True)
+
+
 def test_seeds_are_summed_up_by_the_sample_deviation(folder):
     state, evidence = folder.check()["deviation"]
     assert state == "PASS"
@@ -607,6 +617,9 @@ GENERATED = "gptq:generated 64 sequences in 196.4s\n" + CALIBRATED
         ("gptq:calibrated 67 layers in 9500ms\n", 599_900, "WARN", "until 609.4 s"),
         (GENERATED, 599_900, "WARN", "until 805.8 s, over 600 s, on text of the model's own"),
         (GENERATED + "gptq:done in 206.0s\n", 599_900, "WARN", "until 805.9 s"),
+        (CALIBRATED + "GPTQ:quantized in 10.1s\n", 588_000, "PASS", "until 597.5 s"),
+        (CALIBRATED + "GPTQ:compressed+saved in 66.3s\n", 588_000, "PASS", "until 597.5 s"),
+        ("  gptq (int6): blocks.attn.c_k.weight\n", 599_900, "PASS", "599.90 s at most"),
         ("whole: 825.3s (must be < 600.0)\n", 588_000, "WARN", "says itself: whole: 825.3s"),
         ("whole: 595.3s (must be < 600.0)\n", 588_000, "PASS", "588.00 s at most"),
     ],

@@ -16,6 +16,10 @@ LETTER, PRACTICE = "letter", "practice"  # the challenge's rules, or as they wer
 MOST_ROUNDING = 1e-4  # of a score, however few decimals a claim states
 
 ARTIFACTS = ("*.artifact", "*.ptz", "*.int8.*", "*.int6.*", "final_model*.bin", "final_model*.xz")
+# A line of progress, which tells the score so far: step:5, 5/100, ttt_chunk [5/100].
+STEP_OF = re.compile(r"\A[ \t]*step\b|\d/\d")
+LATER_BPB = re.compile(r"bpb[\"']?\s{0,9}[:=]?\s{0,9}(\d\.\d{3,20})")
+LINE = 1000  # as far as a line is read for a score
 # Words in the name or folder of a log that is a side experiment's.
 SIDE = re.compile(
     r"(?<![a-z])(?:ablat|baseline|control|debug|dry.?run|no.?ttt|proxy|sanity|smoke|sweep)",
@@ -205,12 +209,12 @@ def all_scores(log: Log) -> list[float]:
 
 
 def later_bpb(log: Log) -> list[float]:
-    """List every number in a log that calls itself a BPB, except those of training steps."""
+    """List every number in a log that calls itself a BPB, except those of steps and chunks."""
     found = []
     for line in log.body.split("\n"):
-        if "bpb" not in line or re.match(r"[ \t]*(step\b|\d+/\d+)", line):
+        if "bpb" not in line or STEP_OF.search(line[:LINE]):
             continue
-        if match := re.search(r"bpb[\"']?\s{0,9}[:=]?\s{0,9}(\d\.\d{3,20})", line[:1000]):
+        if match := LATER_BPB.search(line[:LINE]):
             found.append(float(match[1]))
     return found
 
