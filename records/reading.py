@@ -251,7 +251,7 @@ NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 BAR = re.compile(r"={60,}\s*")
 # A pattern that begins with a repeat is held at the start of its text: no text makes it slow.
 SEED_ROW = re.compile(r"\A[ \t]*seed[ \t]*:[ \t]*(\d{1,20})\b", re.IGNORECASE)
-SEED_WORD = re.compile(r"\A[ \t]*seed=(\d{1,20})(?!\S)", re.IGNORECASE)
+SEED_WORD = re.compile(r"(?<!\S)seed=(\d{1,20})(?!\S)", re.IGNORECASE)
 STEP = re.compile(r"\A(?:step[:\s]\s*(\d+)(?:\s*/\s*\d+)?|(\d+)\s*/\s*\d+):?\s[^\n]*?loss")
 SCORES = re.compile(rf"val_loss:\s*{NUMBER}\s+val_bpb:\s*{NUMBER}")
 TRAIN_TIME = re.compile(rf"train_time:\s*{NUMBER}\s*(ms|s|m)\b")
@@ -307,22 +307,21 @@ def find_code(lines: list[str]) -> list[range]:
     for bar in find_bars(lines):
         part = lines[start:bar]
         if any(IMPORT.match(line) for line in part):
-            found.append(range(start + first_of_code(part, start == 0), bar))
+            found.append(range(start + first_of_code(part), bar))
         start = bar + 1
     return found
 
 
-def first_of_code(part: list[str], is_head: bool) -> int:
+def first_of_code(part: list[str]) -> int:
     """Find where the script begins in what stands before a line of "=".
 
-    The head of a log is taken whole, unless a table of settings stands there.
+    It is all of that, unless a table of settings or an earlier run stands at its head.
     """
     first = next(i for i, line in enumerate(part) if NEW_SOURCE.match(line))
     while first and part[first - 1][:1] in ("#", ""):
         first -= 1
-    if is_head and not any(TABLE_ROW.match(line) for line in part[:first]):
-        return 0
-    return first
+    has_head = any(TABLE_ROW.match(line) or is_mark(line) for line in part[:first])
+    return first if has_head else 0
 
 
 def last_run(lines: list[str]) -> tuple[str, list[str], int]:
@@ -469,13 +468,13 @@ def find_seed(settings: Mapping[str, str], head: list[str], body: list[str]) -> 
     """Find the seed that a log itself tells; "" if it does not.
 
     Settings come first, then lines "seed: 42", of the last run's head before others, then
-    "seed=42" alone in a line. "seed = 42" is Python: a source may stand in a log without any "=".
+    the word seed=42. "seed = 42" is Python: a source may stand in a log without any bar.
     """
     if seed := plain_seed(settings.get("SEED", "")):
         return seed
     for lines in (head[::-1], body):
         for pattern in (SEED_ROW, SEED_WORD):
-            matches = (pattern.match(line) for line in lines)
+            matches = (pattern.search(line) for line in lines)
             if found := next(filter(None, matches), None):
                 return plain_seed(found[1])
     return ""

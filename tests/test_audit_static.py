@@ -361,6 +361,14 @@ def test_log_without_a_seed_is_that_of_the_score_it_states(folder):
     assert folder.check()["seeds"][0] == "PASS"
 
 
+def test_log_without_a_seed_is_that_of_the_claimed_number_in_its_name(folder):
+    folder.drop("seed_results")
+    folder.change(seeds=[42, 314, 999])
+    (folder.path / "train_seed314.log").unlink()
+    folder.write("log_314_v2.txt", log_text("", SCORES["314"]))
+    assert folder.check()["seeds"] == ("PASS", "3 logs of seeds 314, 42, 999")
+
+
 def test_seeds_of_the_same_score_are_said(folder):
     folder.change(seed_results={s: {"val_bpb": 1.081} for s in SCORES}, val_bpb_std=0)
     for seed in SCORES:
@@ -614,6 +622,8 @@ GENERATED = "gptq:generated 64 sequences in 196.4s\n" + CALIBRATED
         ("gptq:calibrating on training data\n" + CALIBRATED, 588_000, "PASS", "until 597.5 s"),
         ("gptq:calibrating on training data\n", 599_900, "WARN", "that is not told"),
         ("gptq:calibrating on training data\n", 588_000, "PASS", "that is not told"),
+        ("temp_scaling optimal_T:0.90 eval_time:146ms\n", 599_900, "WARN", "until 600.0 s"),
+        ("temp_scaling optimal_T:0.90 eval_time:46ms\n", 599_900, "PASS", "until 599.9 s"),
         ("gptq:calibrated 67 layers in 9500ms\n", 599_900, "WARN", "until 609.4 s"),
         (GENERATED, 599_900, "WARN", "until 805.8 s, over 600 s, on text of the model's own"),
         (GENERATED + "gptq:done in 206.0s\n", 599_900, "WARN", "until 805.9 s"),

@@ -280,6 +280,19 @@ def test_a_seed_in_the_source_is_none(folder, head):
     assert (log.source, log.seed) == (SEEDED, "43")
 
 
+@pytest.mark.parametrize("first", ['"A script in one line"', "x = 1", "#!/usr/bin/env python"])
+@pytest.mark.parametrize("head", ["", f"{BAR}\n{TABLE}{BAR}\nSource code:\n{BAR}\n"])
+def test_a_source_is_whole_whatever_it_begins_with(folder, head, first):
+    source = f"{first}\n\nimport math\n"
+    log = one_log(folder, f"{head}{source}\n{BAR}\n{EARLY}")
+    assert log.source == source
+
+
+def test_seed_among_settings_in_one_line_is_found(folder):
+    text = EARLY.replace("seed:42", "num_layers=10 seed=43 smear=False")
+    assert one_log(folder, text, "log_42.txt").seed == "43"
+
+
 @pytest.mark.parametrize("line", ["    seed = 0", "    seed=0,", '"seed": 0', "data_seed: 0"])
 def test_python_without_any_bar_tells_no_seed(folder, line):
     assert one_log(folder, f"{line}\n{EARLY}\n{line}\n").seed == "42"

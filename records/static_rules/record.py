@@ -80,9 +80,16 @@ class Record:
         return [*dict.fromkeys(filter(None, found))]
 
     def seed_of(self, log: Log) -> str:
-        """Tell the seed of a log; of one that names none, the seed whose score it states, or ""."""
+        """Tell the seed of a log; of one that names none, a claimed one that fits, or "".
+
+        Its file's name has that number, such as log42.txt, or it states that seed's score.
+        """
         if log.seed:
             return log.seed
+        numbers = {seed_name(number) for number in re.findall(r"\d{1,20}", log.path.stem)}
+        named = numbers & {*self.claimed_seeds}
+        if len(named) == 1:
+            return named.pop()
         taken = {other.seed for other in self.logs}
         free = [(seed, score) for seed, score in self.seed_scores.items() if seed not in taken]
         return next((seed for seed, score in free if states(log, score)), "")

@@ -12,10 +12,12 @@ MINUTE_STEP_S = 6  # logs that tell minutes tell them with one decimal
 UNTIMED_S = 2  # calibration whose time is not told takes at least this
 LINE = 500  # as far as a line is read
 # What a script does after its last step with data: its own text, training data, or untold.
-CALIBRATION = re.compile(r"calibrat|hessian|gptq.{0,40}(?:\bdone\b|generat)", re.IGNORECASE)
+CALIBRATION = re.compile(
+    r"calibrat|hessian|temp_scaling|gptq.{0,40}(?:\bdone\b|generat)", re.IGNORECASE
+)
 GENERATION = re.compile(r"autoregressive|self.?gen|AR.?gen|generat(?:ed|ing)", re.IGNORECASE)
 TRAINING_DATA = re.compile(r"train(?:ing)?[ _-](?:data|tokens|shards|files|set|batches|loader)")
-IN_SECONDS = re.compile(r"\b(?:in|took)[ :=]*(\d{1,9}(?:\.\d{1,9})?) ?(ms|s)\b")
+IN_SECONDS = re.compile(r"\b(?:in|took|eval_time)[ :=]*(\d{1,9}(?:\.\d{1,9})?) ?(ms|s)\b")
 DONE = re.compile(r"\bdone in\b")
 SHOULD_BE = re.compile(r"(\d{1,9}\.?\d{0,9}) ?s \(must be < ?(\d{1,9}\.?\d{0,9})")
 
