@@ -572,6 +572,13 @@ def test_size_of_an_unknown_artifact_is_not_checked(folder):
     assert folder.check()["size"][0] == "NOT CHECKED"
 
 
+def test_artifact_of_a_log_that_tells_only_a_total_counts_beside_others(folder):
+    text = log_text("314", SCORES["314"], model=15_960_000, code=30_000)
+    kept = [line for line in text.splitlines() if "Serialized" not in line]
+    folder.write("train_seed314.log", "\n".join(kept))
+    assert "15,960,000 artifact (total less code" in folder.check()["size"][1]
+
+
 def test_artifact_is_told_by_a_total_and_the_code(folder):
     for seed, bpb in SCORES.items():
         text = log_text(seed, bpb)
@@ -694,6 +701,21 @@ def test_compilation_that_brings_the_evaluation_over_600_seconds_is_a_warning(fo
 def test_times_on_fewer_gpus_are_not_judged(folder, rule):
     folder.log(ms=900_000, eval_ms=900_000, world=1)
     assert folder.check()[rule][0] == "NOT CHECKED"
+
+
+@pytest.mark.parametrize("rule", ["train_time", "eval_time"])
+def test_a_log_on_fewer_gpus_does_not_hide_another_that_is_over(folder, rule):
+    folder.log(world=1)
+    text = log_text("314", SCORES["314"], ms=900_000, eval_ms=900_000)
+    folder.write("train_seed314.log", text)
+    assert folder.check()[rule][0] == "FAIL"
+
+
+def test_longest_training_in_minutes_does_not_hide_another_that_is_over(folder):
+    text = log_text("314", SCORES["314"]).replace("train_time:599973ms", "train_time: 20.0m")
+    folder.write("train_seed314.log", text.replace("train_time:56ms", "train_time: 0.0m"))
+    folder.log(ms=700_000)
+    assert folder.check()["train_time"][0] == "FAIL"
 
 
 @pytest.mark.parametrize("rule", ["train_time", "eval_time"])

@@ -6,7 +6,7 @@ import string
 from pathlib import Path
 from typing import Any
 
-from reading import FAIL, NOT_CHECKED, PASS, to_number
+from reading import FAIL, NOT_CHECKED, PASS, Log, to_number
 
 from static_rules.record import PRACTICE, Finding, Record, join
 
@@ -71,17 +71,19 @@ def artifact_bytes(record: Record) -> tuple[int, str]:
 
     Logs and a file are heard first, submission.json only where they are silent.
     """
-    sizes = [(log.artifact_bytes, f"logged in {log.path.name}") for log in record.claimed]
-    if not any(size for size, _ in sizes):
-        for log in record.claimed:
-            rest = log.total_bytes - log.code_bytes
-            if log.code_bytes and rest > 0:
-                sizes.append((rest, f"total less code in {log.path.name}"))
+    sizes = [logged_artifact(log) for log in record.claimed]
     if record.artifact:
         sizes.append((record.artifact.stat().st_size, f"measured, {record.artifact.name}"))
     if not any(size for size, _ in sizes):
         sizes += claimed_artifact_bytes(record)
     return max(sizes, default=(0, ""), key=lambda entry: entry[0])
+
+
+def logged_artifact(log: Log) -> tuple[int, str]:
+    """Find the artifact's size in a log, as it stands there or as what the code leaves."""
+    if log.artifact_bytes or not log.code_bytes:
+        return log.artifact_bytes, f"logged in {log.path.name}"
+    return max(log.total_bytes - log.code_bytes, 0), f"total less code in {log.path.name}"
 
 
 def claimed_artifact_bytes(record: Record) -> list[tuple[int, str]]:

@@ -29,18 +29,23 @@ def check_train_time(record: Record) -> Finding:
     that counts. It fails if the log says that training data is read, and else is a warning.
     """
     timed = [log for log in record.claimed if not math.isnan(log.train_ms)]
-    if reason := no_limit(record):
+    timed.sort(key=lambda log: -log.train_ms)
+    limited, reason = under_the_limit(record, timed)
+    if not limited:
         return NOT_CHECKED, reason + longest([log.train_ms / 1e3 for log in timed])
-    if not timed:
-        return NOT_CHECKED, "no log states a train_time"
-    log = max(timed, key=lambda log: log.train_ms)
-    state, text = judge_training(log)
-    after = [finding for log in timed if (finding := judge_after(log, record.rules))]
-    order = [FAIL, WARN, state, PASS]
-    worst = min([state, *(found for found, _ in after)], key=order.index)
-    told = [words for found, words in after if found == worst] or [words for _, words in after]
+    findings = [judge_training(log) for log in limited]
+    state, text = worst(findings)
+    after = [finding for log in limited if (finding := judge_after(log, record.rules))]
+    state = worst([(state, ""), *after])[0]
+    told = [words for found, words in after if found == state] or [words for _, words in after]
     outside = "imports, compilation, warm-up and validation are outside it"
-    return worst, join([text, *told[:3], outside])
+    evidence = join([text, *told[:3], outside, reason])
+    return NOT_CHECKED if state == PASS and reason else state, evidence
+
+
+def worst(findings: list[Finding]) -> Finding:
+    """Choose the first of the worst findings."""
+    return min(findings, key=lambda finding: (FAIL, WARN, NOT_CHECKED, PASS).index(finding[0]))
 
 
 def judge_training(log: Log) -> Finding:
@@ -123,18 +128,18 @@ def over_by_its_own_words(lines: list[str]) -> str:
 def check_eval_time(record: Record) -> Finding:
     """Check that evaluation took at most 600 s."""
     timed = [log for log in record.claimed if not math.isnan(log.eval_s)]
-    if reason := no_limit(record):
+    limited, reason = under_the_limit(record, timed)
+    if not limited:
         return NOT_CHECKED, reason + longest([log.eval_s for log in timed])
-    if not timed:
-        return NOT_CHECKED, "no log states an eval_time"
-    log = max(timed, key=lambda log: log.eval_s)
+    log = max(limited, key=lambda log: log.eval_s)
     text = f"{log.eval_s:.1f} s at most, {log.path.name}, by its own timer"
-    whole, outside = max(map(left_out_of_evaluation, timed))
+    whole, outside = max(map(left_out_of_evaluation, limited))
     if whole <= log.eval_s:
         outside = "loading and compiling may be outside it"
     if log.eval_s > LIMIT_S:
-        return FAIL, f"{text}, over {LIMIT_S} s; {outside}"
-    return WARN if whole > LIMIT_S else PASS, f"{text}; {outside}"
+        return FAIL, f"{text}, over {LIMIT_S} s; {join([outside, reason])}"
+    state = WARN if whole > LIMIT_S else NOT_CHECKED if reason else PASS
+    return state, f"{text}; {join([outside, reason])}"
 
 
 def left_out_of_evaluation(log: Log) -> tuple[float, str]:
@@ -150,13 +155,30 @@ def left_out_of_evaluation(log: Log) -> tuple[float, str]:
     return whole, f"with {named}, which it leaves out, {whole:.1f} s{over} ({log.path.name})"
 
 
-def no_limit(record: Record) -> str:
-    """Tell why the limits of ten minutes cannot be applied; "" if they can."""
+def under_the_limit(record: Record, timed: list[Log]) -> tuple[list[Log], str]:
+    """List the timed logs that the limits of ten minutes hold for, and tell why not for others."""
     if not record.is_timed:
-        return f"the limit holds for track 10min_16mb; this is {record.track or 'unknown'}"
-    worlds = {fact(log, r"world_size\s*[:=]\s*(\d+)") for log in record.claimed}
-    other = sorted(world for world in worlds if not math.isnan(world) and world != 8)
-    return f"the limit is for 8 GPUs; a log has world_size {other[0]:g}" if other else ""
+        track = record.track or "unknown"
+        return [], f"the limit holds for track 10min_16mb; this is {track}"
+    if not timed:
+        return [], "no log states this time"
+    other = [log for log in timed if not is_on_eight(log)]
+    if not other:
+        return timed, ""
+    reason = (
+        f"the limit is for 8 GPUs; {other[0].path.name} has world_size {world_size(other[0]):g}"
+    )
+    return [log for log in timed if is_on_eight(log)], reason
+
+
+def is_on_eight(log: Log) -> bool:
+    """Tell whether a run had eight GPUs, as far as its log says."""
+    return math.isnan(world_size(log)) or world_size(log) == 8
+
+
+def world_size(log: Log) -> float:
+    """Read the number of GPUs of a run; nan if its log does not say."""
+    return fact(log, r"world_size\s*[:=]\s*(\d+)")
 
 
 def longest(seconds: list[float]) -> str:
