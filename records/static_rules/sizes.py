@@ -6,12 +6,12 @@ import string
 from pathlib import Path
 from typing import Any
 
+from helpers import find_used
 from reading import FAIL, NOT_CHECKED, PASS, Log, to_number
 
 from static_rules.record import PRACTICE, Finding, Record, join
 
 CAP, MIB_CAP = 16_000_000, 16 * 2**20
-HELPERS = {".py", ".cpp", ".cc", ".c", ".cu", ".cuh", ".h", ".hpp", ".so", ".pyx", ".rs"}
 # 15.9 * 1024 * 1024, target_mb * 1024**2, 16 * 2**20: the factor, and what may stand before it.
 MEBIBYTE = re.compile(
     r"\*[ \t]*(?:1024[ \t]*\*[ \t]*1024|1024[ \t]*\*\*[ \t]*2|2[ \t]*\*\*[ \t]*20)\b"
@@ -104,17 +104,8 @@ def int_of(value: Any) -> int:
 
 
 def used_helpers(record: Record) -> list[Path]:
-    """List the files of code beside train_gpt.py that it imports or names."""
-    text, found = record.script_text, []
-    quoted = text.replace("'", '"')
-    for path in sorted(record.folder.iterdir()):
-        if path.suffix not in HELPERS or path.name == "train_gpt.py" or not path.is_file():
-            continue
-        stem = re.escape(path.stem)
-        imports = rf"^[ \t]*(from\s+\.?{stem}\s+import|import\s+(\w+\s*,\s*)*{stem}\b)"
-        if f'"{path.name}"' in quoted or re.search(imports, text, re.MULTILINE):
-            found.append(path)
-    return found
+    """List the files of code beside train_gpt.py that it uses, itself or by another of them."""
+    return find_used(record.folder)
 
 
 def other_count(record: Record, code: int) -> str:
