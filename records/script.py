@@ -1,29 +1,39 @@
 """Run a record's script as a black box, in a fresh place, and collect what it saved.
 
-Nothing here imports the trainer or knows of any model.
+Nothing here imports the trainer or knows of any model. A script finds what it would find in a real
+evaluation: the same names of files, folders and variables, whatever the reason for the run.
 """
 
+import io
+import math
 import os
-import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import box
+import isolation
 import numpy as np
-import sentencepiece as spm
-from streams import write_shard
+from helpers import SCRIPT, find_used
+from isolation import IsolationError
+from reading import read_final
+from streams import MAGIC, VERSION
 
-SCRIPT = "train_gpt.py"
-FINAL = re.compile(rb"^final_\S*exact val_loss:(\S+) val_bpb:(\S+)", re.MULTILINE)
-# What a script may see of the auditor's environment: where programs and the device are.
-KEPT = ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LANG")
+__all__ = ["SCRIPT", "IsolationError", "Result", "Script", "check_isolation"]
+
+ARTIFACT = "final_model.artifact"
+DATASET = "fineweb10B_sp1024"
+# What a script may see of the auditor's environment: where libraries and the device are.
+KEPT = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LANG")
+NOT_APART = "NOT ISOLATED: the script ran with your own rights, by --no-isolation"
+# An .npy file's header, and the bytes of the widest number a token that may be read.
+HEADER, WIDEST = 4096, 16
+LONGEST_LINE = 1000
 
 
 @dataclass(frozen=True)
@@ -37,133 +47,214 @@ class Result:
     nll: list[np.ndarray] = field(default_factory=list)
 
 
-def separation(hidden: Iterable[Path]) -> tuple[list[str], str]:
-    """Find what to put before a command so that it runs apart, and what that is in words.
-
-    It then has no network and does not see the `hidden` folders, as far as this system can do so.
-    """
-    needed = [sys.executable, os.path.realpath(sys.executable), sys.prefix, sys.base_prefix]
-    needed += [spm.__file__, tempfile.gettempdir()]
-    folders = {Path(folder).resolve() for folder in hidden}
-    folders = {f for f in folders if not any(Path(n).is_relative_to(f) for n in needed)}
-    folders = sorted(f for f in folders if not folders.intersection(f.parents))
-    mount = 'while [ "$1" != -- ]; do mount -t tmpfs tmpfs "$1" || exit 97; shift; done; shift; '
-    for flags in (["-n", "-m"], ["-r", "-n", "-m"], ["-n"], ["-r", "-n"]):
-        hide = [*map(str, folders)] if "-m" in flags else []
-        command = ["unshare", *flags, "sh", "-c", mount + 'exec "$@"', "sh", *hide, "--"]
-        with suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run([*command, "true"], capture_output=True, timeout=20, check=False)
-            if done.returncode == 0:
-                what = f", {len(hide)} folder(s) beside it hidden" if hide else ""
-                return command, "no network" + what
-    return [], "the network could not be taken away"
+def check_isolation() -> None:
+    """Raise IsolationError if a script cannot run apart on this machine."""
+    isolation.find([])
 
 
 class Script:
-    """A record's script and what it needs to score, each start in a folder of its own."""
+    """A record's script and what it needs to score, each start in a folder of its own.
 
-    def __init__(self, folder: Path, artifact: Path, tokenizer: Path, data: Path) -> None:
-        self.files = {SCRIPT: folder / SCRIPT, "final_model.artifact": artifact}
-        self.tokenizer, config = tokenizer, folder / "config.env"
-        self.files |= {"config.env": config} if config.is_file() else {}
-        for path in (*self.files.values(), tokenizer):
-            if not path.is_file():
-                raise ValueError(f"{path}: no such file; the script cannot be run without it")
-        self.before, self.apart = separation([folder, data, artifact.parent])
+    `apart` says how far it is kept from what is the auditor's. Raises IsolationError if it is to be
+    `isolated` and cannot be.
+    """
+
+    def __init__(
+        self, folder: Path, artifact: Path, tokenizer: Path, data: Path, isolated: bool = True
+    ) -> None:
+        self.tokenizer, self.data = tokenizer, data
+        self.files = {SCRIPT: folder / SCRIPT, ARTIFACT: artifact}
+        if (folder / "config.env").is_file():
+            self.files["config.env"] = folder / "config.env"
+        for path in find_used(folder):
+            self.files[path.relative_to(folder).as_posix()] = path
+        for name, path in self.files.items():
+            check_file(path, folder if name != ARTIFACT else None)
+        check_file(tokenizer, None)
+        self.isolation: isolation.Isolation | None = None
+        self.apart = NOT_APART
+        if isolated:
+            self.isolation = isolation.find([folder, data, artifact.parent, tokenizer.parent])
+            self.apart = self.isolation.words
+
+    def score(
+        self,
+        streams: list[np.ndarray],
+        apart: bool,
+        seconds: float,
+        sizes: list[np.ndarray] | None = None,
+    ) -> Result:
+        """Score streams, `apart` as SCORE_STREAMS does or else as the shards of one.
+
+        `sizes` are the original bytes of each token, written beside the shards. What the script
+        does wrong, also if it takes over `seconds`, ends in the result's problem.
+        """
+        lengths = [len(tokens) for tokens in streams] if apart else [sum(map(len, streams))]
+        names = [f"nll/{stem(number)}.npy" for number in range(len(lengths))]
+        names = names if apart else ["nll/nll.npy"]
+        most = [HEADER + WIDEST * length for length in lengths]
+        with self._place() as place:
+            job = box.Job(
+                command=[sys.executable, SCRIPT],
+                folder=place,
+                environment=self._environment(place, streams, apart),
+                items=[*self._items(), *self._shards(streams, sizes or [])],
+                folders=["nll", "logs"],
+                wanted=dict(zip(names, most, strict=True)),
+            )
+            ended = box.run(job, seconds, self.isolation)
+        return read_result(ended, seconds)
 
     @contextmanager
-    def _place(self, streams: list[np.ndarray]) -> Iterator[Path]:
-        """Make a fresh folder with nothing but the files and the shards."""
-        place = Path(tempfile.mkdtemp(prefix="run"))
+    def _place(self) -> Iterator[str]:
+        """Name the folder to work in; without isolation, make it and remove it."""
+        if self.isolation:
+            yield isolation.WORK
+            return
+        place = tempfile.mkdtemp()
         try:
-            for name, path in self.files.items():
-                shutil.copy(path, place / name)
-            for name in ("home", "tmp", "logs", "data", "nll"):
-                (place / name).mkdir()
-            shutil.copy(self.tokenizer, place / "data" / self.tokenizer.name)
-            for number, tokens in enumerate(streams):
-                write_shard(place / "data" / f"fineweb_val_{number:06d}.bin", tokens)
-            yield place
+            for name in ("home", "tmp", "parameter-golf"):
+                os.mkdir(f"{place}/{name}")
+            yield f"{place}/parameter-golf"
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
-    def _environment(self, place: Path, streams: list[np.ndarray], apart: bool) -> dict[str, str]:
-        """Set the protocol's variables, and nothing of the auditor's but where programs are."""
-        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
-        config = {"CONFIG": "config.env"} if "config.env" in self.files else {}
+    def _items(self) -> Iterator[box.Item]:
+        """List the files that are as they were given."""
+        for name, path in self.files.items():
+            yield box.Item(name, path, path.stat().st_mtime)
+        yield box.Item(self._tokenizer_path(), self.tokenizer, self.tokenizer.stat().st_mtime)
+
+    def _shards(self, streams: list[np.ndarray], sizes: list[np.ndarray]) -> Iterator[box.Item]:
+        """Write the shards, as old as those of the data folder."""
+        given = next(iter(sorted(self.data.glob("fineweb_val_*.bin"))), self.tokenizer)
+        when, folder = given.stat().st_mtime, self._data_path()
+        for number, tokens in enumerate(streams):
+            yield box.Item(f"{folder}/{stem(number)}.bin", shard(tokens), when)
+        for number, counts in enumerate(sizes):
+            yield box.Item(f"{folder}/{stem(number, 'bytes_')}.bin", shard(counts), when)
+
+    def _data_path(self) -> str:
+        """Name the data folder as the one that was given, in the published place."""
+        return f"./data/datasets/{plain(self.data.resolve().name, DATASET)}"
+
+    def _tokenizer_path(self) -> str:
+        """Name the tokenizer as the one that was given, in the published place."""
+        name = self.tokenizer.name
+        return f"./data/tokenizers/{plain(name, 'fineweb_1024_bpe' + self.tokenizer.suffix)}"
+
+    def _environment(self, place: str, streams: list[np.ndarray], apart: bool) -> dict[str, str]:
+        """Set the protocol's variables and the usual ones, as a person who evaluates has them."""
+        around, programs = {"HOME": isolation.HOME}, isolation.PATH
+        if not self.isolation:
+            beside, programs = os.path.dirname(place), os.environ.get("PATH", isolation.PATH)
+            around = {"HOME": f"{beside}/home", "TMPDIR": f"{beside}/tmp"}
+        if sys.prefix != sys.base_prefix:
+            around["VIRTUAL_ENV"] = sys.prefix
+        if "config.env" in self.files:
+            around["CONFIG"] = "config.env"
         return {
-            **kept,
-            **config,
-            "HOME": str(place / "home"),
-            "TMPDIR": str(place / "tmp"),
+            "LANG": "C.UTF-8",
+            **{name: os.environ[name] for name in KEPT if name in os.environ},
+            **around,
+            "PATH": f"{os.path.dirname(sys.executable)}:{programs}",
+            "USER": "user",
+            "LOGNAME": "user",
+            "SHELL": "/bin/bash",
+            "PWD": place,
             "EVAL_ONLY": "1",
-            "ARTIFACT": "final_model.artifact",
-            "TOKENIZER_PATH": f"data/{self.tokenizer.name}",
-            "DATA_PATH": "data",
+            "ARTIFACT": ARTIFACT,
+            "TOKENIZER_PATH": self._tokenizer_path(),
+            "DATA_PATH": self._data_path(),
             "VAL_TOKENS": str(sum(map(len, streams))),
             "SCORE_STREAMS": "1" if apart else "0",
             "SAVE_NLL": "nll" if apart else "nll/nll.npy",
             "OUT_DIR": "logs",
-            "RUN_ID": "score",
+            "RUN_ID": str(uuid.uuid4()),
         }
 
-    def score(self, streams: list[np.ndarray], apart: bool, seconds: float) -> Result:
-        """Score streams, `apart` as SCORE_STREAMS does or else as the shards of one.
 
-        What the script does wrong, also if it takes over `seconds`, ends in the result's problem.
-        """
-        with self._place(streams) as place:
-            log, start = place / "console", time.perf_counter()
-            with open(log, "wb") as console:
-                process = subprocess.Popen(
-                    [*self.before, sys.executable, SCRIPT],
-                    cwd=place,
-                    env=self._environment(place, streams, apart),
-                    stdin=subprocess.DEVNULL,
-                    stdout=console,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-                try:
-                    code = process.wait(seconds)
-                except subprocess.TimeoutExpired:
-                    code = None
-                finally:
-                    with suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-            took, text = time.perf_counter() - start, _tail(log)
-            if code is None:
-                return Result(took, f"not finished after {seconds:.0f} s")
-            if code:
-                last = (text.decode("utf-8", "replace").strip().splitlines() or ["no output"])[-1]
-                ended = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
-                return Result(took, f"{ended}; the last line: {last[:200]}")
-            return _collect(place, text, len(streams), apart, took)
+def check_file(path: Path, folder: Path | None) -> None:
+    """Raise ValueError if this is no file, or a link out of the folder that it came in."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; the script cannot be run without it")
+    if folder and not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path}: a link out of its folder; put the file there")
 
 
-def _tail(path: Path, most: int = 2**20) -> bytes:
-    """Read the end of a file."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - most))
-        return file.read()
+def plain(name: str, usual: str) -> str:
+    """Keep a name unless it would tell a script that it is audited."""
+    return usual if "audit" in name.lower() or not name else name
 
 
-def _collect(place: Path, text: bytes, count: int, apart: bool, took: float) -> Result:
-    """Collect the scores that a run printed and saved."""
-    finals, nll = FINAL.findall(text), []
+def stem(number: int, kind: str = "") -> str:
+    """Name a validation shard as published, or its sidecar."""
+    return f"fineweb_val_{kind}{number:06d}"
+
+
+def shard(values: np.ndarray) -> bytes:
+    """Write tokens, or their sizes, in the published format."""
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, len(values)
+    return header.tobytes() + np.asarray(values).astype("<u2").tobytes()
+
+
+# ------------------------------------ what a script left ------------------------------------
+
+
+def read_result(ended: box.Ended, seconds: float) -> Result:
+    """Read the scores that a run printed and saved; or say in a line why there are none."""
+    took, lines = ended.seconds, readable(ended.console)
+    last = f"the last line: {lines[-1][:200] if lines else 'no output'}"
+    if ended.late:
+        return Result(took, f"not finished after {seconds:.0f} s")
+    if ended.code is None:
+        return Result(took, f"it ended without results, out of memory or by force; {last}")
+    if ended.code:
+        code = ended.code
+        how = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
+        return Result(took, f"{how}; {last}")
+    finals = [final for final in map(read_final, lines) if final]
     if not finals:
-        return Result(took, "printed no line final_..._exact val_loss:... val_bpb:...")
-    try:
-        loss, bpb = map(float, finals[-1])
-    except ValueError:
-        return Result(took, f"printed a score that is no number: {finals[-1]}")
-    names = [f"fineweb_val_{number:06d}" for number in range(count)] if apart else ["nll"]
-    for name in names:
-        path = place / "nll" / f"{name}.npy"
+        return Result(took, f"printed no line final_..._exact val_loss:... val_bpb:...; {last}")
+    nll = []
+    for name, content in ended.files.items():
         try:
-            nll.append(np.load(path, allow_pickle=False))
-        except (OSError, ValueError, EOFError, MemoryError) as error:
-            why = "no such file" if not path.exists() else str(error)
-            return Result(took, f"SAVE_NLL left no readable {path.relative_to(place)}: {why}")
+            nll.append(read_array(content))
+        except ValueError as error:
+            return Result(took, f"SAVE_NLL left no readable {name}: {error}")
+    _, loss, bpb = finals[-1]
     return Result(took, "", loss, bpb, nll)
+
+
+def readable(console: bytes) -> list[str]:
+    """Split what was printed into lines that are safe to show: nothing in them moves a cursor."""
+    lines = []
+    for line in console.decode("utf-8", "replace").replace("\r", "\n").split("\n"):
+        shown = "".join(c if c.isprintable() else "?" for c in line[:LONGEST_LINE]).strip()
+        if shown:
+            lines.append(shown)
+    return lines
+
+
+def read_array(content: bytes | str) -> np.ndarray:
+    """Read the bytes of an .npy file of plain numbers; ValueError if they are something else.
+
+    The header is believed only if the numbers that it promises are all that follows it.
+    """
+    if isinstance(content, str):
+        raise ValueError(content)
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise ValueError(f"version {version} of the format is not known")
+    if dtype.kind not in "fiu":
+        raise ValueError(f"{str(dtype)[:60]} is no kind of plain number")
+    left = len(content) - file.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != left:
+        raise ValueError(f"its header promises {str(shape)[:60]} numbers, {left} bytes follow")
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
