@@ -5,8 +5,10 @@
 
 The static rules read the folder's files, of this repository or of a public one of any age, and run
 nothing. With --data and --tokenizer the script is also run, as a black box that speaks the protocol
-of README.md (EVAL_ONLY, ARTIFACT, SAVE_NLL, SCORE_STREAMS), in a fresh folder: the dynamic rules.
-Exits with 0 if no rule says FAIL, with 1 if one does, with 2 if the arguments are wrong.
+of README.md (EVAL_ONLY, ARTIFACT, SAVE_NLL, SCORE_STREAMS): the dynamic rules. It runs without your
+rights, and where the system does not allow that it is not run, but for --no-isolation.
+Exits with 0 if no rule says FAIL, with 1 if one does, with 2 if the arguments are wrong or the
+script cannot be isolated.
 """
 
 import argparse
@@ -71,8 +73,27 @@ def audit(options: argparse.Namespace) -> list[Verdict]:
     artifact = options.artifact or static_rules.find_artifact(options.folder)
     assert artifact
     with contextlib.redirect_stdout(sys.stderr):  # its estimate of costs is not part of the result
-        found = dynamic_rules.check(options.folder, artifact, options.data, options.tokenizer)
+        found = dynamic_rules.check(
+            options.folder,
+            artifact,
+            options.data,
+            options.tokenizer,
+            isolated=not options.no_isolation,
+        )
     return verdicts + found
+
+
+def isolation_problem(options: argparse.Namespace) -> str:
+    """Tell why the script cannot be run as the options ask for; "" if it can."""
+    if not options.data or options.no_isolation:
+        return ""
+    import script  # needs NumPy
+
+    try:
+        script.check_isolation()
+    except script.IsolationError as error:
+        return str(error)
+    return ""
 
 
 def count(verdicts: list[Verdict]) -> dict[str, int]:
@@ -109,6 +130,9 @@ def printable(text: str) -> str:
 def main(arguments: list[str]) -> int:
     """Audit a folder and return the exit code."""
     options = parse_arguments(arguments)
+    if problem := isolation_problem(options):
+        print(f"audit.py: error: {problem}", file=sys.stderr)
+        return 2
     verdicts = audit(options)
     if options.json:
         result = {

@@ -636,6 +636,7 @@ def check(
     tokenizer: Path,
     plan: Plan | None = None,
     seed: int | None = None,
+    isolated: bool = True,
 ) -> list[Verdict]:
     """Audit the script in `folder` with this artifact.
 
@@ -646,7 +647,7 @@ def check(
     seed = secrets.randbits(32) if seed is None else seed
     try:
         tokens, counter = read_validation(data, max(plan.plain, 2**20)), ByteCounter(tokenizer)
-        script = Script(folder, artifact, tokenizer, data)
+        script = Script(folder, artifact, tokenizer, data, isolated)
         if len(tokens) < 64:
             raise ValueError(f"{data}: {len(tokens)} validation tokens; at least 64 are needed")
         counter.count(tokens)
