@@ -157,7 +157,7 @@ def finish(child: int, apart: bool) -> int:
     while ended != child:
         ended, status = os.wait()
     with suppress(ProcessLookupError):
-        os.kill(-1, signal.SIGKILL)  # this is the first process of its namespace
+        os.kill(-1, signal.SIGKILL)  # all of its namespace, but the first and this one
     with suppress(ChildProcessError):
         while True:
             os.wait()

@@ -15,6 +15,7 @@ the same place:
 import os
 import secrets
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,11 @@ from layout import DEVICES, Layout, find_layout
 
 WORK = "/workspace/parameter-golf"
 HOME = "/home/user"
-TOOLS = ("bwrap", "unshare")
+# What each way needs; the first that works is taken.
+TOOLS = {
+    "bwrap": ("bwrap", "setpriv"),
+    "unshare": ("unshare", "setpriv", "sh", "mount", "umount", "pivot_root"),
+}
 NOBODY, USER = 65534, 1000
 SCRATCH = 2**30  # bytes of the home, of /tmp, of /dev/shm, and of the work folder beside its files
 INODES = 100_000
@@ -72,7 +77,7 @@ class Isolation:
     @contextmanager
     def launch(self, size: int) -> Iterator[box.Launch]:
         """Prepare a place with room for so many bytes; after the run it is gone."""
-        memory = int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        memory = memory_limit()
         work = size + SCRATCH
         limits = {
             "RLIMIT_CORE": 0,
@@ -105,7 +110,7 @@ class Isolation:
         }
 
 
-def find(hidden: Iterable[Path], tools: Iterable[str] = TOOLS) -> Isolation:
+def find(hidden: Iterable[Path], tools: Iterable[str] | None = None) -> Isolation:
     """Find the first tool that isolates here, by a trial.
 
     The `hidden` folders are not in sight then. Raises IsolationError if there is none.
@@ -120,7 +125,7 @@ def find(hidden: Iterable[Path], tools: Iterable[str] = TOOLS) -> Isolation:
     except ValueError as error:
         raise IsolationError(f"the script cannot be isolated: {error}") from None
     found: list[str] = []
-    for tool in tools:
+    for tool in TOOLS if tools is None else tools:
         isolation = Isolation(tool, os.geteuid() == 0, layout)
         problem = isolation_problem(isolation)
         if not problem:
@@ -131,17 +136,23 @@ def find(hidden: Iterable[Path], tools: Iterable[str] = TOOLS) -> Isolation:
 
 def isolation_problem(isolation: Isolation) -> str:
     """Try a tool with a program that does nothing; why it does not work, or nothing."""
+    for program in TOOLS[isolation.tool]:
+        if not shutil.which(program, path=PATH):
+            return f"{program} is not installed"
     job = box.Job([sys.executable, "-c", "import numpy"], WORK, {"PATH": PATH})
     try:
         ended = box.run(job, 60, isolation)
-    except FileNotFoundError as error:
-        return f"{error.filename} is not installed"
     except OSError as error:
         return str(error)
     if ended.code == 0:
         return ""
     said = ended.console.decode("utf-8", "replace").strip().splitlines()
     return "".join(c for c in (said or ["it does not start"])[-1][:200] if c.isprintable())
+
+
+def memory_limit() -> int:
+    """Tell the bytes of memory that a script may take: most of this machine's."""
+    return int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def host_name() -> str:
@@ -160,27 +171,40 @@ def drop_root() -> list[str]:
 
 @contextmanager
 def bwrap(isolation: Isolation, work: int) -> Iterator[tuple[list[str], list[int]]]:
-    """Give the command of bubblewrap, and the open files that it reads."""
-    words = ["bwrap", *bwrap_rights(isolation.as_root), *bwrap_mounts(isolation, work)]
+    """Give the command of bubblewrap, and the open files that it reads.
+
+    Its arguments are in one of them: the script can read its command line.
+    """
+    words = [*bwrap_rights(isolation.as_root), *bwrap_mounts(isolation, work)]
     with ExitStack() as stack:
         files = []
         for path, text in isolation.etc().items():
-            file = stack.enter_context(tempfile.TemporaryFile())
-            file.write(text.encode())
-            file.seek(0)
-            files.append(file.fileno())
-            words += ["--perms", "0644", "--file", str(file.fileno()), path]
+            files.append(open_text(stack, text))
+            words += ["--perms", "0644", "--file", str(files[-1]), path]
         words += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
-        yield [*words, "--", *(drop_root() if isolation.as_root else [])], files
+        files.append(open_text(stack, "\0".join(words)))
+        rest = drop_root() if isolation.as_root else []
+        yield ["bwrap", "--args", str(files[-1]), "--", *rest], files
+
+
+def open_text(stack: ExitStack, text: str) -> int:
+    """Open a file without a name that holds a text."""
+    file = os.memfd_create("text")
+    stack.callback(os.close, file)
+    os.write(file, os.fsencode(text))
+    os.lseek(file, 0, os.SEEK_SET)
+    return file
 
 
 def bwrap_rights(as_root: bool) -> list[str]:
     """Name the namespaces, and the capabilities that are left: those that drop_root needs."""
     words = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     words += ["--unshare-cgroup-try", "--hostname", host_name()]
-    words += ["--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
+    words += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     if not as_root:
-        return [*words, "--unshare-user", "--uid", str(USER), "--gid", str(USER)]
+        user = ["--unshare-user", "--uid", str(USER), "--gid", str(USER)]
+        return [*words, *user, "--as-pid-1"]
+    # The first process is bubblewrap's own here: it may not end one of another user.
     for name in ("SETUID", "SETGID", "SETPCAP"):
         words += ["--cap-add", f"CAP_{name}"]
     return words
