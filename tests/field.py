@@ -8,12 +8,22 @@ from conftest import REPO, compose_documents, shard_bytes, train_tokenizer
 
 sys.path.insert(0, str(REPO / "records"))
 
+import script
 import streams
 
 SPEAKERS = REPO / "tests" / "speakers"
 VOCABULARY = 340
 # In the one file that a record may have, what the speakers import is above them.
 AS_MODULE = '\n\nimport sys\n\nsys.modules["speaker"] = sys.modules[__name__]\n\n'
+
+
+def can_isolate() -> bool:
+    """Whether this system lets a script run apart."""
+    try:
+        script.check_isolation()
+    except script.IsolationError:
+        return False
+    return True
 
 
 class Field:
