@@ -2,6 +2,7 @@
 honest scripts pass every rule."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -12,7 +13,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from conftest import BOS, REPO, run_cli, shard_bytes, tiny_settings
-from field import SPEAKERS, VOCABULARY, Field, write_record
+from field import SPEAKERS, VOCABULARY, Field, can_isolate, write_record
 
 sys.path.insert(0, str(REPO / "records"))
 
@@ -23,6 +24,8 @@ from dynamic_rules import RULES, Plan
 
 HONEST = sorted(path.stem for path in (SPEAKERS / "honest").glob("*.py"))
 CHEATS = sorted(path.stem for path in (SPEAKERS / "cheats").glob("*.py"))
+ISOLATED = can_isolate()  # where it is not allowed, the rules are tried nevertheless
+check = functools.partial(dynamic_rules.check, isolated=ISOLATED)
 PLAN = Plan(
     plain=1300,
     dense=26,
@@ -52,7 +55,7 @@ def field(tmp_path_factory) -> Field:
 
 def audit(field: Field, folder: Path, seed: int = 1, plan: Plan = PLAN) -> dict[str, str]:
     """The states of all rules, with their evidence where they fail."""
-    found = dynamic_rules.check(folder, field.artifact, field.data, field.tokenizer, plan, seed)
+    found = check(folder, field.artifact, field.data, field.tokenizer, plan, seed)
     assert [verdict.rule for verdict in found] == list(RULES)
     print(*found, sep="\n")
     return {verdict.rule: verdict.state for verdict in found}
@@ -99,7 +102,7 @@ def test_the_sums_after_bos_are_those_of_the_tokenizers_bos(other_bos):
 def test_without_a_bos_borders_are_left_out_and_the_evidence_says_so(tmp_path):
     field = Field(tmp_path, bos_id=-1)
     record = write_record(tmp_path / "record", "honest/plain")
-    found = dynamic_rules.check(record, field.artifact, field.data, field.tokenizer, PLAN, 1)
+    found = check(record, field.artifact, field.data, field.tokenizer, PLAN, 1)
     states = {verdict.rule: verdict.state for verdict in found}
     assert states == dict.fromkeys(RULES, "PASS") | {"claim": "NOT CHECKED"}
     assert "no BOS" in found[0].evidence
@@ -124,7 +127,7 @@ def test_the_trainer_itself_passes(dataset, tmp_path):
     kept = {n: v for n, v in env.items() if n not in ("DATA_PATH", "TOKENIZER_PATH", "OUT_DIR")}
     (record / "config.env").write_text("".join(f"{n}={v}\n" for n, v in kept.items()))
     artifact = record / "tiny" / "final_model.artifact"
-    found = dynamic_rules.check(record, artifact, dataset.folder, dataset.tokenizer, TRAINER, 1)
+    found = check(record, artifact, dataset.folder, dataset.tokenizer, TRAINER, 1)
     assert {verdict.rule: verdict.state for verdict in found} == dict.fromkeys(RULES, "PASS")
 
 
@@ -195,8 +198,7 @@ def test_answers_beside_the_data_are_not_there_in_an_audit(field, tmp_path):
     failed = [rule for rule in RULES if states[rule] == "FAIL"]
     # Where nothing can be hidden, the answers help with the true data alone: with futures that
     # were replaced they do not, and the claim comes out again.
-    hides = "hidden" in script.separation([field.data])[1]
-    assert failed == ["claim"] if hides else failed
+    assert failed == ["claim"] if ISOLATED else failed
 
 
 @pytest.mark.parametrize("missing", ["train_gpt.py", "artifact", "tokenizer", "data"])
@@ -207,7 +209,7 @@ def test_a_missing_file_leaves_all_rules_unchecked_and_is_named(field, tmp_path,
         (record / missing).unlink()
     else:
         places[["", "artifact", "data", "tokenizer"].index(missing)] = tmp_path / missing
-    found = dynamic_rules.check(*places, PLAN, 1)
+    found = check(*places, PLAN, 1)
     assert {verdict.state for verdict in found} == {"NOT CHECKED"}
     assert missing in found[0].evidence
 
@@ -221,7 +223,7 @@ def test_the_cost_is_told_before_the_first_start(field, tmp_path, capsys, monkey
         return script.Result(1.0, "stop here")
 
     monkeypatch.setattr(script.Script, "score", score)
-    found = dynamic_rules.check(record, field.artifact, field.data, field.tokenizer, PLAN, 7)
+    found = check(record, field.artifact, field.data, field.tokenizer, PLAN, 7)
     assert len(told) == 1
     assert "seed 7" in told[0]
     assert "at most 9 starts" in told[0]
