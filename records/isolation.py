@@ -44,8 +44,8 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEVICE_LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
 ADVICE = (
     "install bubblewrap, or allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, "
-    "kernel.apparmor_restrict_unprivileged_userns=0), or run the script with your own rights "
-    "by --no-isolation"
+    "kernel.apparmor_restrict_unprivileged_userns=0; in a container, as root, --privileged), "
+    "or run the script with your own rights by --no-isolation"
 )
 # Names the host and starts the loopback device, for what talks to itself.
 PREPARE = """
