@@ -182,6 +182,26 @@ def test_without_isolation_it_is(tmp_path):
     assert strike("outside", None, tmp_path / "place", folders=[str(tmp_path / "auditor")])
 
 
+def test_what_is_shown_is_read_only_where_all_may_write(apart, tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path / "open"))
+    assert not strike("outside", find_again(apart, []), tmp_path, folders=[str(tmp_path / "open")])
+
+
+def test_nothing_is_mounted_but_what_is_shown(apart, tmp_path):
+    writable = set(apart.writable(0))
+    known = {"/", "/dev", "/dev/pts", *writable, *apart.layout.shown}
+    seen = [line.split() for line in look(apart, tmp_path)["mounts"].splitlines()]
+    points = [fields[4] for fields in seen if not fields[4].startswith(("/proc", "/dev/"))]
+    assert set(points) <= known
+    assert len(points) == len(set(points))
+    for fields in seen:
+        if fields[4] in {"/", *apart.layout.shown}:
+            assert fields[5].split(",")[0] == "ro"
+            assert "nosuid" in fields[5] or fields[4] == "/"
+
+
 def test_what_is_written_inside_is_gone_after_the_run(apart, tmp_path):
     places = ["/tmp", "/dev/shm", isolation.HOME, isolation.WORK]
     for _ in range(2):  # the second time nothing is in the way
@@ -301,6 +321,19 @@ def test_without_isolation_one_is(tmp_path):
 # ---- limits
 
 
+def test_limits_are_set(apart, tmp_path, monkeypatch):
+    monkeypatch.setattr(isolation, "memory_limit", lambda: 123456789)
+    limits = re.sub(" +", " ", look(apart, tmp_path)["limits"])
+    for line in (
+        "Max core file size 0 0",
+        "Max data size 123456789 123456789",
+        f"Max processes {isolation.PROCESSES} {isolation.PROCESSES}",
+    ):
+        assert line in limits
+    for name in ("file size", "open files"):
+        assert re.search(rf"Max {name} \d+ \d+", limits)
+
+
 def test_written_files_are_bounded(apart, tmp_path, monkeypatch):
     monkeypatch.setattr(isolation, "SCRATCH", 8 * 2**20)
     places = ["/tmp", "/dev/shm", isolation.HOME, "."]
@@ -348,6 +381,18 @@ def test_the_console_is_bounded_and_its_end_is_kept(tmp_path):
     ended = box.run(work, 60, None)
     assert len(ended.console) == box.TAIL
     assert ended.console.endswith(b"\nend\n")
+
+
+def test_a_console_without_end_takes_no_more_memory(monkeypatch):
+    monkeypatch.setattr(box, "TAIL", 2**16)
+    read, write = os.pipe()
+    with os.fdopen(read, "rb", 0) as console, os.fdopen(write, "wb", 0) as script_end:
+        listener = box.Listener(script_end, console, 0)
+        for number in range(99):
+            script_end.write(bytes([number]) * 2**14)
+            assert listener.take(console.fileno())
+    assert len(listener.console) <= 3 * 2**16
+    assert listener.console[-1] == 98
 
 
 # ---- what else the kernel keeps
