@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -23,6 +23,7 @@ from typing import BinaryIO, Protocol
 INSIDE = Path(__file__).with_name("inside.py")
 TAIL = 2**20  # bytes of the console that are kept
 CHUNK = 2**16
+PAGE = 4096
 NUMBER = struct.calcsize("<q")
 PROBLEMS = {
     -1: "no such file",
@@ -60,8 +61,14 @@ class Job:
 
     @property
     def size(self) -> int:
-        """The bytes of all that it finds and all that is wanted."""
-        return sum(item.size for item in self.items) + sum(self.wanted.values())
+        """The bytes that all that it finds and all that is wanted take in memory."""
+        sizes = [item.size for item in self.items] + [*self.wanted.values()]
+        return sum(-(-size // PAGE) * PAGE for size in sizes)
+
+    @property
+    def files(self) -> int:
+        """The number of all these files."""
+        return len(self.items) + len(self.wanted)
 
     @property
     def most(self) -> int:
@@ -82,8 +89,8 @@ class Launch:
 class Apart(Protocol):
     """Something that prepares a place apart, for as long as a program runs there."""
 
-    def launch(self, size: int) -> AbstractContextManager[Launch]:
-        """Prepare a place with room for this many bytes."""
+    def launch(self, size: int, files: int) -> AbstractContextManager[Launch]:
+        """Prepare a place with room for so many bytes in so many files."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,8 @@ def run(job: Job, seconds: float, apart: Apart | None) -> Ended:
     """Run a job for at most so many seconds; without `apart`, with all of the caller's rights."""
     start = time.monotonic()
     with ExitStack() as stack:
-        launch = stack.enter_context(apart.launch(job.size)) if apart else Launch()
+        place = apart.launch(job.size, job.files) if apart else nullcontext(Launch())
+        launch = stack.enter_context(place)
         source = stack.enter_context(pack(job, launch))
         results, sink = open_pipe(stack)
         console, stdout = open_pipe(stack)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import box
 import cgroups
-from layout import DEVICES, Layout, find_layout
+from layout import DEVICES, Layout, find_layout, python_environment
 
 WORK = "/workspace/parameter-golf"
 HOME = "/home/user"
@@ -36,7 +36,7 @@ TOOLS = {
 }
 NOBODY, USER = 65534, 1000
 SCRATCH = 2**30  # bytes of the home, of /tmp, of /dev/shm, and of the work folder beside its files
-INODES = 100_000
+INODES = 100_000  # files in each of them, beside those that are given
 PROCESSES = 4096  # threads count
 OPEN_FILES = 65536
 MEMORY_SHARE = 0.8  # of the machine's
@@ -75,8 +75,8 @@ class Isolation:
         return f"apart by {self.tool}, {user}: no network, no files but its own"
 
     @contextmanager
-    def launch(self, size: int) -> Iterator[box.Launch]:
-        """Prepare a place with room for so many bytes; after the run it is gone."""
+    def launch(self, size: int, files: int) -> Iterator[box.Launch]:
+        """Prepare a place with room for so many bytes in so many files; then it is gone."""
         memory = memory_limit()
         work = size + SCRATCH
         limits = {
@@ -89,10 +89,10 @@ class Isolation:
         with ExitStack() as stack:
             group = stack.enter_context(cgroups.make(memory, PROCESSES))
             if self.tool == "bwrap":
-                command, files = stack.enter_context(bwrap(self, work))
+                command, texts = stack.enter_context(bwrap(self, work))
             else:
-                command, files = stack.enter_context(unshare(self, work)), []
-            yield box.Launch([*group, *command], files, limits, True)
+                command, texts = stack.enter_context(unshare(self, work, INODES + files)), []
+            yield box.Launch([*group, *command], texts, limits, True)
 
     def writable(self, work: int) -> dict[str, int]:
         """Name the places that a script can write to, and their sizes."""
@@ -139,7 +139,9 @@ def isolation_problem(isolation: Isolation) -> str:
     for program in TOOLS[isolation.tool]:
         if not shutil.which(program, path=PATH):
             return f"{program} is not installed"
-    job = box.Job([sys.executable, "-c", "import numpy"], WORK, {"PATH": PATH})
+    job = box.Job(
+        [sys.executable, "-c", "import numpy"], WORK, {"PATH": PATH, **python_environment()}
+    )
     try:
         ended = box.run(job, 60, isolation)
     except OSError as error:
@@ -239,7 +241,7 @@ def parent_folders(paths: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def unshare(isolation: Isolation, work: int) -> Iterator[list[str]]:
+def unshare(isolation: Isolation, work: int, inodes: int) -> Iterator[list[str]]:
     """Give the command of util-linux: a shell mounts the root, goes there, and starts the rest."""
     own = ["mount", "pid", "net", "ipc", "uts", "cgroup"]
     words = ["setpriv", "--pdeathsig", "KILL", "unshare", *(f"--{name}" for name in own)]
@@ -247,13 +249,13 @@ def unshare(isolation: Isolation, work: int) -> Iterator[list[str]]:
     words += [] if isolation.as_root else ["--user", "--map-root-user"]
     place = tempfile.mkdtemp()
     try:
-        recipe = "\n".join(mount_recipe(isolation, work, place))
+        recipe = "\n".join(mount_recipe(isolation, work, inodes, place))
         yield [*words, "sh", "-c", recipe, "sh"]
     finally:
         os.rmdir(place)
 
 
-def mount_recipe(isolation: Isolation, work: int, place: str) -> Iterator[str]:
+def mount_recipe(isolation: Isolation, work: int, inodes: int, place: str) -> Iterator[str]:
     """Write the shell's commands that build the root in a folder and go there."""
 
     def at(path: str) -> str:
@@ -273,7 +275,7 @@ def mount_recipe(isolation: Isolation, work: int, place: str) -> Iterator[str]:
     yield f"mount -t tmpfs -o mode=755,size=16m tmpfs {at('')}"
     for path, size in writable.items():
         yield f"mkdir -p {at(path)}"
-        options = f"mode=1777,nosuid,nodev,size={size},nr_inodes={INODES}"
+        options = f"mode=1777,nosuid,nodev,size={size},nr_inodes={inodes}"
         yield f"mount -t tmpfs -o {options} tmpfs {at(path)}"
     yield f"mkdir -m 1777 {at(WORK)}"
     for path in layout.shown:

@@ -53,9 +53,16 @@ def find_layout(hidden: Iterable[Path]) -> Layout:
 def python_folders() -> list[str]:
     """List the folders of this Python, of its virtual environment, and of a user's packages."""
     folders = [sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix]
-    if site.ENABLE_USER_SITE and os.path.isdir(site.getusersitepackages()):
+    if python_environment():
         folders.append(site.getusersitepackages())
     return [*folders, *map(os.path.realpath, folders)]
+
+
+def python_environment() -> dict[str, str]:
+    """Name the variable that leads to a user's own packages, if there are any."""
+    if site.ENABLE_USER_SITE and os.path.isdir(site.getusersitepackages()):
+        return {"PYTHONUSERBASE": site.getuserbase()}
+    return {}
 
 
 def python_links() -> list[str]:

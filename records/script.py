@@ -21,6 +21,7 @@ import isolation
 import numpy as np
 from helpers import SCRIPT, find_used
 from isolation import IsolationError
+from layout import python_environment
 from reading import read_final
 from streams import MAGIC, VERSION
 
@@ -68,9 +69,8 @@ class Script:
             self.files["config.env"] = folder / "config.env"
         for path in find_used(folder):
             self.files[path.relative_to(folder).as_posix()] = path
-        for name, path in self.files.items():
-            check_file(path, folder if name != ARTIFACT else None)
-        check_file(tokenizer, None)
+        for path in (*self.files.values(), tokenizer):
+            check_file(path, folder)
         self.isolation: isolation.Isolation | None = None
         self.apart = NOT_APART
         if isolated:
@@ -156,6 +156,7 @@ class Script:
         return {
             "LANG": "C.UTF-8",
             **{name: os.environ[name] for name in KEPT if name in os.environ},
+            **python_environment(),
             **around,
             "PATH": f"{os.path.dirname(sys.executable)}:{programs}",
             "USER": "user",
@@ -174,11 +175,12 @@ class Script:
         }
 
 
-def check_file(path: Path, folder: Path | None) -> None:
-    """Raise ValueError if this is no file, or a link out of the folder that it came in."""
+def check_file(path: Path, folder: Path) -> None:
+    """Raise ValueError if this is no file, or a link that leads out of the record's folder."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the script cannot be run without it")
-    if folder and not path.resolve().is_relative_to(folder.resolve()):
+    is_inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+    if is_inside and not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path}: a link out of its folder; put the file there")
 
 

@@ -368,7 +368,7 @@ def test_without_isolation_memory_is_not(tmp_path):
 
 def test_memory_of_all_processes_is_bounded_where_there_are_cgroups(apart, tmp_path, monkeypatch):
     monkeypatch.setattr(isolation, "memory_limit", lambda: 2**28)
-    with apart.launch(0) as launch:
+    with apart.launch(0, 0) as launch:
         if "cgroup.procs" not in " ".join(launch.before):
             pytest.skip("no cgroup can be made here")
     ended = box.run(job("memory", None, {"processes": 6}), 60, apart)

@@ -149,7 +149,7 @@ def test_helpers_that_it_uses_are_there_and_others_are_not(field, tmp_path, isol
     )
 
 
-@pytest.mark.parametrize("name", ["train_gpt.py", "config.env"])
+@pytest.mark.parametrize("name", ["train_gpt.py", "config.env", "x.artifact"])
 def test_a_link_out_of_the_record_is_not_followed(field, tmp_path, name):
     secret = tmp_path / "secret"
     secret.write_text("x")
@@ -158,8 +158,22 @@ def test_a_link_out_of_the_record_is_not_followed(field, tmp_path, name):
     (record / "train_gpt.py").write_text("")
     (record / name).unlink(missing_ok=True)
     (record / name).symlink_to(secret)
+    artifact = record / name if name == "x.artifact" else field.artifact
     with pytest.raises(ValueError, match="a link out of its folder"):
-        script.Script(record, field.artifact, field.tokenizer, field.data, False)
+        script.Script(record, artifact, field.tokenizer, field.data, False)
+
+
+def test_many_short_streams_find_room(field, tmp_path, isolated, monkeypatch):
+    """Each file takes a page of memory at least."""
+    monkeypatch.setattr(isolation, "SCRATCH", 2**20)
+    monkeypatch.setattr(isolation, "INODES", 100)
+    text = "import glob, os, numpy\n" + SAID
+    text += "for path in glob.glob(os.environ['DATA_PATH'] + '/*.bin'):\n"
+    text += "    numpy.save('nll/' + os.path.basename(path)[:-4], numpy.ones(2, 'f'))\n"
+    started = program(field, tmp_path, text, isolated)
+    result = started.score([field.val[:3]] * 2000, True, 60)
+    assert result.problem == ""
+    assert len(result.nll) == 2000
 
 
 # ---- what it left
