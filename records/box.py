@@ -24,6 +24,7 @@ INSIDE = Path(__file__).with_name("inside.py")
 TAIL = 2**20  # bytes of the console that are kept
 CHUNK = 2**16
 PAGE = 4096
+PATIENCE = 5.0  # seconds for what was ended to be gone
 NUMBER = struct.calcsize("<q")
 PROBLEMS = {
     -1: "no such file",
@@ -131,10 +132,11 @@ def run(job: Job, seconds: float, apart: Apart | None) -> Ended:
         stdout.close()
         sink.close()
         listener = Listener(results, console, job.most)
+        late = True
         try:
             late = not listener.listen(start + seconds)
         finally:
-            end(process)
+            end(process, late)
         listener.drain()
     code, files = read_results(bytes(listener.results), job.wanted)
     took = time.monotonic() - start
@@ -176,8 +178,19 @@ def open_pipe(stack: ExitStack) -> tuple[BinaryIO, BinaryIO]:
     return ends
 
 
-def end(process: subprocess.Popen) -> None:
-    """End a process, and its group: all that is in its namespaces ends with it."""
+def end(process: subprocess.Popen, late: bool) -> None:
+    """End what was started, and its group: all that is in its namespaces ends with it.
+
+    The first process of a namespace is gone when all others in it are, and a launcher waits for it.
+    So the launcher is given time to end by itself, once its child is killed or has finished.
+    """
+    if late:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        with suppress(OSError):  # not every kernel has it
+            for child in children.read_text().split():
+                os.kill(int(child), signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(PATIENCE)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()

@@ -171,7 +171,8 @@ def open_result(name: str, most: int) -> tuple[int, int]:
     except OSError as error:
         if error.errno == errno.ENOENT:
             return -1, MISSING
-        return -1, NO_FILE if error.errno in (errno.ELOOP, errno.ENXIO) else UNREADABLE
+        strange = (errno.ELOOP, errno.ENXIO, errno.EOPNOTSUPP)  # a link, a socket
+        return -1, NO_FILE if error.errno in strange else UNREADABLE
     about = os.fstat(file)
     if not stat.S_ISREG(about.st_mode):
         return file, NO_FILE

@@ -3,7 +3,16 @@
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
+
+
+def read(path):
+    """What the kernel tells, where it has such a file."""
+    with suppress(OSError):
+        return Path(path).read_text(errors="replace")
+    return ""
+
 
 print(
     json.dumps(
@@ -14,12 +23,12 @@ print(
             "environment": dict(os.environ),
             "host": socket.gethostname(),
             "user": __import__("pwd").getpwuid(os.getuid()).pw_name,
-            "mounts": Path("/proc/self/mountinfo").read_text(),
-            "groups": Path("/proc/self/cgroup").read_text(),
-            "limits": Path("/proc/self/limits").read_text(),
-            "status": Path("/proc/self/status").read_text(),
+            "mounts": read("/proc/self/mountinfo"),
+            "groups": read("/proc/self/cgroup"),
+            "limits": read("/proc/self/limits"),
+            "status": read("/proc/self/status"),
             "root": sorted(os.listdir("/")),
-            "processes": [p.read_text() for p in sorted(Path("/proc").glob("[0-9]*/cmdline"))],
+            "processes": [read(p) for p in sorted(Path("/proc").glob("[0-9]*/cmdline"))],
             "seen": [path for path in json.loads(os.environ["SEEK"]) if os.path.exists(path)],
         }
     )
