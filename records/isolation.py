@@ -138,7 +138,7 @@ def isolation_problem(isolation: Isolation) -> str:
     """Try a tool with a program that does nothing; why it does not work, or nothing."""
     for program in TOOLS[isolation.tool]:
         if not shutil.which(program, path=PATH):
-            return f"{program} is not installed"
+            return "not installed" if program == isolation.tool else f"{program} is not installed"
     job = box.Job(
         [sys.executable, "-c", "import numpy"], WORK, {"PATH": PATH, **python_environment()}
     )
