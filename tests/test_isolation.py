@@ -557,7 +557,7 @@ def test_a_system_without_tools_is_told_what_to_do(monkeypatch, tmp_path):
     message = str(caught.value)
     assert "\n" not in message
     for part in (
-        "bwrap is not installed",
+        "(bwrap: not installed; unshare: not installed)",
         "install bubblewrap",
         "user namespaces",
         "--no-isolation",
