@@ -1,5 +1,6 @@
 """A cgroup that bounds memory and processes, where this system lets the caller make one."""
 
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def parents(kind: str, groups: dict[str, Path]) -> Path | None:
 @contextmanager
 def make(memory: int, processes: int) -> Iterator[list[str]]:
     """Make groups with these limits; give what starts a command in them, nothing if none can be."""
-    name, made = f"job-{uuid.uuid4().hex[:12]}", []
+    name, made = f"job-{os.getpid()}-{uuid.uuid4().hex[:12]}", []
     try:
         with suppress(OSError):
             groups = own_groups()
@@ -51,6 +52,7 @@ def make(memory: int, processes: int) -> Iterator[list[str]]:
                     continue
                 folder = parent / name
                 if folder not in made:
+                    remove_abandoned(parent)
                     folder.mkdir()
                     made.append(folder)
                 for file, value in files.items():
@@ -60,6 +62,14 @@ def make(memory: int, processes: int) -> Iterator[list[str]]:
     finally:
         for folder in made:
             remove(folder)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove the groups of auditors that were killed: what ran in them ended with them."""
+    for folder in parent.glob("job-*-*"):
+        if not Path("/proc", folder.name.split("-")[1]).exists():
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def limits(memory: int, processes: int) -> dict[str, dict[str, int]]:

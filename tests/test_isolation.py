@@ -303,6 +303,8 @@ def test_all_ends_when_the_auditor_or_the_launcher_is_killed(apart, tmp_path, ki
     finally:
         auditor.kill()
         auditor.wait()
+    strike("survive", apart, tmp_path, marker=marker, stay=0)  # and the next run tidies up
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/job-{auditor.pid}-*"))
 
 
 def test_no_process_of_the_auditor_is_killed(apart, tmp_path):
