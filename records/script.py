@@ -16,14 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import box
 import isolation
 import numpy as np
 from helpers import SCRIPT, find_used
-from isolation import IsolationError
-from layout import python_environment
+from isolation import IsolationError, box
+from isolation.layout import python_environment
 from reading import read_final
-from streams import MAGIC, VERSION
+from streams import shard
 
 __all__ = ["SCRIPT", "IsolationError", "Result", "Script", "check_isolation"]
 
@@ -192,13 +191,6 @@ def plain(name: str, usual: str) -> str:
 def stem(number: int, kind: str = "") -> str:
     """Name a validation shard as published, or its sidecar."""
     return f"fineweb_val_{kind}{number:06d}"
-
-
-def shard(values: np.ndarray) -> bytes:
-    """Write tokens, or their sizes, in the published format."""
-    header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, VERSION, len(values)
-    return header.tobytes() + np.asarray(values).astype("<u2").tobytes()
 
 
 # ------------------------------------ what a script left ------------------------------------

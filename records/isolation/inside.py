@@ -1,6 +1,6 @@
 """Unpack a job, run its program, and hand back what it saved: the part that runs beside a script.
 
-records/box.py starts this, in namespaces of its own or without them, as `python - SOURCE RESULTS`:
+box.py starts this, in namespaces of its own or without them, as `python - SOURCE RESULTS`:
 the text is standard input, the arguments are open files. SOURCE holds a line of JSON and then the
 bytes of the files. RESULTS is a pipe of the auditor's; what goes there is
 

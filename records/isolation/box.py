@@ -1,6 +1,6 @@
 """Run a program in a folder of its own, and take from it a bounded amount of bytes.
 
-The program starts as a child of records/inside.py, in namespaces of its own or without them. What
+The program starts as a child of inside.py, in namespaces of its own or without them. What
 it prints and what it saves come by pipes. Nothing that it wrote is opened here.
 """
 
@@ -79,7 +79,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start records/inside.py: what comes before it, what it inherits, its limits."""
+    """How to start inside.py: what comes before it, what it inherits, its limits."""
 
     before: list[str] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
@@ -145,7 +145,7 @@ def run(job: Job, seconds: float, apart: Apart | None) -> Ended:
 
 @contextmanager
 def pack(job: Job, launch: Launch) -> Iterator[BinaryIO]:
-    """Write what records/inside.py is to do, and all files, to a file without a name."""
+    """Write what inside.py is to do, and all files, to a file without a name."""
     order = {
         "command": job.command,
         "folder": job.folder,

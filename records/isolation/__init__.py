@@ -23,9 +23,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import box
-import cgroups
-from layout import DEVICES, Layout, find_layout, python_environment
+from isolation import box, cgroups
+from isolation.layout import DEVICES, Layout, find_layout, python_environment
 
 WORK = "/workspace/parameter-golf"
 HOME = "/home/user"
