@@ -78,6 +78,7 @@ def audit(options: argparse.Namespace) -> list[Verdict]:
             artifact,
             options.data,
             options.tokenizer,
+            unseen=options.unseen,
             isolated=not options.no_isolation,
         )
     return verdicts + found
