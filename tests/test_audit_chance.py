@@ -397,3 +397,25 @@ def test_what_a_stream_repeats_is_not_new():
     new, known = memory.known_pieces(np.tile(text[:1024], 4), np.zeros(4095))
     assert new == known
     assert new < 40
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({}, "no fineweb_"),
+        ({"fineweb_val_bytes_000000.bin": [1, 2]}, "no fineweb_"),
+        ({"fineweb_val_000000.bin": [1, VOCABULARY]}, "not of the tokenizer's"),
+    ],
+)
+def test_a_folder_of_unseen_text_must_hold_some_of_this_tokenizer(field, tmp_path, files, why):
+    for name, tokens in files.items():
+        (tmp_path / name).write_bytes(shard_bytes(tokens))
+    with pytest.raises(ValueError, match=why):
+        memory.read_unseen(field.data, tmp_path, 1000, VOCABULARY)
+
+
+def test_text_to_compare_with_is_that_of_the_option_else_training_text(field, tmp_path):
+    assert len(memory.read_unseen(field.data, None, 1000, VOCABULARY)[0]) == 0
+    (tmp_path / "fineweb_val_000000.bin").write_bytes(shard_bytes([5, 6, 7]))
+    tokens, name = memory.read_unseen(field.data, tmp_path, 1000, VOCABULARY)
+    assert (tokens.tolist(), name) == ([5, 6, 7], "unseen text")

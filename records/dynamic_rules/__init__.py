@@ -88,7 +88,7 @@ def check(
         if len(tokens) < SHORTEST:
             raise ValueError(f"{data}: {len(tokens)} validation tokens; {SHORTEST} are needed")
         counter.count(tokens)
-        other, name = read_unseen(data, unseen, CORPUS)
+        other, name = read_unseen(data, unseen, CORPUS, counter.size)
     except (OSError, ValueError, RuntimeError) as error:
         return [Verdict(rule, NOT_CHECKED, " ".join(str(error).split())) for rule in RULES]
     session = Session(script, counter, Writer(tokens, counter.size, counter.bos, seed), plan)

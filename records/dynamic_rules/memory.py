@@ -29,15 +29,25 @@ ALIKE = 0.05  # share by which losses of a model of pairs differ in texts of one
 RARE = 1e-6  # probability of a false alarm
 
 
-def read_unseen(data: Path, unseen: Path | None, most: int) -> tuple[np.ndarray, str]:
+def read_unseen(
+    data: Path, unseen: Path | None, most: int, vocabulary: int
+) -> tuple[np.ndarray, str]:
     """Read text to compare with, and say what it is: --unseen's, else the training shards of DATA.
 
-    There is none if the array is empty.
+    There is none if the array is empty. Raises ValueError if --unseen holds none that the
+    vocabulary has.
     """
-    if unseen:
-        return read_shards(sorted(unseen.glob("fineweb_*_[0-9]*.bin")), most), "unseen text"
-    paths = sorted(data.glob("fineweb_train_[0-9]*.bin"))
-    return read_shards(paths[-1:], most), "training text"
+    if unseen is None:
+        tokens = read_shards(sorted(data.glob("fineweb_train_[0-9]*.bin"))[-1:], most)
+        fits = len(tokens) and int(tokens.max()) < vocabulary
+        return tokens if fits else tokens[:0], "training text"
+    paths = sorted(unseen.glob("fineweb_*_[0-9]*.bin"))
+    tokens = read_shards([path for path in paths if "bytes" not in path.name], most)
+    if not len(tokens):
+        raise ValueError(f"{unseen}: no fineweb_*.bin with tokens; name a folder that holds some")
+    if int(tokens.max()) >= vocabulary:
+        raise ValueError(f"{unseen}: its tokens are not of the tokenizer's {vocabulary} pieces")
+    return tokens, "unseen text"
 
 
 def memory_run(session: Session, data: Path, whole: int, unseen: np.ndarray, name: str) -> None:
