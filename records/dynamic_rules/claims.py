@@ -188,8 +188,8 @@ def judge_beginning(session: Session, claim: Claim, scored: Scored, data: Path, 
     taught = 3 * len(everything) // 4
     easy = Proposal(everything[taught:], session.counter.size)
     count = min(len(nll), taught - 1)
-    losses = block_means(nll[:count])
-    simple = block_means(easy.losses(text[: count + 1]))
+    losses = block_means(nll[:count], BLOCK)
+    simple = block_means(easy.losses(text[: count + 1]), BLOCK)
     target = float(np.mean([easy.losses(part).mean() for part in parts_of(everything[:taught])]))
     expected, error = regress(losses, simple, target)
     name, below = claim.log.path.name, expected - claim.loss
@@ -211,10 +211,10 @@ def parts_of(tokens: np.ndarray) -> list[np.ndarray]:
     return np.array_split(tokens, 1 + len(tokens) // 2**20)
 
 
-def block_means(values: np.ndarray) -> np.ndarray:
+def block_means(values: np.ndarray, size: int) -> np.ndarray:
     """Average blocks of tokens; a rest is left out."""
-    count = len(values) // BLOCK
-    return values[: count * BLOCK].reshape(count, BLOCK).mean(axis=1)
+    count = len(values) // size
+    return values[: count * size].reshape(count, size).mean(axis=1)
 
 
 def regress(losses: np.ndarray, simple: np.ndarray, target: float) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from scipy import stats
 from streams import read_shards, read_validation
 
 from dynamic_rules.chance import Proposal
+from dynamic_rules.claims import block_means
 from dynamic_rules.plan import ALARM, FOUND, NEGLIGIBLE
 from dynamic_rules.session import Session
 
@@ -65,9 +66,9 @@ def memory_run(session: Session, data: Path, whole: int, unseen: np.ndarray, nam
         judge_alone(session, own)
         return
     easy = Proposal(np.concatenate([everything[: 2**21], other]), session.counter.size)
-    there = "{1} of {0} there".format(*known_pieces(other, scored[1]))
-    found = [compare(part, (other, scored[1]), easy) for part in own]
-    judge_beside(session, found, name, there)
+    pieces = known_pieces(other, scored[1])
+    found = [compare(part, (other, scored[1]), pieces, easy) for part in own]
+    judge_beside(session, found, name, f"{pieces[1]} of {pieces[0]} there")
 
 
 def sample(tokens: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -137,14 +138,14 @@ def judge_beside(session: Session, found: list[Comparison], name: str, there: st
     session.say("paid_prefix", True, evidence)
 
 
-def compare(own: Part, other: Part, easy: Proposal) -> Comparison:
-    """Compare validation text with other text."""
+def compare(own: Part, other: Part, pieces: tuple[int, int], easy: Proposal) -> Comparison:
+    """Compare validation text with other text, whose new and known pieces are counted already."""
     new, known = known_pieces(*own)
-    other_new, other_known = known_pieces(*other)
+    other_new, other_known = pieces
     share = (other_known + 1) / (other_new + 1)
     chance = stats.binomtest(known, max(new, 1), share, alternative="greater").pvalue
-    losses = [block_means(nll) for _, nll in (own, other)]
-    simple = [block_means(easy.losses(tokens)) for tokens, _ in (own, other)]
+    losses = [block_means(nll, BLOCK) for _, nll in (own, other)]
+    simple = [block_means(easy.losses(tokens), BLOCK) for tokens, _ in (own, other)]
     counts = [len(part) for part in losses]
     if min(counts) < FEWEST:
         return Comparison(0.0, math.inf, True, new, known, float(chance))
@@ -157,9 +158,3 @@ def compare(own: Part, other: Part, easy: Proposal) -> Comparison:
     error = math.sqrt(spread * (1 / counts[0] + 1 / counts[1]))
     is_alike = abs(gap) < ALIKE * float(simple[0].mean())
     return Comparison(gain, error, is_alike, new, known, float(chance))
-
-
-def block_means(values: np.ndarray) -> np.ndarray:
-    """Average blocks of tokens; a rest is left out."""
-    count = len(values) // BLOCK
-    return values[: count * BLOCK].reshape(count, BLOCK).mean(axis=1)
