@@ -20,7 +20,7 @@ import train_gpt as tg
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 
-import h100_traffic
+import traffic_device
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here: test_gpu.py"),
@@ -60,7 +60,7 @@ def fake_cuda() -> Iterator[list[FakeTensor]]:
             (tg, "ThreadPoolExecutor", AtOnce),
         ):
             patches.enter_context(mock.patch.object(owner, name, new))
-        patches.enter_context(h100_traffic.idle_guard())
+        patches.enter_context(traffic_device.idle_guard())
         patches.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield differentiated
 

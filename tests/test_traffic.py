@@ -1,4 +1,4 @@
-"""benchmarks/h100_traffic.py: what it counts, against closed forms and the architecture."""
+"""benchmarks/traffic.py: what it counts, against closed forms and the architecture."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-SCRIPT = REPO / "benchmarks" / "h100_traffic.py"
+SCRIPT = REPO / "benchmarks" / "traffic.py"
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -163,7 +163,7 @@ def test_tokens_that_are_no_rows_are_refused():
     ended = start(*SMALL, "--tokens", 100)
     assert ended.returncode == 1
     problem = "--tokens 100: expected a multiple of TRAIN_SEQ_LEN=64"
-    assert ended.stderr == f"h100_traffic.py: error: {problem}\n"
+    assert ended.stderr == f"traffic.py: error: {problem}\n"
 
 
 # Each entry: the inputs, made by torch.empty; then the function.
@@ -172,7 +172,7 @@ import json, sys
 import torch
 import torch.nn.functional as F
 sys.path.insert(0, sys.argv[1])
-import h100_traffic
+import traffic_compile, traffic_device
 
 half = torch.bfloat16
 whole = torch.float32
@@ -191,6 +191,21 @@ def two_sums(x):
     return x.float().sum(0).to(half), (x.float() * 2).sum(1)
 
 
+def two_lines(x, y):
+    doubled = x.float() * 2
+    return doubled + y
+
+
+def shared(x):
+    more = x + 1
+    return more, x * 2
+
+
+def layer(x, w):
+    hidden = x @ w
+    return hidden.relu()
+
+
 cases = {
     "pointwise": (lambda x: x.float() + 1, [(1000, 256, half)]),
     "broadcast": (lambda x, y: x * y, [(1000, 256, half), (256, whole)]),
@@ -207,38 +222,47 @@ cases = {
     "product of a row": (lambda a, b: a.expand(512, 128) @ b, [(1, 128, half), (128, 64, half)]),
     "norm": (norm, [(65536, 256, half, True), (256, whole)]),
     "two sums": (two_sums, [(65536, 512, half)]),
+    "two lines": (two_lines, [(1000, 256, half), (1000, 256, half)]),
+    "shared": (shared, [(1000, 256, half)]),
+    "layer": (layer, [(512, 128, half, True), (128, 64, half, True)]),
 }
 
 
 def patched():
     functions = F.rms_norm, F.scaled_dot_product_attention, torch.cuda._exchange_device
     # Fake tensors of their own put an idle guard into a CUDA build.
-    guard = not torch.version.cuda and h100_traffic.guard_table()[h100_traffic.CUDA]
+    guard = not torch.version.cuda and traffic_device.guard_table()[traffic_device.CUDA]
     return torch.cuda.is_available(), torch.version.cuda, guard, *functions
 
 
 before = patched()
 found = {}
+charged = {}
 for name, (function, inputs) in cases.items():
     tensors = []
     for given in inputs:
         wanted = given[-1] is True
         *shape, dtype = given[:-1] if wanted else given
         tensors.append(torch.zeros(shape, dtype=dtype, requires_grad=wanted))
-    with h100_traffic.cuda_operators():
-        graphs = h100_traffic.compile_functions(function, tensors)
+    with traffic_device.cuda_operators():
+        graphs = traffic_compile.compile_functions(function, tensors, __file__)
     for graph in graphs:
         kernels = [(k.kind, k.reads, k.writes, k.flops) for k in graph.kernels]
         found[f"{name}, {graph.name}"] = kernels
-print(json.dumps([found, before == patched()]))
+        charges = [c for k in graph.kernels for c in k.charges]
+        sums = [(c.place[:1], float(c.launches), c.reads, c.writes) for c in charges]
+        charged[f"{name}, {graph.name}"] = sums
+print(json.dumps([found, before == patched(), charged]))
 """
 
 
 @pytest.fixture(scope="module")
-def toys():
+def toys(tmp_path_factory):
     """Compile small functions in one process: (kind, read, written, FLOPs) of their kernels,
-    and whether the process is as it was."""
-    command = [sys.executable, "-c", TOYS, SCRIPT.parent]
+    whether the process is as it was, and what their lines are charged."""
+    script = tmp_path_factory.mktemp("toys") / "toys.py"
+    script.write_text(TOYS)
+    command = [sys.executable, script, SCRIPT.parent]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -286,6 +310,74 @@ def test_bytes_and_flops_equal_a_closed_form(toys, name):
     assert toys[0][name] == EXPECTED[name]
 
 
+def line_of(text: str) -> list[int]:
+    """The number of the line of the toys that has this text."""
+    (found,) = [i for i, line in enumerate(TOYS.splitlines(), 1) if text in line]
+    return [found]
+
+
+def charges_of(toys: list, name: str) -> list[list]:
+    """What is charged to the lines of a toy: (place, launches, read, written)."""
+    return sorted(toys[2][name])
+
+
+@needs_triton
+def test_a_read_is_charged_to_the_line_that_loads_and_a_write_to_the_one_that_stores(toys):
+    first = [line_of("doubled = x"), 0.5, 2 * N, 0]
+    second = [line_of("doubled + y"), 0.5, 2 * N, 4 * N]
+    assert charges_of(toys, "two lines, forward") == [first, second]
+
+
+@needs_triton
+def test_a_read_for_two_lines_is_charged_to_both(toys):
+    first = [line_of("more = x"), 0.5, N, 2 * N]
+    second = [line_of("more, x * 2"), 0.5, N, 2 * N]
+    assert charges_of(toys, "shared, forward") == [first, second]
+
+
+@needs_triton
+def test_the_backward_pass_is_charged_to_the_lines_of_the_forward_pass(toys):
+    """The gradient behind relu goes into two products: for x, and for w."""
+    x, w, y = 2 * 512 * 128, 2 * 128 * 64, 2 * 512 * 64
+    product = line_of("hidden = x")
+    relu = [line_of("hidden.relu()"), 1.0, y + y // 2, y]  # whether it is 0, in a byte each
+    assert charges_of(toys, "layer, backward") == sorted(
+        [[product, 1.0, y + x, w], [product, 1.0, y + w, x], relu]
+    )
+
+
+@needs_triton
+@each_shape
+@pytest.mark.parametrize("table", ["lines", "calls", "functions"])
+def test_what_lines_are_charged_adds_up_to_the_totals(compiled, shape, table):
+    report = compiled(shape)[1]
+    for name in ("bytes_read", "bytes_written"):
+        charged = sum(row[name] for row in report[table])
+        assert charged == sum(kind[name] for kind in report["totals"].values())
+    launches = sum(kind["launches"] for kind in report["totals"].values())
+    assert sum(row["launches"] for row in report[table]) == pytest.approx(launches)
+    assert sum(row["share"] for row in report[table]) == pytest.approx(1)
+
+
+@needs_triton
+@each_shape
+def test_all_traffic_is_of_lines_of_the_script(compiled, shape):
+    report = compiled(shape)[1]
+    source = (REPO / "train_gpt.py").read_text().splitlines()
+    for row in report["lines"]:
+        assert row["source"] == source[row["line"] - 1].strip()
+    assert all(row["line"] and row["function"] for row in report["lines"])
+
+
+@needs_triton
+@each_shape
+def test_products_are_charged_to_the_lines_that_call_them(compiled, shape):
+    report = compiled(shape)[1]
+    lines = [row for row in report["lines"] if row["flops"]]
+    assert all("F.linear(" in row["source"] for row in lines)
+    assert sum(row["flops"] for row in lines) == report["totals"]["product"]["flops"]
+
+
 @needs_triton
 def test_nothing_stays_patched(toys):
     assert toys[1] is True
@@ -293,8 +385,8 @@ def test_nothing_stays_patched(toys):
 
 def test_without_triton_it_says_what_to_install():
     code = "import runpy, sys; sys.modules['triton'] = None; sys.path[0] = sys.argv[1]; "
-    code += "sys.argv = ['h100_traffic.py']; runpy.run_module('h100_traffic', run_name='__main__')"
+    code += "sys.argv = ['traffic.py']; runpy.run_module('traffic', run_name='__main__')"
     command = [sys.executable, "-c", code, SCRIPT.parent]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     problem = "triton cannot be imported: pip install --no-deps triton==3.6.0"
-    assert (done.returncode, done.stderr) == (1, f"h100_traffic.py: error: {problem}\n")
+    assert (done.returncode, done.stderr) == (1, f"traffic.py: error: {problem}\n")
