@@ -1,12 +1,15 @@
 """Count what PyTorch's compiler makes of train_gpt.py for an H100, on a machine without one.
 
     python benchmarks/traffic.py [--config X.env] [NAME=VALUE ...] [--tokens 65536] [--forward]
-        [--script X.py] [--lines 30] [--callers] [--largest 12] [--out FILE.json] [--code FOLDER]
+        [--script X.py] [--tb-per-s 3] [--product-tflops 700]
+        [--attention-tflops 500] [--lines 30] [--callers] [--largest 12] [--out FILE.json]
+        [--code FOLDER]
 
 The compiler lowers the forward and backward pass of the model that the settings give, and generates
 its code; nothing is run. Counted, for one micro-batch of --tokens tokens: kernels that are
 launched, and bytes that they read and write, by kind and by the lines of the script that cause
-them. Bytes are a floor, as if caches were perfect. It needs triton, which is only imported.
+them; then the launches of the rest of a step, its optimizers. Bytes are a floor, as if caches were
+perfect. It needs triton, which is only imported.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from typing import Any
 
 import torch
 import traffic_lines
+import traffic_optimizer
 import traffic_tables
 from gpu_kit import ROOT, git
 from traffic_compile import compile_model, load_script
@@ -98,6 +102,22 @@ def commit() -> str:
     return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
+def optimizer_report(args: argparse.Namespace, tg: ModuleType, hp: Any) -> dict[str, Any]:
+    """Count the rest of a step. A script whose Trainer is another one has a problem instead."""
+    try:
+        kernels = traffic_optimizer.count_optimizer(tg, hp)
+    except Exception as problem:  # of whatever kind: it is what another script does
+        text = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        return {"problem": f"{text}; see traffic_optimizer.optimizer_step"}
+    charges = [charge for kernel in kernels for charge in kernel.charges]
+    return {
+        "totals": summarize(kernels),
+        "floor_ms": floor_ms(kernels, 0.0, args.ceilings),
+        "operators": traffic_optimizer.operator_rows(kernels),
+        "lines": traffic_lines.line_rows(charges, tg.__file__, callers=False),
+    }
+
+
 def make_report(
     args: argparse.Namespace, tg: ModuleType, hp: Any, graphs: list[Graph]
 ) -> dict[str, Any]:
@@ -122,13 +142,15 @@ def make_report(
         "totals": totals,
         "floor_ms": floor_ms(kernels, attention, args.ceilings),
         "floor_by": dataclasses.asdict(args.ceilings),
-        "saved_bytes": sum(graph.saved_bytes for graph in graphs),
+        "saved_bytes": sum(size for graph in graphs for size in graph.saved),
+        "gradients": [size for graph in graphs for size in graph.gradients],
         "inductor_bytes": {graph.name: graph.inductor_bytes for graph in graphs},
         "graphs": {graph.name: summarize(graph.kernels) for graph in graphs},
         "lines": traffic_lines.line_rows(charges, tg.__file__, callers=False),
         "calls": traffic_lines.line_rows(charges, tg.__file__, callers=True),
         "functions": traffic_lines.function_rows(charges, tg.__file__),
         "kernels": group_kernels(graphs),
+        "optimizer": None if args.forward else optimizer_report(args, tg, hp),
     }
 
 
@@ -149,7 +171,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--attention-tflops", type=float, default=500.0, help="ceiling of attention")
     add("--out", type=Path, help="write all that was counted to this JSON file")
     add("--code", type=Path, help="write the generated code to this folder")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     if wrong := [text for text in args.settings if "=" not in text]:
         parser.error(f"{wrong[0]}: expected NAME=VALUE")
     given = (args.tb_per_s, args.product_tflops, args.attention_tflops)
@@ -161,8 +183,6 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def count(args: argparse.Namespace) -> dict[str, Any]:
     """Load the script, compile its model, and put together what was counted."""
-    if importlib.util.find_spec("triton") is None:
-        raise TrafficError("triton cannot be imported: pip install --no-deps triton==3.6.0")
     tg = load_script(args.script)
     config = {"CONFIG": args.config} if args.config else {}
     given = dict(text.split("=", 1) for text in args.settings)
@@ -181,11 +201,13 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Count, print, and write what was asked for."""
     args = read_arguments(arguments)
-    report = count(args)
-    print(traffic_tables.describe(report, args.lines, args.callers, args.largest))
+    if importlib.util.find_spec("triton") is None:
+        raise TrafficError("triton cannot be imported: pip install --no-deps triton==3.6.0")
+    found = count(args)
+    print(traffic_tables.describe(found, args.lines, args.callers, args.largest))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

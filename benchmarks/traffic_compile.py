@@ -5,9 +5,10 @@ are moved to a pretended H100 and go through Inductor as always.
 """
 
 import contextlib
+import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ from traffic_device import (
     pretended_h100,
 )
 
+COMPILE = torch.compile
 NEEDED = ("GPT", "load_settings", "UserError")  # of a script
 
 
@@ -34,6 +36,32 @@ class RanError(Exception):
 
 class GeneratedError(Exception):
     """The code of a graph, which is not to be loaded."""
+
+
+WATCHERS: list[Callable[[Callable, tuple, dict], Any]] = []  # of calls of compiled functions
+
+
+def noted_compile(function: Callable | None = None, **options: Any) -> Callable:
+    """Stand in for a script's torch.compile: nothing is compiled, but a watcher sees each call."""
+    if function is None:
+        return functools.partial(noted_compile, **options)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if WATCHERS:
+            return WATCHERS[-1](function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def watched(watcher: Callable[[Callable, tuple, dict], Any]) -> Iterator[None]:
+    """Let a watcher see the calls of what a script compiles."""
+    WATCHERS.append(watcher)
+    try:
+        yield
+    finally:
+        WATCHERS.pop()
 
 
 def load_script(path: Path) -> ModuleType:
@@ -47,7 +75,8 @@ def load_script(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules["train_gpt"] = module
     sys.path.insert(0, str(path.parent))
-    spec.loader.exec_module(module)
+    with mock.patch.object(torch, "compile", noted_compile):  # for decorators
+        spec.loader.exec_module(module)
     if missing := [name for name in NEEDED if not hasattr(module, name)]:
         names = ", ".join(missing)
         raise TrafficError(f"{path}: not a train_gpt.py of this project: it has no {names}")
@@ -79,14 +108,53 @@ def move_to_h100(module: Any, inputs: Sequence[Any]) -> list[Any]:
         return tree_map_only(Tensor, moved, [*inputs])
 
 
-def saved_bytes(module: Any) -> int:
-    """Count the bytes that a backward graph takes from the forward one: no parameter or input."""
-    saved = 0
-    for node in module.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and not node.name.startswith(("primals", "tangents")):
-            saved += value.numel() * value.dtype.itemsize
-    return saved
+def bytes_of(nodes: Iterable[Any]) -> list[int]:
+    """Give the bytes of the tensors that nodes of a graph stand for."""
+    values = [node.meta["val"] for node in nodes]
+    return [x.numel() * x.dtype.itemsize for x in values if isinstance(x, Tensor)]
+
+
+def base_of(node: Any) -> Any:
+    """Find the node whose memory a node of a graph is, by its views."""
+    while getattr(node.target, "is_view", False) and node.op == "call_function":
+        node = node.args[0]
+    return node
+
+
+def saved_tensors(forward: Any, backward: Any) -> list[int]:
+    """Give the bytes of what a forward graph keeps for the backward one: no parameter or input."""
+    taken = {node.name for node in backward.graph.find_nodes(op="placeholder")}
+    (output,) = forward.graph.find_nodes(op="output")
+    kept = {base_of(node): None for node in output.all_input_nodes if node.name in taken}
+    return bytes_of(node for node in kept if node.op != "placeholder")
+
+
+def gradients(module: Any) -> list[int]:
+    """Give the bytes of what a backward graph gives."""
+    (output,) = module.graph.find_nodes(op="output")
+    return bytes_of(output.all_input_nodes)
+
+
+def generate(module: Any, inputs: Sequence[Any], options: dict[str, Any], script: str) -> Graph:
+    """Lower a graph for the H100, and count the kernels of its code."""
+    from torch._inductor import compile_fx
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    def stop(lowering: Any) -> None:
+        stop_at_code(lowering, script)
+
+    placed = move_to_h100(module, inputs)
+    loading = mock.patch.object(GraphLowering, "compile_to_module", stop)
+    quiet = V.set_debug_handler(DebugContext())
+    options["cudagraphs"] = compile_fx.BoxedBool(False)
+    try:
+        with pretended_h100(), idle_guard(), loading, quiet, traffic_lines.noted_makers():
+            compile_fx.fx_codegen_and_compile(module, placed, [], **options)
+    except GeneratedError as done:
+        return done.args[0]
+    raise TrafficError("the compiler loads no code: teach generate what it does now")
 
 
 def compile_functions(
@@ -99,28 +167,17 @@ def compile_functions(
     import torch._functorch.config
     import torch._inductor.config
     from torch._inductor import compile_fx
-    from torch._inductor.debug import DebugContext
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.virtualized import V
 
     graphs = []
-
-    def stop(lowering: Any) -> None:
-        stop_at_code(lowering, script)
+    modules = []
 
     def inner(module: Any, inputs: Sequence[Any], **options: Any) -> Callable:
-        placed = move_to_h100(module, inputs)
-        loading = mock.patch.object(GraphLowering, "compile_to_module", stop)
-        quiet = V.set_debug_handler(DebugContext())
-        noted = traffic_lines.noted_makers()
-        options["cudagraphs"] = compile_fx.BoxedBool(False)
-        try:
-            with pretended_h100(), idle_guard(), loading, quiet, noted:
-                compile_fx.fx_codegen_and_compile(module, placed, [], **options)
-        except GeneratedError as done:
-            graph = done.args[0]
-            graph.saved_bytes = saved_bytes(module) if graph.name == "backward" else 0
-            graphs.append(graph)
+        modules.append(module)
+        graph = generate(module, inputs, options, script)
+        if graph.name == "backward":
+            graph.saved = saved_tensors(modules[0], module)
+            graph.gradients = gradients(module)
+        graphs.append(graph)
         return run
 
     def run(*_: Any) -> None:
@@ -135,7 +192,7 @@ def compile_functions(
     )
     alone = torch._inductor.config.patch(compile_threads=1)
     with eager, alone, contextlib.suppress(RanError):
-        torch.compile(function, backend=backend, dynamic=False, fullgraph=True)(*inputs)
+        COMPILE(function, backend=backend, dynamic=False, fullgraph=True)(*inputs)
     return graphs
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import traffic_lines
 from traffic_device import TrafficError
-from traffic_lines import Charge, Ledger
+from traffic_lines import Charge, Ledger, Place
 
 KINDS = {
     "triton": "Triton kernels",
@@ -26,6 +26,7 @@ KINDS = {
     "other": "other kernels and copies",
 }
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mm_plus_mm"}
+ADDING = {"addmm", "baddbmm"}  # PyTorch copies the addend, unless a vector, into the result first
 COLUMNS = 4096  # of a buffer's rows, where the touched part of them is sampled
 SAMPLES = 1 << 16
 INDEX_OPS = {
@@ -55,7 +56,8 @@ class Graph:
     kernels: list[Kernel]
     code: str
     inductor_bytes: int
-    saved_bytes: int = 0  # what the forward pass keeps for the backward pass, but for its inputs
+    saved: list[int] = dataclasses.field(default_factory=list)  # bytes, kept from the forward pass
+    gradients: list[int] = dataclasses.field(default_factory=list)  # bytes, of the backward pass
 
 
 class Unknown:
@@ -232,6 +234,12 @@ def tensor_bytes(tensor: Any) -> int:
     return elements * tensor.get_dtype().itemsize
 
 
+def distinct_bytes(tensors: Sequence[Any]) -> int:
+    """Count the bytes of several tensors; a matrix and its transpose are there once."""
+    places = {(x.get_name(), str(x.get_layout().offset)): tensor_bytes(x) for x in tensors}
+    return sum(places.values())
+
+
 def flat(items: Any) -> Iterator[Any]:
     """Yield the tensors of nested lists."""
     for item in items:
@@ -251,8 +259,16 @@ def product_flops(name: str, inputs: Sequence[Any]) -> int:
     return flops
 
 
-def extern_kernel(graph: Any, node: Any, script: str) -> Kernel:
-    """Describe a call of a kernel that Inductor does not generate."""
+def called_kernel(
+    place: Place, kind: str, name: str, reads: int, writes: int, flops: int = 0
+) -> Kernel:
+    """Describe a kernel of one operator, which is charged to one place."""
+    charge = Charge(place, Fraction(1), reads, writes, flops)
+    return Kernel(kind, name, name, reads, writes, flops, [charge])
+
+
+def extern_kernels(graph: Any, node: Any, script: str) -> list[Kernel]:
+    """Describe a call of a kernel that Inductor does not generate, and the copy before it."""
     kernel = node.node
     inputs = [*flat(kernel.inputs)]
     op = kernel.op_overload
@@ -267,11 +283,16 @@ def extern_kernel(graph: Any, node: Any, script: str) -> Kernel:
     outputs = [*flat(getattr(kernel, "outputs", None) or [])] or [kernel]
     changed = [graph.get_buffer(buffer) for buffer in kernel.get_mutation_names()]
     outputs = changed or outputs
-    reads = sum(tensor_bytes(tensor) for tensor in inputs)
     writes = sum(tensor_bytes(tensor) for tensor in outputs)
+    copied = name in ADDING and len(inputs[0].get_size()) == len(kernel.get_size())
+    reads = writes if copied else 0
+    reads += distinct_bytes(inputs[1:] if copied else inputs)
     place = traffic_lines.place_of(traffic_lines.maker(kernel), script)
-    charge = Charge(place, Fraction(1), reads, writes, flops)
-    return Kernel(kind, name, name, reads, writes, flops, [charge])
+    kernels = [called_kernel(place, kind, name, reads, writes, flops)]
+    if copied:
+        addend = tensor_bytes(inputs[0])
+        kernels.insert(0, called_kernel(place, "other", f"copy for {name}", addend, writes))
+    return kernels
 
 
 @dataclasses.dataclass
@@ -367,7 +388,7 @@ def count_kernels(graph: Any, code: str, script: str) -> list[Kernel]:
     kernels = []
     for node in nodes:
         if node.is_extern():
-            kernels.append(extern_kernel(graph, node, script))
+            kernels += extern_kernels(graph, node, script)
         else:
             kernels += triton_kernels(graph, node, next(following), script)
     return kernels

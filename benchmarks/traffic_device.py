@@ -78,7 +78,13 @@ rms_norm.register_autograd(differentiate_norm, setup_context=keep_norm)
 
 
 def scaled_dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, enable_gqa: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """Stand in for F.scaled_dot_product_attention."""
     return attention(q, k, v)[0]

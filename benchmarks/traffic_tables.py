@@ -16,9 +16,9 @@ def table(titles: str, rows: Sequence[Sequence[str]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def gigabytes(row: Row) -> list[str]:
+def gigabytes(row: Row, digits: int = 2) -> list[str]:
     """Show what a row reads and writes."""
-    return [f"{row[side] / 1e9:.2f}" for side in ("bytes_read", "bytes_written")]
+    return [f"{row[side] / 1e9:.{digits}f}" for side in ("bytes_read", "bytes_written")]
 
 
 def totals_table(report: Report) -> list[str]:
@@ -47,9 +47,8 @@ def others(rows: Sequence[Row], what: str, columns: int) -> list[list[str]]:
     return [["", *amounts(total), f"{len(rows)} other {what}", *[""] * (columns - 2)]]
 
 
-def lines_table(report: Report, count: int, callers: bool) -> list[str]:
+def lines_table(rows: Sequence[Row], count: int) -> list[str]:
     """Write the table of the lines of the script, those that move most first."""
-    rows = report["calls" if callers else "lines"]
     cells = []
     for row in rows[:count]:
         place = f"{row['caller']} > {row['line']}" if row["caller"] else str(row["line"])
@@ -58,6 +57,24 @@ def lines_table(report: Report, count: int, callers: bool) -> list[str]:
         cells.append([place, *amounts(row), *code])
     titles = " line | launches | GB read | GB written | % | function | source "
     return table(titles, cells + others(rows[count:], "lines", 3))
+
+
+def optimizer_part(report: Report, lines: int) -> list[str]:
+    """Write what a step does beside forward, backward and loader."""
+    found = report["optimizer"]
+    if found is None:
+        return []
+    if "problem" in found:
+        return ["", f"The rest of a step cannot be counted: {found['problem']}"]
+    launches = sum(row["launches"] for row in found["totals"].values())
+    floor = found["floor_ms"]["all"]
+    title = f"The rest of a step, without the loader: {launches} launches, not under {floor:.2f} ms"
+    rows = [
+        [row["operator"], KINDS[row["kind"]], str(row["launches"]), *gigabytes(row, 3)]
+        for row in found["operators"]
+    ]
+    titles = " operator | kind | launches | GB read | GB written "
+    return ["", title, "", *table(titles, rows), "", *lines_table(found["lines"], lines)]
 
 
 def functions_table(report: Report, count: int) -> list[str]:
@@ -83,10 +100,13 @@ def floor_note(report: Report) -> list[str]:
     """Say what the counted bytes and the floor are."""
     counted = sum(row["bytes_read"] + row["bytes_written"] for row in report["totals"].values())
     own = sum(report["inductor_bytes"].values())
+    gradients = report["gradients"]
     by = {name: value / 1e12 for name, value in report["floor_by"].items()}
     return [
         f"{counted / 1e9:.2f} GB in all; Inductor's own count, coarser: {own / 1e9:.2f} GB.",
-        f"Kept for the backward pass: {report['saved_bytes'] / 1e9:.2f} GB, weights not counted.",
+        f"Kept for the backward pass: {report['saved_bytes'] / 1e9:.2f} GB beside parameters.",
+        f"Gradients: {len(gradients)}. Adding them to others is not counted: a launch each, and",
+        f"{3 * sum(gradients) / 1e9:.2f} GB for a micro-batch.",
         f"Model FLOPs, by measure.flops_per_token: {report['model_flops'] / 1e12:.2f} TFLOP.",
         f"Not under {report['floor_ms']['all']:.1f} ms on an H100: a floor, not a time. It takes",
         f"{by['bytes_per_s']:g} TB/s; for a product the larger of bytes over that and FLOPs over",
@@ -102,9 +122,10 @@ def describe(report: Report, lines: int, callers: bool, largest: int) -> str:
         *["", *totals_table(report)],
         *["", *floor_note(report)],
         *["", "By line: forward and backward; a launch counts evenly for all lines in it.", ""],
-        *lines_table(report, lines, callers),
+        *lines_table(report["calls" if callers else "lines"], lines),
         *["", "By function:", "", *functions_table(report, lines)],
         *["", f"The {largest} groups of Triton kernels that move most bytes:", ""],
         *largest_table(report, largest),
+        *optimizer_part(report, lines),
     ]
     return "\n".join(parts)

@@ -6,9 +6,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REPO
+
+sys.path.insert(0, str(REPO / "benchmarks"))
+
+import traffic
+import traffic_compile
+import traffic_count
+import traffic_optimizer
 
 SCRIPT = REPO / "benchmarks" / "traffic.py"
 
@@ -206,6 +215,11 @@ def layer(x, w):
     return hidden.relu()
 
 
+def attended(x):
+    q, k, v = (part.transpose(1, 2) for part in x.split((4, 2, 2), dim=2))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+
+
 cases = {
     "pointwise": (lambda x: x.float() + 1, [(1000, 256, half)]),
     "broadcast": (lambda x, y: x * y, [(1000, 256, half), (256, whole)]),
@@ -224,6 +238,10 @@ cases = {
     "two sums": (two_sums, [(65536, 512, half)]),
     "two lines": (two_lines, [(1000, 256, half), (1000, 256, half)]),
     "shared": (shared, [(1000, 256, half)]),
+    "attended": (attended, [(8, 100, 8, 64, half, True)]),
+    "exp": (torch.exp, [(1000, 256, whole, True)]),
+    "addend": (torch.baddbmm, [(4, 64, 32, half), (4, 64, 16, half), (4, 16, 32, half)]),
+    "symmetric": (lambda x: x @ x.mT, [(4, 64, 16, half)]),
     "layer": (layer, [(512, 128, half, True), (128, 64, half, True)]),
 }
 
@@ -238,6 +256,7 @@ def patched():
 before = patched()
 found = {}
 charged = {}
+kept = {}
 for name, (function, inputs) in cases.items():
     tensors = []
     for given in inputs:
@@ -252,7 +271,8 @@ for name, (function, inputs) in cases.items():
         charges = [c for k in graph.kernels for c in k.charges]
         sums = [(c.place[:1], float(c.launches), c.reads, c.writes) for c in charges]
         charged[f"{name}, {graph.name}"] = sums
-print(json.dumps([found, before == patched(), charged]))
+        kept[f"{name}, {graph.name}"] = [graph.saved, graph.gradients]
+print(json.dumps([found, before == patched(), charged, kept]))
 """
 
 
@@ -271,6 +291,12 @@ def toys(tmp_path_factory):
 N = 1000 * 256
 X = 65536 * 256
 ROOTS = 65536 * 4
+Q = 2 * 8 * 100 * 4 * 64
+KV = 2 * 8 * 100 * 2 * 64
+LSE = 4 * 8 * 100 * 4
+A = 2 * 4 * 64 * 16
+B = 2 * 4 * 16 * 32
+C = 2 * 4 * 64 * 32
 EXPECTED = {
     "pointwise, forward": [["triton", 2 * N, 4 * N, 0]],
     "broadcast, forward": [["triton", 2 * N + 4 * 256, 4 * N, 0]],
@@ -299,6 +325,18 @@ EXPECTED = {
         ["other", 4 * 2048 * 512, 4 * 512, 0],
         ["triton", 4 * 512, 2 * 512, 0],
     ],
+    # Slices of one tensor are read where they are; the gradients are tensors of their own.
+    "attended, forward": [["attention", Q + 2 * KV, Q + LSE, 0]],
+    "attended, backward": [
+        ["attention", 3 * Q + 2 * KV + LSE, Q + 2 * KV, 0],
+        ["triton", Q + 2 * KV, Q + 2 * KV, 0],
+    ],
+    # PyTorch copies the addend into the result, and adds to that.
+    "addend, forward": [
+        ["other", C, C, 0],
+        ["product", A + B + C, C, 2 * 4 * 64 * 16 * 32],
+    ],
+    "symmetric, forward": [["product", A, 2 * 4 * 64 * 64, 2 * 4 * 64 * 16 * 64]],
     "norm, forward": [["triton", 2 * X + 4 * 256, 4 * X + ROOTS, 0]],
     "norm, backward": [["triton", 2 * X + 4 * X + 4 * 256 + ROOTS, 2 * X, 0]],
 }
@@ -347,6 +385,13 @@ def test_the_backward_pass_is_charged_to_the_lines_of_the_forward_pass(toys):
 
 
 @needs_triton
+def test_what_is_kept_for_the_backward_pass_is_counted(toys):
+    """exp keeps its result; a layer keeps whether relu's is 0, in bytes, beside its inputs."""
+    assert toys[3]["exp, backward"] == [[4 * N], [4 * N]]
+    assert toys[3]["layer, backward"] == [[512 * 64], [2 * 512 * 128, 2 * 128 * 64]]
+
+
+@needs_triton
 @each_shape
 @pytest.mark.parametrize("table", ["lines", "calls", "functions"])
 def test_what_lines_are_charged_adds_up_to_the_totals(compiled, shape, table):
@@ -381,6 +426,129 @@ def test_products_are_charged_to_the_lines_that_call_them(compiled, shape):
 @needs_triton
 def test_nothing_stays_patched(toys):
     assert toys[1] is True
+
+
+def made_kernel(kind: str, reads: int = 0, writes: int = 0, flops: int = 0):
+    return traffic_count.Kernel(kind, kind, kind, reads, writes, flops)
+
+
+def test_given_ceilings_make_the_floor():
+    by = traffic.Ceilings(1e9, 2e9, 4e9)
+    kernels = [made_kernel("triton", 2_000_000, 1_000_000), made_kernel("product", 7, 0, 8_000_000)]
+    floor = traffic.floor_ms(kernels, 8e6, by)
+    assert floor == {"triton": 3.0, "product": 4.0, "attention": 2.0, "other": 0.0, "all": 9.0}
+
+
+def test_ceilings_are_in_tera():
+    given = ["--tb-per-s", "2", "--product-tflops", "300", "--attention-tflops", "200"]
+    assert traffic.read_arguments(given).ceilings == traffic.Ceilings(2e12, 300e12, 200e12)
+
+
+def test_a_ceiling_of_0_is_refused():
+    ended = start("--tb-per-s", 0)
+    assert ended.returncode == 2
+    assert "--tb-per-s, --product-tflops, --attention-tflops: expected more than 0" in ended.stderr
+
+
+# ======================== THE REST OF A STEP ========================
+
+
+@needs_triton
+@each_shape
+def test_the_rest_of_a_step_is_counted(compiled, shape):
+    found = compiled(shape)[1]["optimizer"]
+    assert "problem" not in found
+    launches = sum(row["launches"] for row in found["totals"].values())
+    assert sum(row["launches"] for row in found["operators"]) == launches > 0
+    assert sum(row["launches"] for row in found["lines"]) == pytest.approx(launches)
+    assert found["totals"]["product"]["flops"] > 0
+
+
+def test_a_script_with_another_trainer_has_a_problem():
+    args = traffic.read_arguments([])
+    tg = SimpleNamespace(__file__="other.py")
+    found = traffic.optimizer_report(args, tg, None)
+    assert found["problem"].startswith("AttributeError: ")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lists", "launches"),
+    [
+        ([10] * 110, 1, 1),
+        ([10] * 111, 1, 2),
+        ([10] * 65, 2, 2),
+        ([10] * 90, 5, 3),
+        ([65536 * 320], 1, 1),
+        ([65536 * 320 + 1], 1, 2),
+        ([65536 * 200, 65536 * 200, 65536 * 200], 3, 2),
+        ([], 1, 0),
+    ],
+)
+def test_lists_of_tensors_are_cut_into_launches(sizes, lists, launches):
+    """At most 110, 64, 48, 36, 30 tensors, and 320 chunks of 65,536 elements, are in one."""
+    assert traffic_optimizer.list_launches(sizes, lists) == launches
+
+
+def record(function) -> list[tuple[str, int, int]]:
+    """Record what a function does on fake tensors of a CUDA device: operator, read, written."""
+    with traffic_optimizer.fake_cuda():
+        recorder = traffic_optimizer.Recorder(__file__)
+        with traffic_compile.watched(recorder.watch), recorder:
+            function(lambda *shape, **options: torch.empty(*shape, device="cuda", **options))
+    recorder.add_compiled()
+    return [(kernel.name, kernel.reads, kernel.writes) for kernel in recorder.kernels]
+
+
+def two_products(empty):
+    a, b, c = empty(2, 8, 4), empty(2, 4, 16), empty(2, 8, 16)
+    torch.bmm(a, a.mT)
+    torch.baddbmm(c, a, b)
+
+
+def lists_of(empty, *dtypes):
+    x = [empty(10, dtype=dtype) for dtype in dtypes]
+    torch._foreach_add_(x, x[::-1])
+
+
+OPERATORS = {
+    "view": (lambda empty: empty(8, 4).view(4, 8).mT, []),
+    "in place": (lambda empty: empty(8, 4).add_(1), [("add_", 128, 128)]),
+    "fill": (lambda empty: empty(8, 4).zero_(), [("zero_", 0, 128)]),
+    "like": (lambda empty: torch.zeros_like(empty(8, 4)), [("zeros_like", 0, 128)]),
+    "expanded": (lambda empty: empty(1, 4).expand(8, 4) * 2, [("mul", 16, 128)]),
+    "host": (lambda empty: torch.ones(8) + 1, []),
+    "products": (
+        two_products,
+        [("bmm", 256, 512), ("copy for baddbmm", 1024, 1024), ("baddbmm", 1792, 1024)],
+    ),
+    "list": (
+        lambda empty: lists_of(empty, torch.float32, torch.float32),
+        [("_foreach_add_", 80, 80)],
+    ),
+    "list of two types": (
+        lambda empty: lists_of(empty, torch.float32, torch.bfloat16),
+        [("_foreach_add_", 30, 30)] * 2,
+    ),
+    "cat": (lambda empty: torch.cat([empty(1)] * 130), [("cat", 2, 260), ("cat", 2, 260)]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_that_reach_the_device_are_counted(name):
+    function, expected = OPERATORS[name]
+    assert record(function) == expected
+
+
+@needs_triton
+def test_a_compiled_function_is_counted_as_its_kernels_at_each_call():
+    def twice(empty):
+        compiled = torch.compile(lambda x, add=0: (x + add) * 2)
+        for _ in range(2):
+            compiled(empty(8, 4), add=3)
+
+    found = record(twice)
+    assert [kernel[1:] for kernel in found] == [(128, 128)] * 2
+    assert found[0][0].startswith("triton_")
 
 
 def test_without_triton_it_says_what_to_install():
