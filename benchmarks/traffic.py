@@ -1,7 +1,7 @@
 """Count what PyTorch's compiler makes of train_gpt.py for an H100, on a machine without one.
 
     python benchmarks/traffic.py [--config X.env] [NAME=VALUE ...] [--tokens 65536] [--forward]
-        [--script X.py] [--tb-per-s 3] [--product-tflops 700]
+        [--script X.py] [--vs COMMIT|SCRIPT] [--tb-per-s 3] [--product-tflops 700]
         [--attention-tflops 500] [--lines 30] [--callers] [--largest 12] [--out FILE.json]
         [--code FOLDER]
 
@@ -9,7 +9,8 @@ The compiler lowers the forward and backward pass of the model that the settings
 its code; nothing is run. Counted, for one micro-batch of --tokens tokens: kernels that are
 launched, and bytes that they read and write, by kind and by the lines of the script that cause
 them; then the launches of the rest of a step, its optimizers. Bytes are a floor, as if caches were
-perfect. It needs triton, which is only imported.
+perfect. --vs counts another script too, or that of a commit, and sets both beside each other. It
+needs triton, which is only imported.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import traffic_compare
 import traffic_lines
 import traffic_optimizer
 import traffic_tables
@@ -161,6 +163,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     add("settings", nargs="*", metavar="NAME=VALUE", help="of the script")
     add("--config", help="dotenv file with settings")
     add("--script", type=Path, default=ROOT / "train_gpt.py", help="default: the checkout's")
+    add("--vs", metavar="COMMIT|SCRIPT", help="count this one too, as before")
     add("--tokens", type=int, default=65536, help="of the micro-batch")
     add("--forward", action="store_true", help="no backward pass, as in scoring")
     add("--lines", type=int, default=30, help="lines of the script in the table")
@@ -203,8 +206,12 @@ def main(arguments: list[str]) -> None:
     args = read_arguments(arguments)
     if importlib.util.find_spec("triton") is None:
         raise TrafficError("triton cannot be imported: pip install --no-deps triton==3.6.0")
-    found = count(args)
-    print(traffic_tables.describe(found, args.lines, args.callers, args.largest))
+    if args.vs:
+        found = traffic_compare.count_both(args)
+        print(traffic_compare.describe(found))
+    else:
+        found = count(args)
+        print(traffic_tables.describe(found, args.lines, args.callers, args.largest))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

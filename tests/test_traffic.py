@@ -450,6 +450,63 @@ def test_a_ceiling_of_0_is_refused():
     assert "--tb-per-s, --product-tflops, --attention-tflops: expected more than 0" in ended.stderr
 
 
+# =========================== BEFORE AND AFTER ===========================
+
+
+@needs_triton
+def test_a_script_against_itself_gives_ratios_of_1(tmp_path):
+    out = tmp_path / "both.json"
+    script = REPO / "train_gpt.py"
+    ended = start(*SMALL, "NUM_LAYERS=1", "--tokens", 128, "--vs", script, "--out", out)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(out.read_text())
+    for name in ("totals", "floor_ms", "saved_bytes", "lines", "optimizer"):
+        assert found["before"][name] == found["after"][name]
+    rows = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith("| all ")]
+    assert [[row[i].strip(" |") for i in (3, 6, 9)] for row in rows] == [["1.000"] * 3] * 2
+
+
+def test_the_script_of_a_commit_is_that_of_git(tmp_path):
+    script = traffic.traffic_compare.script_of("HEAD", tmp_path)
+    shown = ["git", "-C", REPO, "show", "HEAD:train_gpt.py"]
+    assert script.read_bytes() == subprocess.run(shown, capture_output=True, check=True).stdout
+
+
+OTHER = """
+class UserError(Exception):
+    pass
+
+class GPT:
+    pass
+
+def load_settings(environ, check_places):
+    raise UserError("NUM_LAYERS=1: no such setting")
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("option", "content", "problem"),
+    [
+        ("--vs", None, "--vs {}: neither a file nor a commit, branch or tag"),
+        ("--vs", OTHER, "--vs {}: NUM_LAYERS=1: no such setting"),
+        ("--script", None, "{}: there is no such script"),
+        (
+            "--script",
+            "GPT = 1",
+            "{}: not a train_gpt.py of this project: it has no load_settings, ",
+        ),
+    ],
+)
+def test_another_script_that_cannot_be_counted_is_refused(tmp_path, option, content, problem):
+    script = tmp_path / "other.py"
+    if content:
+        script.write_text(content)
+    ended = start(*SMALL, "NUM_LAYERS=1", "--tokens", 128, option, script)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"traffic.py: error: {problem.format(script)}")
+
+
 # ======================== THE REST OF A STEP ========================
 
 
