@@ -15,7 +15,6 @@ Shapes: B batch, T time, D model dim, H heads, K kv heads, Dh head dim, V vocabu
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import difflib
@@ -36,7 +35,7 @@ import sys
 import sysconfig
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -104,7 +103,7 @@ class Hyperparameters:
     max_bad_steps: int = setting(10, "[1, inf)", "give up after N losses in a row not finite", RUN)
     save_nll: str = setting("", "", ".npy file for the NLL of each scored token, in nats", RUN)
     seed: int = setting(1337, "[0, 4294967295]", "seeds the initial weights", RESULT)
-    dtype: str = setting("auto", "auto, bf16, fp32", "auto: bf16 on CUDA and AMX CPUs", RESULT)
+    dtype: str = setting("auto", "auto, bf16, fp32", "auto: bf16 where it is fast", RESULT)
     val_tokens: int = setting(0, "[0, inf)", "only the first N validation tokens; 0: all", RESULT)
     eval_only: int = setting(0, "0, 1", "score ARTIFACT and exit", RESULT)
     artifact: str = setting("", "", "the artifact that EVAL_ONLY scores", RESULT)
@@ -148,7 +147,7 @@ class Hyperparameters:
     quant_clip: str = setting("rowmax", "rowmax, sigma", "where a row's levels end", MODEL)
     quant_sigma: float = setting(12.85, "(0, inf)", "sigma: they end at N deviations", MODEL)
     compressor: str = setting("zstd", "zstd, rans", "codes the levels", MODEL)
-    fit_budget: str = setting("none", "none, prune, sigma", "search what fills the cap", RESULT)
+    fit_budget: str = setting("none", "none, sigma", "QUANT_SIGMA that fills the cap", RESULT)
     embed_lr: float = setting(0.6, "[0, inf)", "Adam, token embedding, untied", RESULT)
     head_lr: float = setting(0.008, "[0, inf)", "Adam, output head, untied", RESULT)
     tied_embed_lr: float = setting(0.05, "[0, inf)", "Adam, token embedding, tied", RESULT)
@@ -291,13 +290,133 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
 
 
 # ===================================== MODEL =====================================
-# Weights are fp32 masters, cast where they are used. One forward pass serves training and scoring.
+# One forward pass serves training and scoring. At this width it takes the time to move bytes:
+# functions that have a gradient of their own make and keep fewer tensors than autograd would.
+
+
+def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
+    """Tabulate cos and ±sin of t·f for positions t and frequencies f: double (2, T, r).
+
+    f_i = base^(-2i/r) (arXiv 2104.09864). Where T is s times the trained length, linear divides f
+    by s, ntk takes base·s^(r/(r-2)), and yarn divides slow f by s, not fast ones (2309.00071).
+    """
+    r = hp.rope_dims or hp.model_dim // hp.num_heads
+    s = max(1.0, length / hp.train_seq_len)
+    base = hp.rope_base
+    if hp.rope_scaling == "ntk":
+        base *= s ** (r / (r - 2))
+    part = torch.arange(r // 2).double() / (r // 2)
+    f = base**-part
+    if hp.rope_scaling == "linear":
+        f /= s
+    elif hp.rope_scaling == "yarn":
+        f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
+    angles = torch.outer(torch.arange(length).double(), f)
+    cos = angles.cos().repeat(1, 2)
+    sin = torch.cat((angles.sin(), -angles.sin()), dim=1)
+    return torch.stack((cos, sin))
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate pairs (i, i + r/2) of x's first r channels, (B, T, H, Dh), by rotary (2, T, r)."""
+    cos, sin = rotary[:, :, None]
+    r = rotary.size(-1)
+    turned = x[..., :r]
+    swapped = turned.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    turned = torch.addcmul(turned * cos, swapped, sin)
+    return turned if r == x.size(-1) else torch.cat((turned, x[..., r:]), dim=-1)
+
+
+class Norm(torch.autograd.Function):
+    """Norm x (..., D) by its RMS, 1/r, scale it by s, and rotate it: y = R(s·r·x).
+
+    s is a number, or gains (H, 1) of x (B, T, H, Dh). With dy turned back and c = r·sum(x·dy),
+    ds = sum(c) and dx = s·r·dy - s·r²·c/D·x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor | float, rotary: Tensor | None) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        r = (norm.square() / x.size(-1) + torch.finfo(torch.float32).eps).rsqrt()
+        ctx.s = s
+        ctx.save_for_backward(x, r, rotary)
+        scale = s * r
+        y = x * scale.to(x.dtype)
+        return y if rotary is None else rotate(y, rotary)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, r, rotary = ctx.saved_tensors
+        if rotary is not None:
+            dy = rotate(dy, torch.stack((rotary[0], -rotary[1])))
+        c = r * (x * dy).sum(-1, keepdim=True, dtype=r.dtype)
+        scale = ctx.s * r
+        along = -scale * r * c / x.size(-1)
+        dx = dy * scale.to(x.dtype)
+        dx.addcmul_(x, along.to(x.dtype))
+        ds = None
+        if ctx.needs_input_grad[1]:
+            ds = c.sum((0, 1)).to(ctx.s.dtype)
+        return dx, ds, None
 
 
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """Give scale·x / sqrt(mean(x²)) over the last dimension (arXiv 1910.07467); fp32's eps."""
-    y = F.rms_norm(x, x.shape[-1:], eps=torch.finfo(torch.float32).eps)
-    return y if scale == 1.0 else y * scale
+    """Give scale·x / sqrt(mean(x²)) over the last dimension (arXiv 1910.07467)."""
+    return Norm.apply(x, scale, None)
+
+
+class SquaredRelu(torch.autograd.Function):
+    """Give y = relu(x)²; its gradient, 2·sqrt(y)·dy, needs y alone, which is kept anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.relu().square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return 2 * y.pow(0.5) * dy
+
+
+IGNORE = -100  # target of a padding position, whose NLL is 0
+LOGITS = {"cuda": 2**29, "mps": 2**24, "cpu": 2**18}  # that are made at once
+
+
+class CappedLoss(torch.autograd.Function):
+    """Give the NLL of targets (N) by softmax(c·tanh(x·Wᵀ/c)), for x (N, D) and W (V, D).
+
+    Of the logits z their gradient alone is kept, (softmax(z) - onehot)·(1 - (z/c)²), in x's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, c: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        capped = torch.tanh(F.linear(x, weight).to(wide) / c)
+        logits = c * capped
+        total = torch.logsumexp(logits, dim=-1, keepdim=True)
+        targets = targets[:, None]
+        inside = (targets != IGNORE).to(wide)
+        target = logits.gather(1, targets.clamp(min=0))
+        if ctx.needs_input_grad[0]:
+            classes = torch.arange(len(weight), device=x.device)
+            onehot = (classes == targets).to(wide)
+            slope = torch.exp(logits - total) - onehot
+            slope = slope * (1 - capped.square())
+            ctx.save_for_backward(x, weight, slope.to(x.dtype), inside)
+        nll = (total - target) * inside
+        return nll[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, slope, inside = ctx.saved_tensors
+        scale = grad[:, None] * inside
+        scale = scale.to(x.dtype)
+        dx = (slope @ weight) * scale
+        dw = slope.mT @ (x * scale)
+        return dx, dw, None, None
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -306,7 +425,7 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Matrix(nn.Linear):
-    """A linear map by fp32 weights W, cast where used; with a `delta` (A, B), by W + BA."""
+    """A linear map by weights W, cast where used; with a `delta` (A, B), by W + BA."""
 
     delta: tuple[Tensor, Tensor] | None = None  # (..., r, in) and (..., out, r)
 
@@ -328,33 +447,12 @@ class Matrix(nn.Linear):
         return y + low @ b.mT.to(x.dtype)
 
 
-def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
-    """Tabulate cos and sin of t·f for positions t and frequencies f: double (2, T, r/2).
-
-    f_i = base^(-2i/r) (arXiv 2104.09864). Where T is s times the trained length, linear divides f
-    by s, ntk takes base·s^(r/(r-2)), and yarn divides slow f by s, not fast ones (2309.00071).
-    """
-    r = hp.rope_dims or hp.model_dim // hp.num_heads
-    s = max(1.0, length / hp.train_seq_len)
-    base = hp.rope_base
-    if hp.rope_scaling == "ntk":
-        base *= s ** (r / (r - 2))
-    part = torch.arange(r // 2).double() / (r // 2)
-    f = base**-part
-    if hp.rope_scaling == "linear":
-        f /= s
-    elif hp.rope_scaling == "yarn":
-        f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
-    angles = torch.outer(torch.arange(length).double(), f)
-    return torch.stack((angles.cos(), angles.sin()))
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate pairs (i, i + r/2) of x's first r channels, (B, H, T, Dh), by rotary (2, T, r/2)."""
-    cos, sin = rotary
-    r = 2 * rotary.size(-1)
-    a, b = x[..., :r].chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, x[..., r:]), dim=-1)
+def together(x: Tensor, *matrices: Matrix) -> Tensor:
+    """Map x by several matrices, side by side: in one product, if no hook or delta is alone."""
+    if any(m.delta or m._forward_hooks or m._forward_pre_hooks for m in matrices):
+        return torch.cat([m(x) for m in matrices], dim=-1)
+    weight = torch.cat([m.weight for m in matrices])
+    return F.linear(x, weight.to(x.dtype))
 
 
 Documents = Tensor | None  # bool (B, T), where documents start; attention crosses no start
@@ -395,15 +493,16 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor, rotary: Tensor, documents: Documents) -> Tensor:
         """Give the output of each head, (B, H, T, Dh), for x (B, T, D)."""
-        heads = (-1, self.head_dim)
-        q = self.c_q(x).unflatten(2, heads)
-        k = self.c_k(x).unflatten(2, heads)
-        v = self.c_v(x).unflatten(2, heads)
-        q = rms_norm(q).transpose(1, 2)
-        k = rms_norm(k).transpose(1, 2)
+        H = self.q_gain.size(0)
+        K = self.c_k.out_features // self.head_dim
+        qkv = together(x, self.c_q, self.c_k, self.c_v)
+        qk, v = qkv.unflatten(2, (-1, self.head_dim)).split((H + K, K), dim=2)
+        gains = F.pad(self.q_gain.view(H, 1), (0, 0, 0, K), value=1.0)
+        qk = Norm.apply(qk, gains, rotary)
+        q, k = qk.split((H, K), dim=2)
+        q = q.transpose(1, 2)
+        k = k.transpose(1, 2)
         v = v.transpose(1, 2)
-        q = rotate(q * self.q_gain.to(x.dtype), rotary)
-        k = rotate(k, rotary)
         y = attend(q, k, v, documents)
         return exclude_own(y, v) if self.exclusive else y
 
@@ -425,9 +524,7 @@ class Block(nn.Module):
         super().__init__()
         dim = hp.model_dim
         hidden = int(hp.mlp_mult * dim)
-        self.act = F.relu
-        if hp.mlp_act == "leaky_relu2":
-            self.act = functools.partial(F.leaky_relu, negative_slope=hp.mlp_leaky_slope)
+        self.slope = hp.mlp_leaky_slope if hp.mlp_act == "leaky_relu2" else 0.0
         self.scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
         self.attn = Attention(hp, layer)
         self.fc = Matrix(dim, hidden)
@@ -443,7 +540,7 @@ class Block(nn.Module):
         y = rms_norm(x, self.scale)
         x = x + self.attn(y, rotary, self.attn_scale, documents)
         y = self.fc(rms_norm(x, self.scale))
-        y = self.act(y).square()
+        y = F.leaky_relu(y, self.slope).square() if self.slope else SquaredRelu.apply(y)
         return x + self.proj(y, self.mlp_scale)
 
 
@@ -557,7 +654,7 @@ class GPT(nn.Module):
             starts = self.starts(inputs)
         if self.bigram is not None:
             x = x + self.bigram(inputs, starts)
-        x = rms_norm(x).to(self.dtype)
+        x = rms_norm(x.to(self.dtype))
         if self.smear is not None:  # nothing of a document reaches the next one
             inside = ~starts[..., None]
             gate = torch.sigmoid(self.smear).to(x.dtype)
@@ -584,12 +681,14 @@ class GPT(nn.Module):
     def head(self, x: Tensor, *targets: Tensor) -> list[Tensor]:
         """Give the NLL of each of `targets`, int64 (B, T), on the same logits: fp32 (B, T)."""
         head = self.tok_emb if self.lm_head is None else self.lm_head
-        logits = F.linear(rms_norm(x), head.weight.to(x.dtype)).float()
-        logits = self.softcap * torch.tanh(logits / self.softcap)
+        weight = head.weight.to(x.dtype)
+        rows = max(1, LOGITS[x.device.type] // len(weight))
+        parts = rms_norm(x).flatten(0, 1).split(rows)
         losses = []
         for t in targets:
-            nll = F.cross_entropy(logits.flatten(0, 1), t.flatten(), reduction="none")
-            losses.append(nll.view_as(t))
+            pairs = zip(parts, t.flatten().split(rows), strict=True)
+            nll = [CappedLoss.apply(part, weight, label, self.softcap) for part, label in pairs]
+            losses.append(torch.cat(nll).view_as(t))
         return losses
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -610,61 +709,88 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
     """Push the singular values of each matrix of g, (N, rows, cols), towards 1, in g's dtype.
 
-    Newton-Schulz: X ← aX + (bA + cA²)X with A = XXᵀ (Muon, kellerjordan.github.io/posts/muon).
+    Newton-Schulz: X ← (aI + bA + cA²)X with A = XXᵀ (Muon, kellerjordan.github.io/posts/muon).
     """
     a, b, c = NEWTON_SCHULZ
     tall = g.size(-2) > g.size(-1)
     x = g.mT if tall else g
-    norm = x.norm(dim=(-2, -1), keepdim=True)
-    x = x / (norm + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    identity = torch.eye(x.size(-2), dtype=x.dtype, device=x.device)
     for _ in range(steps):
         s = x @ x.mT
-        polynomial = torch.baddbmm(s, s, s, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        x = torch.add(a * identity + b * s, s @ s, alpha=c) @ x
     return x.mT if tall else x
+
+
+def directions(
+    grads: list[Tensor], momenta: list[Tensor], mu: Tensor, bad: Tensor, settings: dict[str, Any]
+) -> Sequence[Tensor]:
+    """Move momenta M, (N, rows, cols), unless `bad`; give the orthogonalized G + μM, or zeros.
+
+    They are wide, and if `joint` one batch, padded with zeros: launches cost a GPU more than FLOPs.
+    """
+    kept = torch.where(bad, 1.0, mu)
+    steps = settings["steps"]
+    wide = []
+    for g, m in zip(grads, momenta, strict=True):
+        m.mul_(kept).add_(g)
+        x = torch.addcmul(g, m, mu).mul_(~bad)
+        x = x.to(settings["dtype"])
+        wide.append(x.mT if x.size(1) > x.size(2) else x)
+    if not settings["joint"]:
+        return [orthogonalize(x, steps) for x in wide]
+    rows = max(x.size(1) for x in wide)
+    cols = max(x.size(2) for x in wide)
+    padded = [F.pad(x, (0, cols - x.size(2), 0, rows - x.size(1))) for x in wide]
+    batch = orthogonalize(torch.cat(padded), steps)
+    return batch.split([len(x) for x in wide])
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalized update; the matrices of a group are of one shape.
 
-    M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM).
+    M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM). `joint`
+    groups go through one compiled graph; μ, steps and dtype are those of the first group.
     """
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, defaults)
+        super().__init__(groups, {"joint": False, **defaults})
         self.found_inf = groups[0]["params"][0].new_zeros(())
+        self.settings = {key: groups[0][key] for key in ("steps", "dtype", "joint")}
+        self.directions = directions
+        if self.settings["joint"]:
+            self.directions = torch.compile(directions, dynamic=False)
+
+    def momenta(self, params: list[Tensor]) -> Tensor:
+        """Give M of a group, (N, rows, cols), which the states of its matrices are views of."""
+        states = [self.state[p] for p in params]
+        batch = getattr(states[0].get("momentum_buffer"), "_base", None)
+        if batch is None:  # the first step, or the first one with a state that was given
+            kept = [self.state[p].get("momentum_buffer", torch.zeros_like(p)) for p in params]
+            batch = torch.stack(kept)
+            for state, m in zip(states, batch, strict=True):
+                state["momentum_buffer"] = m
+        return batch
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update all matrices from their gradients."""
-        for group in self.param_groups:
-            self.update(group, self.found_inf > 0)
-
-    def momentum(self, p: Tensor) -> Tensor:
-        """Give M of a matrix, 0 at its first step."""
-        if "momentum_buffer" not in self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return self.state[p]["momentum_buffer"]
-
-    def update(self, group: dict[str, Any], bad: Tensor) -> None:
-        """Update the matrices of a group, unless `bad` is set."""
-        params = group["params"]
-        lr = group["lr"]
-        grads = [p.grad for p in params]
-        momenta = [self.momentum(p) for p in params]
-        kept = grads[0].new_full((), group["momentum"]).masked_fill_(bad, 1)
-        torch._foreach_mul_(momenta, kept)
-        torch._foreach_add_(momenta, grads)
-        nesterov = torch._foreach_add(grads, momenta, alpha=group["momentum"])
-        nesterov = torch.stack(nesterov).masked_fill_(bad, 0)
-        updates = orthogonalize(nesterov.to(group["dtype"]), group["steps"])
-        if group["weight_decay"]:
-            good = (~bad).to(nesterov.dtype)
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * good)
-        rows, cols = updates.shape[1:]
-        scale = max(1.0, rows / cols) ** 0.5
-        for p, update in zip(params, updates, strict=True):
-            p.add_(update, alpha=-lr * scale)
+        bad = self.found_inf > 0
+        grads = [torch.stack([p.grad for p in group["params"]]) for group in self.param_groups]
+        momenta = [self.momenta(group["params"]) for group in self.param_groups]
+        mu = grads[0].new_full((), self.param_groups[0]["momentum"])
+        found = self.directions(grads, momenta, mu, bad, self.settings)
+        for group, x in zip(self.param_groups, found, strict=True):
+            params = group["params"]
+            lr = group["lr"]
+            if decay := group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - lr * decay * ~bad)
+            rows, cols = params[0].shape
+            x = x.mT if rows > cols else x
+            x = x[:, :rows, :cols]
+            x = x.to(params[0].dtype, memory_format=torch.contiguous_format)
+            scale = max(1.0, rows / cols) ** 0.5
+            torch._foreach_add_(params, [*x], alpha=-lr * scale)
 
 
 def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim.Optimizer]:
@@ -686,7 +812,8 @@ def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim
         betas = (hp.beta1, hp.beta2)
         optimizers.append(torch.optim.AdamW(adam, 0.0, betas, hp.adam_eps, fused=True))
     if muon := [*groups["muon"].values()]:
-        settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype}
+        joint = run.compile and run.device.type == "cuda"
+        settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype, "joint": joint}
         optimizers.append(Muon(muon, settings))
     return optimizers
 
@@ -714,7 +841,6 @@ SHARD_HEADER_BYTES = 1024
 SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
 PART_TOKENS = 2**22  # read at once, of a whole split
 FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
-IGNORE = -100  # target of a padding position: the default ignore_index of cross_entropy
 
 
 def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
@@ -811,7 +937,6 @@ def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tens
 # BPB = (sum of NLL / ln 2) / (bytes of the text that the scored tokens decode to). A wrong byte
 # count wins leaderboards unnoticed, so the counts are audited against decoded text first.
 SPACE = "\u2581"  # SentencePiece's marker of a space
-AUDITED_TOKENS = 2**20  # of the validation tokens at most are encoded again
 ADVICE = "TOKENIZER_PATH must be the tokenizer of the shards, and have a piece for a single space"
 
 
@@ -860,13 +985,9 @@ class Tokenizer(ByteTable):
         plain = [i for i, piece in enumerate(self.pieces) if piece.isalpha() and self.base[i]]
         self.plain = plain[:1]
         self.plain_text = "".join(self.pieces[i] for i in self.plain)
-        self.space = self.lead | [piece == "<0x20>" for piece in self.pieces]
-        self.border = self.silent
-        if not any(SPACE in piece.lstrip(SPACE) for piece in self.pieces):
-            self.border = self.silent | self.space  # no piece is of several words
 
     def audit(self, tokens: np.ndarray, prose: bool = True) -> None:
-        """Compare `lengths` with the text of each document, and encode prose again."""
+        """Compare `lengths` with the text of each document; the keeper encodes prose again."""
         require(self.plain or self.byte_level, f"byte audit: no piece is a plain word; {ADVICE}")
         starts = 1 + np.flatnonzero(tokens[1:] == self.bos)
         for number, ids in enumerate(np.split(tokens, starts)):
@@ -874,8 +995,9 @@ class Tokenizer(ByteTable):
             size = self.decoded_bytes(ids)
             what = f"document {number} counts {count} bytes, but decodes to {size}"
             require(count == size, f"byte audit: validation {what}; {ADVICE}")
-        if prose:
-            self.audit_words(tokens)
+        keeper = find_keeper()
+        if prose and keeper:
+            keeper.audit_words(self, tokens)
         require(self.lengths(tokens).any(), "byte audit: the validation tokens hold no text")
 
     def decoded_bytes(self, ids: np.ndarray) -> int:
@@ -898,55 +1020,6 @@ class Tokenizer(ByteTable):
             raw[place] = int(self.pieces[ids[place]][3:5], 16)  # of <0xFF>
         text = raw.decode("utf-8", "surrogateescape")
         return sum("\udc80" <= char <= "\udcff" for char in text)
-
-    def words(self, tokens: np.ndarray) -> Iterator[tuple[bool, tuple[int, ...]]]:
-        """Yield the words of a stretch, each a space and what follows; and if it begins a text."""
-        borders = np.flatnonzero(self.border[tokens]).tolist()
-        for start, end in itertools.pairwise(borders):
-            begin = start + int(self.silent[tokens[start]])
-            word = tokens[begin:end].tolist()
-            if self.space[word].all():  # at the end of a text, decoding leaves them out
-                continue
-            before = tokens[begin - 1] if begin else None
-            unknown = before == self.unknown
-            if unknown and not self.space[word[0]]:
-                continue
-            begins_text = begin > 0 and self.silent[before] and not unknown
-            yield bool(begins_text), tuple(word)
-
-    def audit_words(self, tokens: np.ndarray) -> None:
-        """Encode decoded words: 1 in 1000 may differ; of another tokenizer, one in ten would."""
-        counts = collections.Counter()
-        for stretch in stretches(tokens):
-            counts.update(self.words(stretch))
-        judged = 0
-        wrong = 0
-        example = ""
-        before = self.sp.encode(self.plain_text)
-        for (begins_text, word), count in counts.items():
-            text = self.sp.decode([*self.plain, *word])
-            expected = [*before, *word]
-            if begins_text:
-                text = text.removeprefix(self.plain_text)
-                expected = [*word]
-            size = len(word) * count
-            judged += size
-            if self.sp.encode(text) != expected:
-                wrong += size
-                example = example or text
-        what = "of the validation documents are in text that encodes to other tokens"
-        problem = f"{wrong} of {judged} tokens {what}, such as {example!r}"
-        ours = wrong <= judged / 1000 + 4 and (self.byte_level or SPACE in self.pieces)
-        require(ours, f"byte audit: {problem}; {ADVICE}")
-
-
-def stretches(tokens: np.ndarray) -> list[np.ndarray]:
-    """Take the whole stream or, of a long one, AUDITED_TOKENS from all over it."""
-    if len(tokens) <= AUDITED_TOKENS:
-        return [tokens]
-    length = 2**12
-    starts = np.random.default_rng(0).integers(len(tokens) - length, size=AUDITED_TOKENS // length)
-    return [tokens[start : start + length] for start in starts]
 
 
 class Validation:
@@ -992,11 +1065,7 @@ class Validation:
         self.unknown = int(is_unknown.sum())  # pieces that stand for text that is lost
         if self.unknown:
             self.note += f" unknown_tokens:{self.unknown}"
-        parted = hp.score_streams or is_bos.any()
-        needed = hp.eval_doc_isolated or hp.smear_gate or hp.bigram_buckets
-        what = "EVAL_DOC_ISOLATED, SMEAR_GATE and BIGRAM_BUCKETS need documents that begin with BOS"
-        where = f"the tokenizer's is id {self.bos}, and the validation tokens have none"
-        require(parted or not needed, f"{hp.data_path}: {what}; {where}")
+        self.parted = hp.score_streams or is_bos.any()  # into documents or streams
 
 
 def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
@@ -1061,7 +1130,7 @@ def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[s
     # All NLL stays on the device until the end; the last one is for what is not scored.
     nll = torch.zeros(len(val.tokens), device=run.device)
     for inputs, targets, indices in scoring_batches(val, run):
-        nll[indices] = model(inputs, targets)
+        nll[indices] = model(inputs, targets).float()
     if run.world_size > 1:
         dist.all_reduce(nll)  # each element is set on one rank and zero on the others
     nll = nll[:-1].cpu().numpy()
@@ -1226,23 +1295,19 @@ def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
     return [["<f4" if row_of(name, hp).bits == 0 else "<f2", [*w.shape]]]
 
 
-def stored_arrays(name: str, w: Tensor, hp: Hyperparameters, pruned: float) -> list[np.ndarray]:
-    """Make the arrays whose product stands for a parameter; a share of levels is `pruned` to 0."""
+def stored_arrays(name: str, w: Tensor, hp: Hyperparameters) -> list[np.ndarray]:
+    """Make the arrays whose product stands for a parameter."""
     bits = bits_of(name, w, hp)
     array = w.float().cpu().contiguous().numpy()
     if not bits:
         return [array.astype(layout(name, w, hp)[0][0])]
-    scale, levels = quantize(array, bits, hp)
-    if pruned and levels.any():
-        size = np.abs(array)
-        levels[size <= np.quantile(size[levels != 0], pruned)] = 0
-    return [scale, levels]
+    return quantize(array, bits, hp)
 
 
-def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters, pruned: float = 0.0) -> bytes:
+def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters) -> bytes:
     """Quantize and compress the weights. Raises UserError if they cannot be stored."""
     with np.errstate(over="ignore", invalid="ignore"):
-        tensors = {name: stored_arrays(name, w, hp, pruned) for name, w in state.items()}
+        tensors = {name: stored_arrays(name, w, hp) for name, w in state.items()}
     bad = [name for name, arrays in tensors.items() if not np.isfinite(arrays[0]).all()]
     require(not bad, f"no artifact: values not finite or over 65504 in {', '.join(bad)}")
     texts = setting_texts(hp)
@@ -1346,66 +1411,41 @@ def scheme(hp: Hyperparameters) -> str:
     return f"int{digits}_{hp.compressor}"
 
 
-def fill_budget(
-    pack: Callable[[float], bytes], x: float, low: float, high: float, slope: float, most: int
-) -> dict[float, int]:
-    """Search the x from low to high that fills 99.7% of `most` bytes. Returns sizes tried, by x.
+def fit_artifact(state: Mapping[str, Tensor], run: Run) -> bytes:
+    """Pack the artifact. With FIT_BUDGET=sigma, it fills at least 99.7% of the cap beside the code.
 
-    They fall with x, by `slope` bytes a unit at first, then as between the last two tries.
+    Searched is x = log2 k of QUANT_SIGMA's k. By the size law a unit of x is a bit a weight.
     """
-    sizes = {}
-    x = min(max(x, low), high)
-    while len(sizes) < 16 and x not in sizes:
-        size = len(pack(x))
-        if sizes:
-            last = next(reversed(sizes))
-            slope = (sizes[last] - size) / (x - last) or slope
-        sizes[x] = size
+    hp = run.hp
+    if hp.fit_budget == "none":
+        return pack_artifact(state, hp)
+    cap = hp.artifact_max_bytes
+    code = len(read_once(__file__))
+    most = cap - code
+    slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
+    low = 2.0
+    high = 12.0
+    x = min(max(math.log2(hp.quant_sigma), low), high)
+    made: dict[float, bytes] = {}
+    while len(made) < 16 and x not in made:
+        made[x] = pack_artifact(state, dataclasses.replace(hp, quant_sigma=2**x))
+        size = len(made[x])
         if size > most:
             low = x
         elif size >= 0.997 * most or x == low:
             break
         else:
             high = x
-        aim = x + (size - 0.9985 * most) / slope
-        x = min(max(aim, low), high)
-        if x in sizes:
+        x = min(max(x + (size - 0.9985 * most) / slope, low), high)
+        if x in made:
             x = (low + high) / 2
-    return sizes
-
-
-def fit_artifact(model: GPT, run: Run) -> bytes:
-    """Pack the artifact. With FIT_BUDGET, it fills at least 99.7% of the cap beside the code.
-
-    "sigma" searches log2 k, of which a unit is a bit a weight by the size law. "prune" searches the
-    share of levels to set to 0, if there is too much.
-    """
-    hp = run.hp
-    state = model.state_dict()
-
-    @functools.cache
-    def pack(x: float) -> bytes:
-        if hp.fit_budget == "sigma":
-            return pack_artifact(state, dataclasses.replace(hp, quant_sigma=2**x))
-        return pack_artifact(state, hp, pruned=x)
-
-    cap = hp.artifact_max_bytes
-    code = len(read_once(__file__))
-    most = cap - code
-    slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
-    if hp.fit_budget == "sigma":
-        sizes = fill_budget(pack, math.log2(hp.quant_sigma), 2.0, 12.0, slope, most)
-    elif hp.fit_budget == "none" or len(pack(0.0)) <= most:
-        return pack(0.0)
-    else:
-        sizes = fill_budget(pack, 0.0, 0.0, 1.0, slope, most)
+    sizes = {x: len(data) for x, data in made.items()}
     fitting = [x for x in sizes if sizes[x] <= most]
     x = max(fitting, key=sizes.get) if fitting else min(sizes, key=sizes.get)
-    what = f"quant_sigma:{2**x:.4f}" if hp.fit_budget == "sigma" else f"pruned:{x:.4f}"
-    fill = (code + sizes[x]) / cap
+    fill = (code + len(made[x])) / cap
     further = "" if 0.997 <= fill <= 1 else " (it cannot do more)"
-    run.log(f"fit_budget:{hp.fit_budget} {what} tries:{len(sizes)} fill:{fill:.4f}{further}")
-    return pack(x)
+    run.log(f"fit_budget:sigma quant_sigma:{2**x:.4f} tries:{len(made)} fill:{fill:.4f}{further}")
+    return made[x]
 
 
 # ===================================== DISTRIBUTED RUN =====================================
@@ -1502,8 +1542,7 @@ class Run:
 
     def open_logs(self, attention: str) -> None:
         """Open the logs, and begin them with what a rerun needs: sources, settings, versions."""
-        # Names of files may be of any bytes: these are written as they are.
-        options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}
+        options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}  # of any bytes
         self.text = open(f"{self.dir}.txt", "a", **options)  # noqa: SIM115
         self.metrics = open(self.dir / "metrics.jsonl", "a", **options)  # noqa: SIM115
         parts = [read_once(__file__).decode(), settings_dotenv(self.hp)]
@@ -1590,9 +1629,10 @@ def choose_dtype(hp: Hyperparameters, kind: str) -> torch.dtype:
         return torch.bfloat16 if hp.dtype == "bf16" else torch.float32
     if kind == "cuda":
         fast = torch.cuda.is_bf16_supported()
-    else:  # without AMX, a CPU multiplies bf16 no faster than fp32
+    else:  # other CPUs multiply bf16 no faster than fp32; these, 2 to 8 times as fast
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = kind == "cpu" and capabilities.get("amx_bf16", False)
+        names = ("amx_bf16", "avx512_bf16")
+        fast = kind == "cpu" and any(capabilities.get(name) for name in names)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -1622,7 +1662,6 @@ def compile_model(model: GPT) -> Forward:
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 KERNELS = {"cudnn": BACKENDS[0], "fa2": BACKENDS[1], "fa3": BACKENDS[1], "fa4": BACKENDS[1]}
 FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", "fa2")}
-ATTENTION_ERROR = 0.03  # at any position, of its norm; rounding to bf16 makes up to 0.008
 
 
 def choose_attention(run: Run) -> str:
@@ -1642,7 +1681,8 @@ def choose_attention(run: Run) -> str:
             except Exception as error:  # a missing package, or one built for another machine
                 problem = str(error)
                 continue
-            problem = "" if place == "fp32" else attention_problem(run)
+            keeper = find_keeper()
+            problem = keeper.attention_problem(run) if keeper else ""
             if not problem:
                 run.kernels = undo.pop_all()
                 # A compiled model holds its kernel, of which the compiler's cache knows nothing.
@@ -1675,15 +1715,13 @@ def attention_inputs(run: Run) -> list[Tensor]:
     hp = run.hp
     random = torch.Generator().manual_seed(0)
     T = min(max(hp.train_seq_len, 2), 2048)
-    head_dim = hp.model_dim // hp.num_heads
-
-    def made(heads: int) -> Tensor:
-        x = torch.randn(1, T, heads, head_dim, generator=random)
-        return x.to(run.device, run.dtype).transpose(1, 2)
-
-    q = made(hp.num_heads).contiguous()
-    k = made(hp.num_kv_heads).contiguous()
-    return [q, k, made(hp.num_kv_heads), made(hp.num_heads)]
+    H = hp.num_heads
+    K = hp.num_kv_heads
+    shape = (3, 1, T, H + 2 * K, hp.model_dim // H)
+    qkv, raw, grad = torch.randn(shape, generator=random).to(run.device, run.dtype)
+    q, k = qkv[:, :, : H + K].contiguous().split((H, K), dim=2)
+    parts = (q, k, raw[:, :, H + K :], grad[:, :, :H].contiguous())
+    return [x.transpose(1, 2) for x in parts]
 
 
 def attention_backend(run: Run) -> str:
@@ -1691,31 +1729,6 @@ def attention_backend(run: Run) -> str:
     q, k, v = (x.requires_grad_() for x in attention_inputs(run)[:3])
     gqa = q.size(1) != k.size(1)
     return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=gqa)).name
-
-
-def attention_problem(run: Run) -> str:
-    """Compare attention and its gradients with plain products in fp32: say what is wrong."""
-    *inputs, grad = attention_inputs(run)
-
-    def results(dtype: torch.dtype) -> list[Tensor]:
-        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
-        y = attend(q, k, v)
-        return [y.detach(), *torch.autograd.grad(y, (q, k, v), grad.to(dtype))]
-
-    try:
-        ours = results(run.dtype)
-    except RuntimeError as error:
-        return f"does not run here: {error}"
-    with sdpa_kernel(SDPBackend.MATH):
-        exact = results(torch.float32)
-    for name, a, b in zip(("result", "dq", "dk", "dv"), ours, exact, strict=True):
-        # At each position: kernels have been wrong at a few alone (PyTorch issue 196678).
-        errors = (a.float() - b).norm(dim=(1, 3)) / b.norm(dim=(1, 3))
-        first = 1 if name == "dq" else 0  # the first query has one key: its dq is 0
-        error = float(errors[:, first:].max())
-        if not error < ATTENTION_ERROR:  # or not a number
-            return f"wrong here: its {name} is {100 * error:.1f}% from that of plain products"
-    return ""
 
 
 # ===================================== TRAINING =====================================
@@ -1751,9 +1764,9 @@ def later(number: Tensor) -> Callable[[], float]:
 class Trainer:
     """Train a model: its data, gradients and optimizers on one rank.
 
-    Each rank owns a share of the parameters (ZeRO, arXiv 1910.02054). The weights of all shares are
-    one buffer, fp32 (ranks, width), of which parameters are views; the gradients are another. A
-    rank sums its share's gradients, updates it, and hands it to all. Its last gradient is the loss.
+    Each rank owns a share of the parameters (ZeRO, arXiv 1910.02054): sums its gradients, updates
+    it, and hands it to all. `params` view the weights, fp32 (ranks, width); so lie the gradients,
+    each rank's last one is the loss, and the model's own weights in its dtype.
     """
 
     def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
@@ -1761,16 +1774,22 @@ class Trainer:
         self.forward = forward
         self.stream = stream
         self.run = run
-        self.params = dict(model.named_parameters())
+        self.params = {name: p.detach() for name, p in model.named_parameters()}
         sizes = {name: p.numel() for name, p in self.params.items()}
         self.places, width = divide(sizes, run.world_size)
         self.weights = torch.zeros(run.world_size, width, device=run.device)
         self.grads = torch.zeros_like(self.weights)
-        for name, p in self.params.items():
+        self.working = self.weights.to(run.dtype)  # the same, in fp32
+        same = self.working is self.weights
+        self.fresh = self.grads if same else torch.zeros_like(self.working)
+        for name, p in model.named_parameters():
             owner, _ = self.places[name]
-            weight = self.within(name, self.weights[owner])
-            p.data = weight.copy_(p.detach())
-            p.grad = self.within(name, self.grads[owner])
+            weight = self.within(name, self.weights[owner]).copy_(p.detach())
+            weight.grad = self.within(name, self.grads[owner])
+            self.params[name] = weight
+            p.data = self.within(name, self.working[owner])
+            p.grad = weight.grad if same else None
+        self.working.copy_(self.weights)
         self.share = self.weights[run.rank]
         self.average = self.share.clone() if run.hp.ema_decay else None
         self.owned = {n: p for n, p in self.params.items() if self.places[n][0] == run.rank}
@@ -1784,6 +1803,16 @@ class Trainer:
         p = self.params[name]
         _, offset = self.places[name]
         return share[offset : offset + p.numel()].view_as(p)
+
+    def collect(self) -> None:
+        """Add up the gradients of weights that the model has a copy of."""
+        new = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        if self.fresh is self.grads or not new:
+            return
+        places = [self.within(name, self.fresh[self.places[name][0]]) for name in new]
+        torch._foreach_copy_(places, [*new.values()])
+        self.grads += self.fresh
+        self.model.zero_grad()  # the next ones are then taken without a sum
 
     def feed_from(self, step: int) -> None:
         """Read the batches from a step on."""
@@ -1816,6 +1845,7 @@ class Trainer:
         self.fetch()  # meanwhile, the ranks exchange weights
         if gathering:
             gathering.wait()
+        self.working.copy_(self.weights)
         return loss
 
     def accumulate(self) -> None:
@@ -1828,6 +1858,7 @@ class Trainer:
         for inputs, targets in self.batch:
             loss = self.forward(inputs, targets).sum() / self.run.hp.train_batch_tokens
             loss.backward()
+            self.collect()
             self.grads[:, -1] += loss.detach()
 
     def reduce(self, grads: Tensor) -> Tensor:
@@ -1847,10 +1878,11 @@ class Trainer:
         scale = lr_scale(hp, step, elapsed)
         ramp = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
         momentum = (1 - ramp) * hp.muon_momentum_warmup_start + ramp * hp.muon_momentum
+        found_inf = bad.float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group.update(lr=group["base_lr"] * scale, momentum=momentum)
-            optimizer.found_inf = bad.float()
+            optimizer.found_inf = found_inf
             optimizer.grad_scale = None
             optimizer.step()
         if self.average is not None:
@@ -1868,20 +1900,15 @@ class Trainer:
             self.share.copy_(self.average)
             if gathering := self.gather():
                 gathering.wait()
+            self.working.copy_(self.weights)
 
     def look_back(self, delay: int) -> None:
-        """Log skipped steps, `delay` steps late; raise UserError after MAX_BAD_STEPS in a row."""
+        """Wait for the step that was `delay` steps ago; the keeper tells if steps were skipped."""
         while len(self.late) > delay:
             step, number, batch = self.late.pop(0)
-            count = int(number())
-            if count == 0:
-                continue
-            line = f"skipped_step:{step} loss or gradient not finite, {count} in a row"
-            self.run.log(line, "skipped_step", step=step, in_a_row=count)
-            if count >= self.run.hp.max_bad_steps:
-                keeper = self.run.keeper
-                why = keeper.diagnose(self, batch) if keeper else "keeper.py would tell why"
-                raise UserError(f"{line}; {why}")
+            in_a_row = int(number())
+            if in_a_row and self.run.keeper:
+                self.run.keeper.skipped(self, step, in_a_row, batch)
 
     def prime(self) -> None:
         """Take WARMUP_STEPS steps that compile every kernel and change nothing."""
@@ -1949,14 +1976,14 @@ def train(
             report("train", {"train_loss": loss.item()}, step, elapsed, run)
 
 
-def export(model: GPT, run: Run) -> None:
+def export(params: Mapping[str, Tensor], run: Run) -> None:
     """Write the artifact and the raw weights. Raises UserError or OSError."""
     # Copies: weights are views of one buffer. And on a CPU, any machine reads them.
-    weights = {name: w.cpu().clone() for name, w in model.state_dict().items()}
+    weights = {name: w.cpu().clone() for name, w in params.items()}
     raw = io.BytesIO()  # torch.save would hide what the disk says
     torch.save(weights, raw)
     files = {
-        run.dir / "final_model.artifact": lambda file: file.write(fit_artifact(model, run)),
+        run.dir / "final_model.artifact": lambda file: file.write(fit_artifact(weights, run)),
         run.dir / "final_model.pt": lambda file: file.write(raw.getbuffer()),
     }
     if run.keeper:
@@ -1980,7 +2007,7 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
     if run.stopped:
         return
     trainer.finish()
-    run.on_first(lambda: export(trainer.model, run))
+    run.on_first(lambda: export(trainer.params, run))
     _, losses = score(trainer.forward, val, run)
     report("val", losses, step, elapsed, run)
 
@@ -1988,6 +2015,7 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
 # ===================================== MAIN =====================================
 def score_artifact(path: Path, model: GPT, forward: Forward, val: Validation, run: Run) -> None:
     """Log an artifact's score and size, and write SAVE_NLL. Raises UserError if it is too large."""
+    model.to(run.dtype)
     if run.rank == 0:
         _, weights = load_artifact(path, run.hp)
         model.load_state_dict(weights)
@@ -2060,28 +2088,13 @@ def do_run(run: Run, artifact: Path) -> int:
     return 0
 
 
-def run_program() -> None:
-    """Run `main` as a program: its errors in one line, and its exit code."""
-    keeper = find_keeper()
-    if keeper:
-        keeper.any_console(sys.argv[1:])
-    try:
-        code = main(sys.argv[1:])
-        if dist.is_initialized():
-            dist.barrier()
-            os._exit(code)  # gloo's threads now and then abort a regular exit
-        sys.exit(code)
-    except (UserError, OSError) as problem:
-        if keeper:
-            keeper.flush_console()
-        if isinstance(problem, BrokenPipeError):
-            sys.exit(1)  # nobody reads what was asked for
-        # Before they meet, the ranks of a node find the same problems. The first one speaks; the
-        # others do if no launcher has ended them by then.
-        first = os.environ.get("LOCAL_RANK", "0") in ("", "0")
-        time.sleep(0 if first or dist.is_initialized() else 2)
-        sys.exit(f"{Path(__file__).name}: error: {problem}" if str(problem) else 1)
-
-
 if __name__ == "__main__":
-    run_program()
+    keeper = find_keeper()
+    try:
+        code = keeper.run_program(main) if keeper else main(sys.argv[1:])
+    except UserError as problem:
+        sys.exit(f"{Path(__file__).name}: error: {problem}")
+    if dist.is_initialized():
+        dist.barrier()
+        os._exit(code)  # gloo's threads now and then abort a regular exit
+    sys.exit(code)

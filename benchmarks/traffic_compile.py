@@ -5,6 +5,7 @@ are moved to a pretended H100 and go through Inductor as always.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import sys
@@ -196,13 +197,23 @@ def compile_functions(
     return graphs
 
 
+def model_in_training(tg: ModuleType, hp: Any) -> torch.nn.Module:
+    """Make the model as it is in a run on CUDA: the trainer may give it other parameters."""
+    run = tg.Run(dataclasses.replace(hp, device="cpu", dtype="bf16"))
+    model = tg.GPT(hp, torch.bfloat16)
+    tg.Trainer(model, model, None, run)
+    if hasattr(tg, "LOGITS"):  # it is traced as one on a CPU
+        tg.LOGITS["cpu"] = tg.LOGITS["cuda"]
+    return model
+
+
 def compile_model(tg: ModuleType, hp: Any, tokens: int, forward_only: bool) -> list[Graph]:
     """Compile a script's model, as the settings give it, for one micro-batch."""
     length = hp.train_seq_len
     if tokens < length or tokens % length:
         problem = f"--tokens {tokens}: expected a multiple of TRAIN_SEQ_LEN={length}"
         raise TrafficError(problem)
-    model = tg.GPT(hp, torch.bfloat16)
+    model = model_in_training(tg, hp)
     inputs = torch.zeros(tokens // length, length, dtype=torch.int64)
     with cuda_operators(), torch.set_grad_enabled(not forward_only):
         return compile_functions(model, [inputs, inputs.clone()], tg.__file__)

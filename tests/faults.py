@@ -162,7 +162,7 @@ def owned(patch: Patch) -> dict[str, dict[str, int]]:
 
     def look(trainer, _):
         found.clear()
-        names = {p: name for name, p in trainer.model.named_parameters()}
+        names = {p: name for name, p in trainer.params.items()}
         for optimizer in trainer.optimizers:
             held = [p for group in optimizer.param_groups for p in group["params"]]
             assert len(held) == len(set(held))

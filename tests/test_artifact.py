@@ -75,7 +75,7 @@ def pack(model, hp):
 def stored(name, w, **values):
     """The arrays that stand for a parameter, w a NumPy array."""
     hp = dataclasses.replace(tg.Hyperparameters(), **values)
-    return tg.stored_arrays(name, torch.from_numpy(w), hp, 0.0)
+    return tg.stored_arrays(name, torch.from_numpy(w), hp)
 
 
 def random_model(hp, seed=0):
@@ -245,7 +245,7 @@ def test_loaded_weights_are_those_stored(tmp_path, tokenizer, tied, layers):
     assert weights.keys() == state.keys()
     for name, w in state.items():
         assert weights[name].dtype == torch.float32
-        expected = multiplied(tg.stored_arrays(name, w, hp, 0.0))
+        expected = multiplied(tg.stored_arrays(name, w, hp))
         assert np.array_equal(weights[name].numpy(), expected), name
     tg.GPT(loaded_hp).load_state_dict(weights)
 
@@ -260,7 +260,7 @@ def test_every_clip_and_compressor_survives(tmp_path, tokenizer, clip, compresso
     loaded_hp, weights = load(tg.pack_artifact(state, hp), tmp_path, tokenizer)
     assert (loaded_hp.quant_clip, loaded_hp.compressor) == (clip, compressor)
     for name, w in state.items():
-        expected = multiplied(tg.stored_arrays(name, w, hp, 0.0))
+        expected = multiplied(tg.stored_arrays(name, w, hp))
         assert np.array_equal(weights[name].numpy(), expected), name
 
 
@@ -287,7 +287,7 @@ def test_packing_does_not_change_the_weights(tokenizer):
     hp = settings(tokenizer)
     state = random_model(hp).state_dict()
     before = {name: w.clone() for name, w in state.items()}
-    tg.pack_artifact(state, hp, 0.5)
+    tg.pack_artifact(state, hp)
     assert all(torch.equal(w, before[name]) for name, w in state.items())
 
 
@@ -328,7 +328,7 @@ def test_bytes_do_not_depend_on_where_the_run_was(tokenizer, packed, tmp_path):
 def test_artifact_is_compressed(packed, tokenizer):
     state = random_model(settings(tokenizer)).state_dict()
     hp = settings(tokenizer)
-    arrays = [a for name, w in state.items() for a in tg.stored_arrays(name, w, hp, 0.0)]
+    arrays = [a for name, w in state.items() for a in tg.stored_arrays(name, w, hp)]
     assert len(packed) < 0.99 * sum(a.nbytes for a in arrays)
 
 
@@ -648,7 +648,7 @@ def test_levels_of_what_is_no_matrix_are_refused(tmp_path, tokenizer, name, scal
     """Broadcasting would make of 128 numbers a square of them."""
     hp = settings(tokenizer, NUM_LAYERS=1, BIGRAM_BUCKETS=64)
     state = random_model(hp).state_dict()
-    arrays = {n: tg.stored_arrays(n, w, hp, 0.0) for n, w in state.items()}
+    arrays = {n: tg.stored_arrays(n, w, hp) for n, w in state.items()}
     arrays[name] = [np.ones(scales, "<f2"), np.ones(levels, "|i1")]
     header = opened(tg.pack_artifact(state, hp))[0]
     header["tensors"] = {n: [(a.dtype.str, a.shape) for a in v] for n, v in arrays.items()}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import new_run
 from torch.nn.attention import SDPBackend
 
+import keeper
 import train_gpt as tg
 
 ALL = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
@@ -64,7 +65,7 @@ def machine(monkeypatch) -> Machine:
     monkeypatch.setattr(torch, "_fused_sdp_choice", made.choose)
     monkeypatch.setattr(tg, "sdpa_kernel", made.sdpa_kernel)
     monkeypatch.setattr(tg, "attention_inputs", lambda _: [torch.zeros(1, 2, 4, 8)] * 4)
-    monkeypatch.setattr(tg, "attention_problem", made.problem)
+    monkeypatch.setattr(keeper, "attention_problem", made.problem)
     return made
 
 
@@ -189,7 +190,7 @@ def test_pytorch_is_asked_with_tensors_like_the_models(dtype):
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_pytorchs_attention_in_bf16_is_right(kv_heads):
-    assert tg.attention_problem(cpu_run(NUM_KV_HEADS=kv_heads)) == ""
+    assert keeper.attention_problem(cpu_run(NUM_KV_HEADS=kv_heads)) == ""
 
 
 class Faulty(torch.autograd.Function):
@@ -235,7 +236,7 @@ def test_a_wrong_result_or_gradient_is_found(which, name, value, monkeypatch):
         return RIGHT(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    assert f"its {name} is " in tg.attention_problem(cpu_run())
+    assert f"its {name} is " in keeper.attention_problem(cpu_run())
 
 
 def test_a_kernel_that_fails_when_it_runs_is_told(monkeypatch):
@@ -245,7 +246,7 @@ def test_a_kernel_that_fails_when_it_runs_is_told(monkeypatch):
         raise RuntimeError("cuDNN Frontend error: no execution plan")
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    assert tg.attention_problem(cpu_run()) == (
+    assert keeper.attention_problem(cpu_run()) == (
         "does not run here: cuDNN Frontend error: no execution plan"
     )
 
@@ -263,13 +264,13 @@ def test_the_check_has_the_shapes_and_strides_of_the_model():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", watch)
         tg.GPT(run.hp, run.dtype)(tokens, tokens)
-        tg.attention_problem(run)
+        keeper.attention_problem(run)
     assert seen[0] == seen[1]
 
 
 def test_the_check_leaves_the_random_numbers_alone():
     before = torch.get_rng_state()
-    tg.attention_problem(cpu_run())
+    keeper.attention_problem(cpu_run())
     assert torch.equal(torch.get_rng_state(), before)
 
 

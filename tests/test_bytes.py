@@ -17,6 +17,7 @@ from conftest import compose_documents, new_run, random_model, resolve, shard_by
 from hypothesis import given
 from hypothesis import strategies as st
 
+import keeper
 import train_gpt as tg
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -411,7 +412,7 @@ DISORDER = {
 @pytest.mark.parametrize("most", [2**20, 2**14])
 def test_audit_refuses_disorder_anywhere(disorder, most, models, monkeypatch):
     """Whether all tokens are looked at, or some from all over the stream."""
-    monkeypatch.setattr(tg, "AUDITED_TOKENS", most)
+    monkeypatch.setattr(keeper, "AUDITED_TOKENS", most)
     texts = compose_documents(400, seed=3)
     texts = [" ".join(texts[i : i + 4]) for i in range(0, 400, 4)]
     tokens, chance = encoded(models["bpe"], texts), np.random.default_rng(1)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,8 +89,11 @@ def test_a_configuration_is_valid(path):
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.name)
-def test_the_configuration_of_a_record_is_valid(path):
-    train_gpt.load_settings({"CONFIG": str(path)}, check_places=False)
+def test_the_configuration_of_a_record_is_valid_for_its_script(path):
+    command = [sys.executable, str(path.with_name("train_gpt.py")), "--settings"]
+    done = subprocess.run(command, env={"CONFIG": str(path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "FIT_BUDGET=" in done.stdout
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

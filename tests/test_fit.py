@@ -64,20 +64,21 @@ def gaussian_model(dim):
 def cap_for(model, hp, share):
     """The cap that leaves this share of what the levels take with the settings as they are."""
     state = model.state_dict()
-    floor, plain = (len(tg.pack_artifact(state, hp, pruned)) for pruned in (1.0, 0.0))
+    empty = {n: torch.zeros_like(w) if tg.bits_of(n, w, hp) else w for n, w in state.items()}
+    floor, plain = (len(tg.pack_artifact(weights, hp)) for weights in (empty, state))
     return CODE + floor + int(share * (plain - floor))
 
 
 def fit(model, hp, cap):
     """The artifact of a cap, and the lines that were logged."""
     run = Log(dataclasses.replace(hp, artifact_max_bytes=cap))
-    return tg.fit_artifact(model, run), run.lines
+    return tg.fit_artifact(model.state_dict(), run), run.lines
 
 
-def fit_settings(tokenizer, mode, dim, **values):
-    clip = {"QUANT_CLIP": "sigma"} if mode == "sigma" else {}
+def fit_settings(tokenizer, dim, **values):
     bits = {f"QUANT_BITS_{part}": 6 for part in ("MLP", "ATTN")}
-    return settings(tokenizer, FIT_BUDGET=mode, MODEL_DIM=dim, **clip, **bits, **values)
+    sigma = {"FIT_BUDGET": "sigma", "QUANT_CLIP": "sigma"}
+    return settings(tokenizer, MODEL_DIM=dim, **sigma, **bits, **values)
 
 
 def load(data, tmp_path, tokenizer):
@@ -92,18 +93,16 @@ def load(data, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("share", [0.4, 0.7, 0.97])
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("mode", ["prune", "sigma"])
-def test_fit_fills_the_cap_to_within_0_3_percent(tokenizer, mode, dim, share):
-    hp = fit_settings(tokenizer, mode, dim)
+def test_fit_fills_the_cap_to_within_0_3_percent(tokenizer, dim, share):
+    hp = fit_settings(tokenizer, dim)
     model = gaussian_model(dim)
     cap = cap_for(model, hp, share)
     total = CODE + len(fit(model, hp, cap)[0])
     assert 0.997 * cap <= total <= cap
 
 
-@pytest.mark.parametrize("mode", ["prune", "sigma"])
-def test_fit_fills_the_cap_with_rans_too(tokenizer, mode):
-    hp = fit_settings(tokenizer, mode, 288, COMPRESSOR="rans")
+def test_fit_fills_the_cap_with_rans_too(tokenizer):
+    hp = fit_settings(tokenizer, 288, COMPRESSOR="rans")
     model = gaussian_model(288)
     cap = cap_for(model, hp, 0.8)
     total = CODE + len(fit(model, hp, cap)[0])
@@ -112,24 +111,22 @@ def test_fit_fills_the_cap_with_rans_too(tokenizer, mode):
 
 @pytest.mark.parametrize("share", [1.1, 1.4])
 def test_sigma_grows_an_artifact_that_leaves_the_cap_empty(tokenizer, share):
-    hp = fit_settings(tokenizer, "sigma", 320)
+    hp = fit_settings(tokenizer, 320)
     model = gaussian_model(320)
     cap = cap_for(model, hp, share)
     total = CODE + len(fit(model, hp, cap)[0])
     assert 0.997 * cap <= total <= cap
 
 
-@pytest.mark.parametrize("mode", ["prune", "sigma"])
-def test_fit_gives_the_same_bytes_twice(tokenizer, mode):
-    hp = fit_settings(tokenizer, mode, 288)
+def test_fit_gives_the_same_bytes_twice(tokenizer):
+    hp = fit_settings(tokenizer, 288)
     model = gaussian_model(288)
     cap = cap_for(model, hp, 0.8)
     assert fit(model, hp, cap) == fit(model, hp, cap)
 
 
-@pytest.mark.parametrize("mode", ["prune", "sigma"])
-def test_fit_does_not_change_the_weights(tokenizer, mode):
-    hp = fit_settings(tokenizer, mode, 288)
+def test_fit_does_not_change_the_weights(tokenizer):
+    hp = fit_settings(tokenizer, 288)
     model = gaussian_model(288)
     before = {name: w.clone() for name, w in model.state_dict().items()}
     fit(model, hp, CODE + 300_000)
@@ -140,7 +137,7 @@ def test_fit_does_not_change_the_weights(tokenizer, mode):
 @pytest.mark.parametrize("dim", DIMS)
 def test_sigma_needs_few_tries(tokenizer, dim, share):
     """The size law gives the slope, so that a step or two come close."""
-    hp = fit_settings(tokenizer, "sigma", dim, COMPRESSOR="rans")
+    hp = fit_settings(tokenizer, dim, COMPRESSOR="rans")
     model = gaussian_model(dim)
     cap = cap_for(model, hp, share)
     (line,) = fit(model, hp, cap)[1]
@@ -148,7 +145,7 @@ def test_sigma_needs_few_tries(tokenizer, dim, share):
 
 
 def test_the_line_of_a_fit_tells_what_was_done(tokenizer, tmp_path):
-    hp = fit_settings(tokenizer, "sigma", 288)
+    hp = fit_settings(tokenizer, 288)
     model = gaussian_model(288)
     cap = cap_for(model, hp, 0.8)
     data, (line,) = fit(model, hp, cap)
@@ -160,7 +157,7 @@ def test_the_line_of_a_fit_tells_what_was_done(tokenizer, tmp_path):
 
 
 def test_the_artifact_of_a_fit_has_the_levels_of_its_sigma(tokenizer, tmp_path):
-    hp = fit_settings(tokenizer, "sigma", 288)
+    hp = fit_settings(tokenizer, 288)
     model = gaussian_model(288)
     data, _ = fit(model, hp, cap_for(model, hp, 0.8))
     solved, weights = load(data, tmp_path, tokenizer)
@@ -177,24 +174,17 @@ def test_fit_takes_the_largest_that_fits_of_all_it_tried(tokenizer, monkeypatch,
     """Sizes that jump over what would fill the cap: the last try need not be the best."""
     tried = []
 
-    def pack(state, hp, pruned=0.0):
+    def pack(state, hp):
         x = float(np.log2(hp.quant_sigma))
         tried.append(int(1000 * (900 if x < jump else 500) - x))
         return bytes(tried[-1])
 
     monkeypatch.setattr(tg, "pack_artifact", pack)
-    data, _ = fit(gaussian_model(288), fit_settings(tokenizer, "sigma", 288), CODE + 700_000)
+    data, _ = fit(gaussian_model(288), fit_settings(tokenizer, 288), CODE + 700_000)
     assert len(data) == max(size for size in tried if size <= 700_000)
 
 
 # ---- where nothing is to be done, or not enough can be
-
-
-@pytest.mark.parametrize("room", [0, 1, 10**6])
-def test_prune_leaves_an_artifact_that_fits_untouched(tokenizer, room):
-    hp = fit_settings(tokenizer, "prune", 288)
-    plain = tg.pack_artifact(gaussian_model(288).state_dict(), hp)
-    assert fit(gaussian_model(288), hp, CODE + len(plain) + room) == (plain, [])
 
 
 def test_without_a_fit_an_artifact_over_the_cap_is_left_to_be_refused(tokenizer):
@@ -204,22 +194,18 @@ def test_without_a_fit_an_artifact_over_the_cap_is_left_to_be_refused(tokenizer)
 
 
 @pytest.mark.parametrize("most", [-CODE + 1, 1])
-@pytest.mark.parametrize("mode", ["prune", "sigma"])
-def test_a_cap_that_cannot_be_met_gives_the_smallest_and_says_so(tokenizer, mode, most):
-    hp = fit_settings(tokenizer, mode, 288)
+def test_a_cap_that_cannot_be_met_gives_the_smallest_and_says_so(tokenizer, most):
+    hp = fit_settings(tokenizer, 288)
     model = gaussian_model(288)
     state = model.state_dict()
-    if mode == "prune":
-        smallest = tg.pack_artifact(state, hp, 1.0)
-    else:
-        smallest = tg.pack_artifact(state, dataclasses.replace(hp, quant_sigma=2.0**12))
+    smallest = tg.pack_artifact(state, dataclasses.replace(hp, quant_sigma=2.0**12))
     data, (line,) = fit(model, hp, CODE + most)
     assert len(data) <= len(smallest)
     assert line.endswith("(it cannot do more)")
 
 
 def test_a_cap_that_sigma_cannot_fill_gives_the_largest_and_says_so(tokenizer):
-    hp = fit_settings(tokenizer, "sigma", 288)
+    hp = fit_settings(tokenizer, 288)
     model = gaussian_model(288)
     data, (line,) = fit(model, hp, 50_000_000)
     finest = dataclasses.replace(hp, quant_sigma=4.0)
@@ -229,9 +215,9 @@ def test_a_cap_that_sigma_cannot_fill_gives_the_largest_and_says_so(tokenizer):
 
 @pytest.mark.parametrize("start", [0.001, 1.0, 3.99, 4.0, 4096.0, 5000.0])
 def test_sigma_may_start_outside_of_its_search(tokenizer, start):
-    hp = fit_settings(tokenizer, "sigma", 288, QUANT_SIGMA=start)
+    hp = fit_settings(tokenizer, 288, QUANT_SIGMA=start)
     model = gaussian_model(288)
-    cap = cap_for(model, fit_settings(tokenizer, "sigma", 288), 0.9)
+    cap = cap_for(model, fit_settings(tokenizer, 288), 0.9)
     total = CODE + len(fit(model, hp, cap)[0])
     assert 0.997 * cap <= total <= cap
 
@@ -239,38 +225,6 @@ def test_sigma_may_start_outside_of_its_search(tokenizer, start):
 def test_sigma_without_its_clip_is_refused(tokenizer):
     with pytest.raises(tg.UserError, match="FIT_BUDGET=sigma: needs QUANT_CLIP=sigma"):
         settings(tokenizer, FIT_BUDGET="sigma", QUANT_CLIP="rowmax")
-
-
-# ---- pruning
-
-
-@pytest.mark.parametrize("clip", ["rowmax", "sigma"])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_pruning_zeroes_the_smallest_weights_and_nothing_else(tokenizer, share, clip):
-    hp = settings(tokenizer, MODEL_DIM=288, QUANT_CLIP=clip, QUANT_BITS_MLP=6)
-    for name, w in gaussian_model(288).state_dict().items():
-        plain, pruned = (tg.stored_arrays(name, w, hp, p) for p in (0.0, share))
-        assert len(plain) == len(pruned)
-        assert np.array_equal(plain[0], pruned[0])
-        if len(plain) == 1:
-            continue
-        gone = (plain[1] != 0) & (pruned[1] == 0)
-        kept = pruned[1] != 0
-        assert np.array_equal(pruned[1][kept], plain[1][kept])
-        assert gone.sum() == pytest.approx(share * (plain[1] != 0).sum(), rel=1e-3)
-        size = np.abs(w.numpy())
-        assert size[gone].max() <= size[kept].min()
-
-
-def test_pruning_everything_leaves_no_level(tokenizer):
-    hp = settings(tokenizer, MODEL_DIM=288)
-    w = gaussian_model(288).state_dict()["blocks.0.fc.weight"]
-    assert not tg.stored_arrays("blocks.0.fc.weight", w, hp, 1.0)[1].any()
-
-
-def test_pruning_bears_a_matrix_of_zeros(tokenizer):
-    hp = settings(tokenizer, MODEL_DIM=288)
-    assert not tg.stored_arrays("blocks.0.fc.weight", torch.zeros(300, 300), hp, 0.5)[1].any()
 
 
 # ---- the forecast
@@ -285,7 +239,7 @@ def test_forecast_is_the_size_of_the_initial_model_with_gaussian_for_zero_weight
     torch.manual_seed(0)
     model = tg.GPT(hp)
     run = Log(hp)
-    keeper.forecast(model, run)
+    keeper.forecast(model.state_dict(), run)
     total, code, size, cap = map(int, re.findall(r"\d+", run.lines[0]))
     state = model.state_dict()
     zero = [name for name, w in state.items() if not w.any()]
@@ -299,7 +253,7 @@ def test_forecast_leaves_the_model_and_the_random_state_alone(tokenizer):
     hp = settings(tokenizer, MODEL_DIM=288)
     model = tg.GPT(hp)
     before, state = {n: w.clone() for n, w in model.state_dict().items()}, torch.get_rng_state()
-    keeper.forecast(model, Log(hp))
+    keeper.forecast(model.state_dict(), Log(hp))
     assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -307,20 +261,19 @@ def test_forecast_leaves_the_model_and_the_random_state_alone(tokenizer):
 def test_forecast_warns_exactly_if_the_total_is_over_the_cap(tokenizer):
     hp = settings(tokenizer, MODEL_DIM=288)
     model, run = gaussian_model(288), Log(hp)
-    keeper.forecast(model, run)
+    keeper.forecast(model.state_dict(), run)
     total = int(re.search(r"\d+", run.lines[0])[0])
     for cap in (total, total - 1):
         run.hp = dataclasses.replace(hp, artifact_max_bytes=cap)
-        keeper.forecast(model, run)
+        keeper.forecast(model.state_dict(), run)
     assert ["warning" in line for line in run.lines] == [False, False, True]
 
 
-@pytest.mark.parametrize("mode", ["prune", "sigma"])
-def test_forecast_over_the_cap_names_the_fit_budget(tokenizer, mode):
-    hp = fit_settings(tokenizer, mode, 288, ARTIFACT_MAX_BYTES=CODE + 100_000)
+def test_forecast_over_the_cap_names_the_fit_budget(tokenizer):
+    hp = fit_settings(tokenizer, 288, ARTIFACT_MAX_BYTES=CODE + 100_000)
     run = Log(hp)
-    keeper.forecast(gaussian_model(288), run)
-    assert run.lines[0].endswith(f"; warning: over the cap, with FIT_BUDGET={mode}")
+    keeper.forecast(gaussian_model(288).state_dict(), run)
+    assert run.lines[0].endswith("; warning: over the cap, with FIT_BUDGET=sigma")
 
 
 # ---- whole runs

@@ -390,15 +390,18 @@ def test_rotary_table_equals_its_closed_form(scaling, dims, length):
     hp = settings(ROPE_SCALING=scaling, ROPE_DIMS=dims, ROPE_BASE=10000.0)
     angles = frequencies(hp, length)
     assert len(angles) == (dims or 8) // 2
-    cos = [[math.cos(t * angle) for angle in angles] for t in range(length)]
-    sin = [[math.sin(t * angle) for angle in angles] for t in range(length)]
+    cos = [2 * [math.cos(t * angle) for angle in angles] for t in range(length)]
+    sin = [
+        [math.sin(t * a) for a in angles] + [-math.sin(t * a) for a in angles]
+        for t in range(length)
+    ]
     table = tg.rotary_table(hp, length)
     np.testing.assert_allclose(table.numpy(), [cos, sin], atol=1e-13)
 
 
 def turn_per_position(hp, length):
     """The frequencies in a table, from the angles of position 1."""
-    cos, sin = tg.rotary_table(hp, length)[:, 1]
+    cos, sin = tg.rotary_table(hp, length)[:, 1].chunk(2, dim=1)[0]
     return torch.atan2(sin, cos).tolist()
 
 
@@ -440,10 +443,10 @@ def test_tables_are_no_part_of_the_weights():
 
 
 def test_rotation_leaves_other_channels_alone():
-    x = torch.randn(2, 3, 8, 10, generator=torch.Generator().manual_seed(0)).double()
+    x = torch.randn(2, 8, 3, 10, generator=torch.Generator().manual_seed(0)).double()
     y = tg.rotate(x, tg.rotary_table(settings(ROPE_DIMS=4), 8))
     assert torch.equal(y[..., 4:], x[..., 4:])
-    assert not torch.isclose(y[..., 1:, :4], x[..., 1:, :4]).all(-1).any()
+    assert not torch.isclose(y[:, 1:, :, :4], x[:, 1:, :, :4]).all(-1).any()
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
 
 
@@ -451,7 +454,7 @@ def test_rotation_leaves_other_channels_alone():
 def test_products_depend_on_relative_positions_only(dims):
     table = tg.rotary_table(settings(ROPE_DIMS=dims), 12)
     q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).double()
-    turned_q, turned_k = (tg.rotate(v.expand(1, 1, 12, 8), table)[0, 0] for v in (q, k))
+    turned_q, turned_k = (tg.rotate(v.expand(1, 12, 1, 8), table)[0, :, 0] for v in (q, k))
     products = turned_q @ turned_k.T
     for distance in range(12):
         line = products.diagonal(distance)
