@@ -63,7 +63,6 @@ def require(condition: Any, problem: str) -> None:
         raise UserError(problem)
 
 
-# The role of a setting is what it changes.
 MODEL = "the model or its score"  # the artifact carries it
 RESULT = "what training gives"
 RUN = "speed, logs or safety alone"  # it may differ when a run is resumed
@@ -290,8 +289,7 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
 
 
 # ===================================== MODEL =====================================
-# One forward pass serves training and scoring. At this width it takes the time to move bytes:
-# functions that have a gradient of their own make and keep fewer tensors than autograd would.
+# One forward pass serves training and scoring. Its own gradients move fewer bytes than autograd's.
 
 
 def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
@@ -355,9 +353,7 @@ class Norm(torch.autograd.Function):
         along = -scale * r * c / x.size(-1)
         dx = dy * scale.to(x.dtype)
         dx.addcmul_(x, along.to(x.dtype))
-        ds = None
-        if ctx.needs_input_grad[1]:
-            ds = c.sum((0, 1)).to(ctx.s.dtype)
+        ds = c.sum((0, 1)).to(ctx.s.dtype) if ctx.needs_input_grad[1] else None
         return dx, ds, None
 
 
@@ -441,10 +437,11 @@ class Matrix(nn.Linear):
         if self.delta is None:
             return y
         a, b = self.delta
-        if gains is not None:
-            b = gains[:, None] * b
         low = x @ a.mT.to(x.dtype)
-        return y + low @ b.mT.to(x.dtype)
+        low = low @ b.mT.to(x.dtype)
+        if gains is not None:
+            low = gains.to(x.dtype) * low
+        return y + low
 
 
 def together(x: Tensor, *matrices: Matrix) -> Tensor:
@@ -499,9 +496,7 @@ class Attention(nn.Module):
         qk, v = qkv.unflatten(2, (-1, self.head_dim)).split((H + K, K), dim=2)
         gains = F.pad(self.q_gain.view(H, 1), (0, 0, 0, K), value=1.0)
         qk = Norm.apply(qk, gains, rotary)
-        q, k = qk.split((H, K), dim=2)
-        q = q.transpose(1, 2)
-        k = k.transpose(1, 2)
+        q, k = qk.transpose(1, 2).split((H, K), dim=1)
         v = v.transpose(1, 2)
         y = attend(q, k, v, documents)
         return exclude_own(y, v) if self.exclusive else y
@@ -544,12 +539,21 @@ class Block(nn.Module):
         return x + self.proj(y, self.mlp_scale)
 
 
+class Table(nn.Embedding):
+    """Rows to look up. Their gradients add up in fp32: in bf16, sums outgrow what is added."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ids int64 (B, T) to rows (B, T, D)."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.embedding(ids, self.weight.to(wide)).to(self.weight.dtype)
+
+
 class BigramHash(nn.Module):
     """A vector for each pair of tokens: row (36313·t_i XOR 27191·t_{i-1}) mod (N - 1) of N."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         super().__init__()
-        self.table = nn.Embedding(hp.bigram_buckets, hp.bigram_dim)
+        self.table = Table(hp.bigram_buckets, hp.bigram_dim)
         self.expand = Matrix(hp.bigram_dim, hp.model_dim)
         self.bigram_scale = parameter()
 
@@ -631,7 +635,7 @@ class GPT(nn.Module):
         self.softcap = hp.logit_softcap
         self.bos = hp.bos
         self.visits = [*range(hp.num_layers)]
-        self.tok_emb = nn.Embedding(hp.vocab_size, dim)
+        self.tok_emb = Table(hp.vocab_size, dim)
         self.bigram = BigramHash(hp) if hp.bigram_buckets else None
         self.smear = parameter(dim) if hp.smear_gate else None
         self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(hp.num_layers))
@@ -725,10 +729,7 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 def directions(
     grads: list[Tensor], momenta: list[Tensor], mu: Tensor, bad: Tensor, settings: dict[str, Any]
 ) -> Sequence[Tensor]:
-    """Move momenta M, (N, rows, cols), unless `bad`; give the orthogonalized G + μM, or zeros.
-
-    They are wide, and if `joint` one batch, padded with zeros: launches cost a GPU more than FLOPs.
-    """
+    """Move momenta M, (N, rows, cols), unless `bad`; give G + μM orthogonalized and wide, or 0."""
     kept = torch.where(bad, 1.0, mu)
     steps = settings["steps"]
     wide = []
@@ -741,6 +742,7 @@ def directions(
         return [orthogonalize(x, steps) for x in wide]
     rows = max(x.size(1) for x in wide)
     cols = max(x.size(2) for x in wide)
+    # In one batch, padded with zeros: launches cost a GPU more than FLOPs.
     padded = [F.pad(x, (0, cols - x.size(2), 0, rows - x.size(1))) for x in wide]
     batch = orthogonalize(torch.cat(padded), steps)
     return batch.split([len(x) for x in wide])
@@ -834,8 +836,7 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
 
 
 # ===================================== DATA =====================================
-# A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then uint16
-# tokens; a document is its BOS and what follows.
+# A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16 tokens.
 SHARD_MAGIC = (20240520, 1)
 SHARD_HEADER_BYTES = 1024
 SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
@@ -1091,8 +1092,7 @@ def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
 def row_lengths(used: np.ndarray, hp: Hyperparameters) -> np.ndarray:
     """Choose a row's length for each window, int64 (W,): one of four, as documents may be short."""
     longest = hp.eval_seq_len or hp.train_seq_len
-    # A scaled rotary table would tell how long the document is.
-    scaled = hp.rope_scaling != "none" and longest > hp.train_seq_len
+    scaled = hp.rope_scaling != "none" and longest > hp.train_seq_len  # tells how long it is
     short = hp.eval_doc_isolated or hp.score_streams
     lengths = np.array([longest])
     if short and not scaled:
@@ -1657,8 +1657,7 @@ def compile_model(model: GPT) -> Forward:
     return torch.compile(model, dynamic=False, fullgraph=True)
 
 
-# PyTorch tries the kernel that is asked for, then these. FlashAttention 3 and 4 are packages that
-# take the place of its FlashAttention 2.
+# PyTorch tries the kernel that is asked for, then these. FA 3 and 4 are packages in place of its 2.
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 KERNELS = {"cudnn": BACKENDS[0], "fa2": BACKENDS[1], "fa3": BACKENDS[1], "fa4": BACKENDS[1]}
 FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", "fa2")}
@@ -1717,11 +1716,11 @@ def attention_inputs(run: Run) -> list[Tensor]:
     T = min(max(hp.train_seq_len, 2), 2048)
     H = hp.num_heads
     K = hp.num_kv_heads
-    shape = (3, 1, T, H + 2 * K, hp.model_dim // H)
-    qkv, raw, grad = torch.randn(shape, generator=random).to(run.device, run.dtype)
-    q, k = qkv[:, :, : H + K].contiguous().split((H, K), dim=2)
-    parts = (q, k, raw[:, :, H + K :], grad[:, :, :H].contiguous())
-    return [x.transpose(1, 2) for x in parts]
+    sizes = (H + K, H + 2 * K, H)
+    made = [torch.randn(1, T, n, hp.model_dim // H, generator=random) for n in sizes]
+    qk, qkv, grad = (x.to(run.device, run.dtype).transpose(1, 2) for x in made)
+    q, k = qk.split((H, K), dim=1)
+    return [q, k, qkv[:, H + K :], grad]
 
 
 def attention_backend(run: Run) -> str:
@@ -1781,7 +1780,9 @@ class Trainer:
         self.grads = torch.zeros_like(self.weights)
         self.working = self.weights.to(run.dtype)  # the same, in fp32
         same = self.working is self.weights
-        self.fresh = self.grads if same else torch.zeros_like(self.working)
+        self.fresh = self.grads
+        if not same:
+            self.fresh = torch.zeros_like(self.working)
         for name, p in model.named_parameters():
             owner, _ = self.places[name]
             weight = self.within(name, self.weights[owner]).copy_(p.detach())
@@ -1978,8 +1979,7 @@ def train(
 
 def export(params: Mapping[str, Tensor], run: Run) -> None:
     """Write the artifact and the raw weights. Raises UserError or OSError."""
-    # Copies: weights are views of one buffer. And on a CPU, any machine reads them.
-    weights = {name: w.cpu().clone() for name, w in params.items()}
+    weights = {name: w.cpu().clone() for name, w in params.items()}  # no views of one buffer
     raw = io.BytesIO()  # torch.save would hide what the disk says
     torch.save(weights, raw)
     files = {
