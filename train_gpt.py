@@ -719,7 +719,7 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
     tall = g.size(-2) > g.size(-1)
     x = g.mT if tall else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    identity = torch.eye(x.size(-2), dtype=x.dtype, device=x.device)
+    identity = x.new_ones(x.size(-2)).diag()
     for _ in range(steps):
         s = x @ x.mT
         x = torch.add(a * identity + b * s, s @ s, alpha=c) @ x
@@ -751,8 +751,7 @@ def directions(
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalized update; the matrices of a group are of one shape.
 
-    M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM). `joint`
-    groups go through one compiled graph; μ, steps and dtype are those of the first group.
+    M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM), of one μ.
     """
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
@@ -1779,17 +1778,13 @@ class Trainer:
         self.weights = torch.zeros(run.world_size, width, device=run.device)
         self.grads = torch.zeros_like(self.weights)
         self.working = self.weights.to(run.dtype)  # the same, in fp32
-        same = self.working is self.weights
-        self.fresh = self.grads
-        if not same:
-            self.fresh = torch.zeros_like(self.working)
         for name, p in model.named_parameters():
             owner, _ = self.places[name]
             weight = self.within(name, self.weights[owner]).copy_(p.detach())
             weight.grad = self.within(name, self.grads[owner])
             self.params[name] = weight
             p.data = self.within(name, self.working[owner])
-            p.grad = weight.grad if same else None
+            p.grad = weight.grad if p.dtype == weight.dtype else None
         self.working.copy_(self.weights)
         self.share = self.weights[run.rank]
         self.average = self.share.clone() if run.hp.ema_decay else None
@@ -1808,11 +1803,16 @@ class Trainer:
     def collect(self) -> None:
         """Add up the gradients of weights that the model has a copy of."""
         new = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        if self.fresh is self.grads or not new:
+        if self.working is self.weights or not new:
             return
-        places = [self.within(name, self.fresh[self.places[name][0]]) for name in new]
-        torch._foreach_copy_(places, [*new.values()])
-        self.grads += self.fresh
+        if self.grads.is_cpu:  # memory costs more than launches
+            sums = [self.params[name].grad for name in new]
+            torch._foreach_add_(sums, [*new.values()])
+        else:
+            fresh = torch.zeros_like(self.working)
+            places = [self.within(name, fresh[self.places[name][0]]) for name in new]
+            torch._foreach_copy_(places, [*new.values()])
+            self.grads += fresh
         self.model.zero_grad()  # the next ones are then taken without a sum
 
     def feed_from(self, step: int) -> None:

@@ -58,7 +58,6 @@ CASES = {
     "untied": UNTIED,
     "yarn": YARN,
     "rates": RATES,
-    "prune": {"FIT_BUDGET": "prune", "QUANT_BITS_MLP": 6, "ARTIFACT_MAX_BYTES": 700_000},
     "sigma": {"FIT_BUDGET": "sigma", "QUANT_CLIP": "sigma", "ARTIFACT_MAX_BYTES": 700_000},
 }
 STREAMS = {"SCORE_STREAMS": 1, "VAL_TOKENS": 0, "MICRO_BATCH_TOKENS": 128}
@@ -200,9 +199,8 @@ def test_the_script_without_its_keeper_has_the_bits_of_the_frozen_script(
 
 
 def test_two_ranks_have_the_bits_of_the_frozen_script(server, dataset, tmp_path):
-    """Which divided the work over the ranks only if it was told to."""
     ours = job(dataset, tmp_path / "ours", SCRIPT, **STACK)
-    frozen = job(dataset, tmp_path / "frozen", FROZEN, ZERO_LEVEL=1, **STACK)
+    frozen = job(dataset, tmp_path / "frozen", FROZEN, **STACK)
     runs = [server.ranks(job.env, [], [], script=job.script) for job in (ours, frozen)]
     printed = finish(*runs[0], *runs[1])
     assert_same_bits(ours, frozen, printed[0], printed[2])

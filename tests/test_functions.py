@@ -206,3 +206,21 @@ def test_a_hook_of_one_of_them_is_called():
     x = random(3, 8)
     y = tg.together(x, *parts)
     torch.testing.assert_close(seen, [y[:, 4:]])
+
+
+# ---- Table
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gradient_of_a_frequent_row_does_not_stop_growing(dtype):
+    """In bf16, 256 + 1 is 256."""
+    table = tg.Table(3, 4).to(dtype)
+    table(torch.ones(8, 512, dtype=torch.int64)).sum().backward()
+    assert table.weight.grad.dtype == dtype
+    assert table.weight.grad.tolist() == [[0.0] * 4, [4096.0] * 4, [0.0] * 4]
+
+
+def test_rows_are_looked_up_as_they_are():
+    table = tg.Table(5, 4).bfloat16()
+    ids = torch.tensor([[4, 0], [2, 4]])
+    assert torch.equal(table(ids), table.weight[ids])

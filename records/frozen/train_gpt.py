@@ -10,39 +10,36 @@ whole submission; it runs on CUDA, Apple MPS and plain CPUs, on one process or m
     EVAL_ONLY=1 ARTIFACT=a.artifact python train_gpt.py   score an artifact, nothing else
     python train_gpt.py --help | --settings               all settings | those of this run
 
-Shapes: B batch, T time, D model dim, H heads, Dh head dim, V vocabulary, N tokens.
+Shapes: B batch, T time, D model dim, H heads, K kv heads, Dh head dim, V vocabulary, N tokens.
 """
 
-import collections
+from __future__ import annotations
+
 import contextlib
 import dataclasses
-import errno
-import fcntl
+import difflib
+import fnmatch
 import functools
 import hashlib
-import importlib
+import importlib.util
 import io
 import itertools
 import json
-import lzma
 import math
 import os
 import re
 import shlex
 import shutil
-import signal
 import struct
 import sys
 import sysconfig
-import threading
 import time
 import uuid
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,127 +63,156 @@ def require(condition: Any, problem: str) -> None:
         raise UserError(problem)
 
 
-def setting(default: Any, valid: str, doc: str) -> Any:
-    """Declare a setting; `valid` is an interval, or "a, b, c" for choices, or empty."""
-    return dataclasses.field(default=default, metadata={"valid": valid, "doc": doc})
+MODEL = "the model or its score"  # the artifact carries it
+RESULT = "what training gives"
+RUN = "speed, logs or safety alone"  # it may differ when a run is resumed
+
+
+def setting(default: Any, valid: str, doc: str, role: str) -> Any:
+    """Declare a setting; `valid` is an interval, or "a, b, c" for choices, or empty: any text."""
+    about = {"valid": valid, "choices": valid.split(", "), "doc": doc, "role": role}
+    if valid.startswith(("[", "(")):  # a round bracket leaves its end out
+        low, high = map(float, valid[1:-1].split(","))
+        about["least"] = math.nextafter(low, math.inf) if valid.startswith("(") else low
+        about["most"] = math.nextafter(high, -math.inf) if valid.endswith(")") else high
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
     """The resolved settings of one run. A field's environment variable is its name in capitals."""
 
-    config: str = setting("", "", "dotenv file with settings; the environment overrides it")
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "", "folder of the shards")
-    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "", "SentencePiece")
-    run_id: str = setting("", "", "name of the run; empty: a random UUID")
-    out_dir: str = setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>")
-    device: str = setting("auto", "auto, cuda, mps, cpu", "auto: the first of these that is there")
-    zero_level: int = setting(0, "0, 1", "1: divide the optimizers' work and state over the ranks")
-    compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: CUDA; on CPUs large steps")
-    attention: str = setting(
-        "auto", "auto, sdpa, amx, cudnn, fa2, fa3, fa4", "auto: the fastest here"
-    )
-    val_batch_size: int = setting(524288, "[1, inf)", "tokens per validation batch, all ranks")
-    val_loss_every: int = setting(1000, "[0, inf)", "validate every N steps; 0: at the end only")
-    train_log_every: int = setting(200, "[0, inf)", "log every N steps and steps 1-10; 0: never")
-    micro_batch_tokens: int = setting(0, "[0, inf)", "tokens per forward pass; 0: by the device")
-    warmup_steps: int = setting(20, "[0, inf)", "steps that prime the kernels and change nothing")
-    save_every: int = setting(0, "[0, inf)", "checkpoint every N steps and at the end; 0: off")
-    save_total_limit: int = setting(2, "[1, inf)", "checkpoints that are kept")
-    resume: str = setting("", "", "auto: from RUN_ID's newest whole checkpoint; or from this file")
-    resume_changed: int = setting(0, "0, 1", "resume also under settings that change the result")
-    max_bad_steps: int = setting(10, "[1, inf)", "give up after so many losses in a row not finite")
-    save_nll: str = setting("", "", ".npy file for the final NLL of each scored token, in nats")
-    seed: int = setting(1337, "[0, 4294967295]", "seeds the initial weights")
-    dtype: str = setting("auto", "auto, bf16, fp32", "auto: bf16 on CUDA and on CPUs with AMX")
-    val_tokens: int = setting(0, "[0, inf)", "use only the first N validation tokens; 0: all")
-    eval_only: int = setting(0, "0, 1", "score ARTIFACT and exit")
-    artifact: str = setting("", "", "the artifact that EVAL_ONLY scores")
-    score_streams: int = setting(0, "0, 1", "each shard by itself; SAVE_NLL: folder of <shard>.npy")
-    artifact_max_bytes: int = setting(16_000_000, "[1, inf)", "cap on code plus artifact, bytes")
-    iterations: int = setting(20000, "[0, inf)", "optimizer steps at most")
-    max_wallclock_seconds: float = setting(600.0, "[0, inf)", "training time at most; 0: no cap")
-    warmdown_iters: int = setting(1200, "[0, inf)", "last steps, in which the rates fall to 0")
-    warmdown_frac: float | str = setting("", "[0, 1]", "or: share of the run; empty: off")
-    final_lr_frac: float = setting(0.0, "[0, 1]", "where the warmdown ends, of the full rates")
-    ema_decay: float = setting(0.0, "[0, 1)", "export the moving average of the weights; 0: off")
-    train_batch_tokens: int = setting(524288, "[1, inf)", "tokens per optimizer step, all ranks")
-    train_seq_len: int = setting(1024, "[1, 1048576]", "sequence length in training")
-    vocab_size: int = setting(1024, "[1, 65536]", "must equal the tokenizer's")
-    num_layers: int = setting(9, "[1, 1024]", "blocks; the first half feeds skips to the second")
-    model_dim: int = setting(512, "[1, 65536]", "width of the residual stream")
-    num_heads: int = setting(8, "[1, 65536]", "query heads; divides MODEL_DIM")
-    num_kv_heads: int = setting(4, "[1, 65536]", "key and value heads; divides NUM_HEADS")
-    mlp_mult: float = setting(2.0, "(0, 64]", "MLP hidden width, in units of MODEL_DIM")
-    mlp_act: str = setting("relu2", "relu2, leaky_relu2", "the MLP's activation")
-    mlp_leaky_slope: float = setting(0.5, "[0, 1]", "leaky_relu2: slope of its negative side")
-    tie_embeddings: int = setting(1, "0, 1", "the output head is the token embedding")
-    rope_base: float = setting(10000.0, "(0, inf)", "base of the rotary frequencies")
-    rope_dims: int = setting(0, "[0, 65536]", "rotated channels of each head; 0: all")
-    rope_scaling: str = setting("none", "none, linear, ntk, yarn", "beyond the trained length")
-    eval_seq_len: int = setting(0, "[0, 1048576]", "context in validation; 0: TRAIN_SEQ_LEN")
-    eval_stride: int = setting(0, "[0, inf)", "tokens a sliding window moves on; 0: no overlap")
-    eval_doc_isolated: int = setting(0, "0, 1", "validate without attention across documents")
-    xsa_last_n: int = setting(0, "[0, inf)", "last layers with exclusive self-attention")
-    smear_gate: int = setting(0, "0, 1", "mix each embedding with the one before it")
-    bigram_buckets: int = setting(0, "[0, inf)", "rows for hashed pairs of tokens; 0: off")
-    bigram_dim: int = setting(128, "[1, 65536]", "width of those rows")
-    ln_scale: int = setting(0, "0, 1", "divide layer i's normed inputs by the root of i + 1")
-    ortho_init: int = setting(0, "0, 1", "orthogonal matrices; the writing ones scaled")
-    logit_softcap: float = setting(30.0, "(0, inf)", "c in c*tanh(logits/c)")
-    qk_gain_init: float = setting(1.5, "(-inf, inf)", "initial gain of each query head")
-    quant_bits_mlp: int = setting(8, "[2, 8]", "bits of a stored weight, MLP")
-    quant_bits_attn: int = setting(8, "[2, 8]", "the same, attention")
-    quant_bits_embed: int = setting(8, "[2, 8]", "the same, token embedding and head")
-    quant_bits_bigram: int = setting(8, "[2, 8]", "the same, BIGRAM_BUCKETS")
-    quant_clip: str = setting("rowmax", "rowmax, percentile, sigma", "where a row's levels end")
-    quant_sigma: float = setting(12.85, "(0, inf)", "sigma: they end at this many deviations")
-    compressor: str = setting("zstd", "zstd, zlib, lzma, rans", "codes the levels")
-    fit_budget: str = setting("none", "none, prune, sigma", "search what fills the cap")
-    embed_lr: float = setting(0.6, "[0, inf)", "Adam, token embedding, untied")
-    head_lr: float = setting(0.008, "[0, inf)", "Adam, output head, untied")
-    tied_embed_lr: float = setting(0.05, "[0, inf)", "Adam, token embedding, tied")
-    tied_embed_init_std: float = setting(0.005, "[0, inf)", "initial deviation, tied embedding")
-    matrix_lr: float = setting(0.04, "[0, inf)", "Muon, matrices of the blocks")
-    scalar_lr: float = setting(0.04, "[0, inf)", "Adam, gains and scales")
-    muon_momentum: float = setting(0.95, "[0, 1)", "momentum after its warmup")
-    muon_backend_steps: int = setting(5, "[1, 100]", "Newton-Schulz iterations")
-    muon_momentum_warmup_start: float = setting(0.85, "[0, 1)", "momentum at step 0")
-    muon_momentum_warmup_steps: int = setting(500, "[0, inf)", "steps of linear momentum warmup")
-    beta1: float = setting(0.9, "[0, 1)", "Adam, first moment")
-    beta2: float = setting(0.95, "[0, 1)", "Adam, second moment")
-    adam_eps: float = setting(1e-8, "[0, inf)", "Adam, added to the denominator")
-    muon_wd: float = setting(0.0, "[0, inf)", "decoupled weight decay, matrices of the blocks")
-    adam_wd: float = setting(0.0, "[0, inf)", "decoupled weight decay, gains, scales and head")
-    embed_wd: float = setting(0.0, "[0, inf)", "decoupled weight decay, embeddings")
-    grad_clip_norm: float = setting(0.0, "[0, inf)", "cap on the global gradient norm; 0: off")
-    # No settings: the names of those that were given, and the id that begins a document, as the
-    # tokenizer says. Artifacts that do not tell it were made when it was always 1.
+    config: str = setting("", "", "dotenv file with settings; the environment overrides it", RUN)
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "", "folder of the shards", RUN)
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "", "tokenizer", RUN)
+    run_id: str = setting("", "", "name of the run; empty: a random UUID", RUN)
+    out_dir: str = setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>", RUN)
+    device: str = setting("auto", "auto, cuda, mps, cpu", "auto: the first one that is there", RUN)
+    compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: CUDA, large CPU steps", RUN)
+    attention: str = setting("auto", "auto, sdpa, amx, cudnn, fa2, fa3, fa4", "auto: fastest", RUN)
+    val_batch_size: int = setting(524288, "[1, inf)", "tokens per validation batch, all ranks", RUN)
+    val_loss_every: int = setting(1000, "[0, inf)", "validate every N steps; 0: at the end", RUN)
+    train_log_every: int = setting(200, "[0, inf)", "log every N steps and steps 1-10; 0: off", RUN)
+    micro_batch_tokens: int = setting(0, "[0, inf)", "tokens per forward pass; 0: by device", RUN)
+    warmup_steps: int = setting(20, "[0, inf)", "steps that prime kernels and change nothing", RUN)
+    save_every: int = setting(0, "[0, inf)", "checkpoint every N steps and at the end; 0: off", RUN)
+    save_total_limit: int = setting(2, "[1, inf)", "checkpoints that are kept", RUN)
+    resume: str = setting("", "", "auto: from RUN_ID's newest checkpoint; or from this file", RUN)
+    resume_changed: int = setting(0, "0, 1", "resume though settings change the result", RUN)
+    max_bad_steps: int = setting(10, "[1, inf)", "give up after N losses in a row not finite", RUN)
+    save_nll: str = setting("", "", ".npy file for the NLL of each scored token, in nats", RUN)
+    seed: int = setting(1337, "[0, 4294967295]", "seeds the initial weights", RESULT)
+    dtype: str = setting("auto", "auto, bf16, fp32", "auto: bf16 where it is fast", RESULT)
+    val_tokens: int = setting(0, "[0, inf)", "only the first N validation tokens; 0: all", RESULT)
+    eval_only: int = setting(0, "0, 1", "score ARTIFACT and exit", RESULT)
+    artifact: str = setting("", "", "the artifact that EVAL_ONLY scores", RESULT)
+    score_streams: int = setting(0, "0, 1", "each shard alone; SAVE_NLL: a folder of .npy", RESULT)
+    artifact_max_bytes: int = setting(16_000_000, "[1, inf)", "cap on code plus artifact", RESULT)
+    iterations: int = setting(20000, "[0, inf)", "optimizer steps at most", RESULT)
+    max_wallclock_seconds: float = setting(600.0, "[0, inf)", "cap on training; 0: off", RESULT)
+    warmdown_iters: int = setting(1200, "[0, inf)", "steps in which the rates fall to 0", RESULT)
+    warmdown_frac: float | str = setting("", "[0, 1]", "or: share of the run; empty: off", RESULT)
+    final_lr_frac: float = setting(0.0, "[0, 1]", "share of the rates where it ends", RESULT)
+    ema_decay: float = setting(0.0, "[0, 1)", "export the moving average; 0: off", RESULT)
+    train_batch_tokens: int = setting(524288, "[1, inf)", "tokens a step, all ranks", RESULT)
+    train_seq_len: int = setting(1024, "[1, 1048576]", "sequence length in training", MODEL)
+    vocab_size: int = setting(1024, "[1, 65536]", "must equal the tokenizer's", MODEL)
+    num_layers: int = setting(9, "[1, 1024]", "blocks; first half feeds skips to the second", MODEL)
+    model_dim: int = setting(512, "[1, 65536]", "width of the residual stream", MODEL)
+    num_heads: int = setting(8, "[1, 65536]", "query heads; divides MODEL_DIM", MODEL)
+    num_kv_heads: int = setting(4, "[1, 65536]", "key and value heads; divides NUM_HEADS", MODEL)
+    mlp_mult: float = setting(2.0, "(0, 64]", "MLP hidden width, in units of MODEL_DIM", MODEL)
+    mlp_act: str = setting("relu2", "relu2, leaky_relu2", "the MLP's activation", MODEL)
+    mlp_leaky_slope: float = setting(0.5, "[0, 1]", "leaky_relu2: slope of negative side", MODEL)
+    tie_embeddings: int = setting(1, "0, 1", "the output head is the token embedding", MODEL)
+    rope_base: float = setting(10000.0, "(0, inf)", "base of the rotary frequencies", MODEL)
+    rope_dims: int = setting(0, "[0, 65536]", "rotated channels of each head; 0: all", MODEL)
+    rope_scaling: str = setting("none", "none, linear, ntk, yarn", "past the trained length", MODEL)
+    eval_seq_len: int = setting(0, "[0, 1048576]", "context in validation; 0: TRAIN_SEQ_LEN", MODEL)
+    eval_stride: int = setting(0, "[0, inf)", "tokens that a window moves; 0: no overlap", MODEL)
+    eval_doc_isolated: int = setting(0, "0, 1", "validate without attention over documents", MODEL)
+    xsa_last_n: int = setting(0, "[0, inf)", "last layers with exclusive self-attention", MODEL)
+    smear_gate: int = setting(0, "0, 1", "mix each embedding with the one before it", MODEL)
+    bigram_buckets: int = setting(0, "[0, inf)", "rows for hashed pairs of tokens; 0: off", MODEL)
+    bigram_dim: int = setting(128, "[1, 65536]", "width of those rows", MODEL)
+    ln_scale: int = setting(0, "0, 1", "divide layer i's normed inputs by the root of i + 1", MODEL)
+    ortho_init: int = setting(0, "0, 1", "orthogonal matrices; the writing ones scaled", MODEL)
+    logit_softcap: float = setting(30.0, "(0, inf)", "c in c*tanh(logits/c)", MODEL)
+    qk_gain_init: float = setting(1.5, "(-inf, inf)", "initial gain of each query head", MODEL)
+    quant_bits_mlp: int = setting(8, "[2, 8]", "bits of a stored weight, MLP", MODEL)
+    quant_bits_attn: int = setting(8, "[2, 8]", "the same, attention", MODEL)
+    quant_bits_embed: int = setting(8, "[2, 8]", "the same, token embedding and head", MODEL)
+    quant_bits_bigram: int = setting(8, "[2, 8]", "the same, BIGRAM_BUCKETS", MODEL)
+    quant_clip: str = setting("rowmax", "rowmax, sigma", "where a row's levels end", MODEL)
+    quant_sigma: float = setting(12.85, "(0, inf)", "sigma: they end at N deviations", MODEL)
+    compressor: str = setting("zstd", "zstd, rans", "codes the levels", MODEL)
+    fit_budget: str = setting("none", "none, sigma", "QUANT_SIGMA that fills the cap", RESULT)
+    embed_lr: float = setting(0.6, "[0, inf)", "Adam, token embedding, untied", RESULT)
+    head_lr: float = setting(0.008, "[0, inf)", "Adam, output head, untied", RESULT)
+    tied_embed_lr: float = setting(0.05, "[0, inf)", "Adam, token embedding, tied", RESULT)
+    tied_embed_init_std: float = setting(0.005, "[0, inf)", "initial deviation, if tied", RESULT)
+    matrix_lr: float = setting(0.04, "[0, inf)", "Muon, matrices of the blocks", RESULT)
+    scalar_lr: float = setting(0.04, "[0, inf)", "Adam, gains and scales", RESULT)
+    muon_momentum: float = setting(0.95, "[0, 1)", "momentum after its warmup", RESULT)
+    muon_backend_steps: int = setting(5, "[1, 100]", "Newton-Schulz iterations", RESULT)
+    muon_momentum_warmup_start: float = setting(0.85, "[0, 1)", "momentum at step 0", RESULT)
+    muon_momentum_warmup_steps: int = setting(500, "[0, inf)", "steps of that warmup", RESULT)
+    beta1: float = setting(0.9, "[0, 1)", "Adam, first moment", RESULT)
+    beta2: float = setting(0.95, "[0, 1)", "Adam, second moment", RESULT)
+    adam_eps: float = setting(1e-8, "[0, inf)", "Adam, added to the denominator", RESULT)
+    muon_wd: float = setting(0.0, "[0, inf)", "decoupled decay, matrices of the blocks", RESULT)
+    adam_wd: float = setting(0.0, "[0, inf)", "decoupled decay, gains, scales and head", RESULT)
+    embed_wd: float = setting(0.0, "[0, inf)", "decoupled decay, embeddings", RESULT)
+    grad_clip_norm: float = setting(0.0, "[0, inf)", "cap on the gradient norm; 0: off", RESULT)
+    # No settings: the names of those that were given, and the id that begins a document.
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
     bos: int = dataclasses.field(default=1, compare=False)
 
 
-FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters) if "valid" in f.metadata}
-# What an artifact carries so that the model can be rebuilt and scored as it was trained.
-MODEL_SETTINGS = [*FIELDS][[*FIELDS].index("TRAIN_SEQ_LEN") : [*FIELDS].index("FIT_BUDGET")]
-# What may differ when a run is resumed: it changes no result, or no more than rounding.
-NEUTRAL_SETTINGS = {*[*FIELDS][: [*FIELDS].index("SEED")]}
+FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters) if "role" in f.metadata}
+MODEL_SETTINGS = [name for name, field in FIELDS.items() if field.metadata["role"] == MODEL]
+RUN_SETTINGS = [name for name, field in FIELDS.items() if field.metadata["role"] == RUN]
+
+
+def typo_of(name: str) -> str:
+    """Find the setting that `name` is but for one character of each; empty if there is none."""
+    size = max(len(name), 1)
+    similar = [known for known in FIELDS if abs(len(known) - size) <= 1]
+    found = difflib.get_close_matches(name.upper(), similar, n=1, cutoff=(size - 1) / size)
+    return found[0] if found else ""
 
 
 def parse_setting(name: str, text: str) -> Any:
     """Parse one setting. Raises ValueError that says what would be right."""
-    kind, valid = FIELDS[name].type, FIELDS[name].metadata["valid"]
-    if not valid or text == FIELDS[name].default == "":
+    if name not in FIELDS:
+        meant = typo_of(name)
+        advice = f"did you mean {meant}?" if meant else "see --help"
+        raise ValueError(f"no such setting; {advice}")
+    default = FIELDS[name].default
+    about = FIELDS[name].metadata
+    whole = isinstance(default, int)
+    if not about["valid"] or (text == "" and default == ""):
         return text
-    if text in valid.split(", "):
-        return kind(text)
+    if "least" not in about:
+        if text not in about["choices"]:
+            raise ValueError(f"expected one of {about['valid']}")
+        return int(text) if whole else text
     with contextlib.suppress(ValueError):
-        low, high = map(float, valid[1:-1].split(","))
-        v = int(text) if kind is int else float(text)
-        if low < v < high or (v, valid[0]) == (low, "[") or (v, valid[-1]) == (high, "]"):
-            return v
-    noun = "a whole number in" if kind is int else "a number in"
-    raise ValueError(f"expected {noun if valid[0] in '[(' else 'one of'} {valid}")
+        number = int(text) if whole else float(text)
+        if about["least"] <= number <= about["most"]:
+            return number
+    raise ValueError(f"expected {'a whole number' if whole else 'a number'} in {about['valid']}")
+
+
+def setting_texts(hp: Hyperparameters) -> dict[str, str]:
+    """Write all settings, by the names of their variables, as they would be typed."""
+    return {name: str(getattr(hp, name.lower())) for name in FIELDS}
+
+
+def settings_dotenv(hp: Hyperparameters) -> str:
+    """Write the settings as a dotenv file that CONFIG accepts."""
+    texts = [(name, text) for name, text in setting_texts(hp).items() if name != "CONFIG"]
+    return "\n".join(f"{name}={shlex.quote(text) if text else ''}" for name, text in texts)
 
 
 def read_dotenv(path: str) -> dict[str, str]:
@@ -196,222 +222,1252 @@ def read_dotenv(path: str) -> dict[str, str]:
         content = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
         if "\0" in content:
             raise ValueError("it has NUL characters; save it as UTF-8")
-        text = re.sub(r"(?<=\S)#", "\0", content)  # within a word, it begins no comment
-        words = [word.replace("\0", "#") for word in shlex.split(text, comments=True)]
-        if wrong := [word for word in words if "=" not in word or word.startswith("CONFIG=")]:
-            raise ValueError(f"{wrong[0]!r}: expected NAME=VALUE, spaces quoted, and not CONFIG")
+        hidden = re.sub(r"(?<=\S)#", "\0", content)  # within a word, it begins no comment
+        words = [word.replace("\0", "#") for word in shlex.split(hidden, comments=True)]
+        for word in words:
+            if "=" not in word or word.startswith("CONFIG="):
+                raise ValueError(f"{word!r}: expected NAME=VALUE, spaces quoted, and not CONFIG")
     except (OSError, ValueError) as error:
         raise UserError(f"CONFIG={path}: cannot be read as a dotenv file: {error}") from None
     return dict(word.split("=", 1) for word in words)
 
 
-def one_typo(a: str, b: str) -> bool:
-    """Whether one inserted, missing, wrong or swapped character turns a into b."""
-    a, b = sorted((a, b), key=len)
-    i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
-    swapped = a[i + 1 : i + 2] + a[i : i + 1] + a[i + 2 :]
-    return b[i:] == swapped or b[i + 1 :] in (a[i:], a[i + 1 :])
-
-
-def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hyperparameters:
-    """Resolve environment, CONFIG file and defaults. Raises UserError with all problems found."""
-    problems, values = [], {}
-    config = read_dotenv(environ["CONFIG"]) if environ.get("CONFIG") else {}
-    for name, text in {**config, **environ}.items():
-        near = [known for known in FIELDS if one_typo(name.upper(), known)]
-        if name in FIELDS:
-            try:
-                values[name.lower()] = parse_setting(name, text)
-            except ValueError as error:
-                problems.append(f"{name}={text}: {error}")
-        elif near or name in config:
-            meant = f"did you mean {near[0]}?" if near else "see --help"
-            problems.append(f"{name}={text}: no such setting; {meant}")
-    hp = Hyperparameters(**values, given=frozenset(name.upper() for name in values))
-    problems += launcher_problems(environ) + broken_rules(hp, check_places)
-    require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
-    return hp
-
-
-# What a launcher such as torchrun tells each process of a job, and what it is without one.
-LAUNCHER = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-MEETING = ("MASTER_ADDR", "MASTER_PORT")  # where rank 0 waits for the others
-
-
-def launched(name: str, environ: Mapping[str, str]) -> int:
-    """Read a launcher's variable; its default if it is missing or no number."""
-    text = environ.get(name, "")
-    return int(text) if text.isdecimal() else LAUNCHER[name]
-
-
-def launcher_problems(environ: Mapping[str, str]) -> list[str]:
-    """Say what is wrong with a launcher's variables: most often, they were left by another job."""
-    given = {name: environ[name] for name in (*LAUNCHER, "LOCAL_WORLD_SIZE") if environ.get(name)}
-    advice = "start the job with torchrun, or unset what is left of another one"
-    for name, text in given.items():
-        if not text.isdecimal():
-            return [f"{name}={text}: expected a whole number; {advice}"]
-    rank, world, local = (launched(name, environ) for name in LAUNCHER)
-    here = int(given.get("LOCAL_WORLD_SIZE", max(world, local + 1)))
-    missing = [name for name in (*LAUNCHER, *MEETING) if not environ.get(name)]
-    port = environ.get("MASTER_PORT", "")
-    port_ok = port.isdecimal() and 0 < int(port) < 2**16
-    rules = [
-        (world < 1, f"WORLD_SIZE={world}: expected 1 or more"),
-        (rank >= world > 0, f"RANK={rank}: must be under WORLD_SIZE={world}"),
-        (world > 1 and missing, f"WORLD_SIZE={world}: needs {', '.join(missing)} too"),
-        (world > 1 and port and not port_ok, f"MASTER_PORT={port}: expected a port, 1 to 65535"),
-        (local > rank, f"LOCAL_RANK={local}: must not be over RANK={rank}"),
-        (local >= here, f"LOCAL_RANK={local}: must be under LOCAL_WORLD_SIZE={here}"),
-        (here > max(world, local + 1), f"LOCAL_WORLD_SIZE={here}: over WORLD_SIZE={world}"),
-    ]
-    return [f"{text}; {advice}" for broken, text in rules if broken]
-
-
-def is_plain_name(name: str) -> bool:
-    """Tell whether a name can be that of a file and stand in one line of a log."""
-    return name not in (".", "..") and not re.search(r"[/\x00-\x1f\x7f]", name)
-
-
-Rule = tuple[Any, str]  # whether it is broken, and what to say then of the settings in braces
-
-
-def broken_rules(hp: Hyperparameters, check_places: bool) -> list[str]:
-    """What is wrong between settings that are each valid, and with the places that they name."""
-    rules = value_rules(hp) + (path_rules(hp) if check_places else [])
-    shown = {name: f"{name}={getattr(hp, name.lower())}" for name in FIELDS}
-    shown["CONTEXT"] = shown["EVAL_SEQ_LEN" if hp.eval_seq_len else "TRAIN_SEQ_LEN"]
-    kind, _, variant = Path(hp.data_path).name.partition("_")
-    fetch = f"get it: python data/download.py --variant {shlex.quote(variant)}"
-    shown["GET"] = fetch if kind == "fineweb10B" else "get it: see data/README.md"
-    return [text.format_map(shown) for broken, text in rules if broken]
-
-
-def value_rules(hp: Hyperparameters) -> list[Rule]:
-    """The rules between settings, and between them and the machine."""
-    seq, batch, micro = hp.train_seq_len, hp.train_batch_tokens, hp.micro_batch_tokens
-    context, head_dim = hp.eval_seq_len or seq, hp.model_dim // hp.num_heads
-    least, rope = context * launched("WORLD_SIZE", os.environ), hp.rope_dims or head_dim
+def value_problems(hp: Hyperparameters) -> list[str]:
+    """Say what is wrong between settings that are each valid."""
+    batch = hp.train_batch_tokens
+    micro = hp.micro_batch_tokens
+    context = hp.eval_seq_len or hp.train_seq_len
+    least = context * launched("WORLD_SIZE", 1)
     uneven = hp.model_dim % hp.num_heads
-    odd_rope = hp.rope_dims and (rope % 2 or rope > head_dim)
-    width = f"{{MODEL_DIM}}: over {{NUM_HEADS}} makes heads of {head_dim} channels"
-    local = launched("LOCAL_RANK", os.environ)
-    visible = torch.cuda.device_count() if hp.device in ("auto", "cuda") else 0
-    return [
+    head_dim = hp.model_dim // hp.num_heads
+    rotated = hp.rope_dims or head_dim
+    odd_rope = hp.rope_dims % 2 or hp.rope_dims > head_dim
+    unfit = hp.fit_budget == "sigma" and hp.quant_clip != "sigma"
+    width = f"heads of {head_dim} channels; rotary positions need an even number"
+    rules = [
         (uneven, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
-        (head_dim % 2 and not uneven, width + "; rotary positions need an even number"),
+        (head_dim % 2 and not uneven, f"{{MODEL_DIM}}: over {{NUM_HEADS}} makes {width}"),
         (odd_rope, f"{{ROPE_DIMS}}: must be even, and at most a head's {head_dim} channels"),
-        (0 < visible <= local, f"LOCAL_RANK={local}: there are {visible} CUDA devices"),
-        (hp.rope_scaling == "ntk" and rope == 2, "{ROPE_SCALING}: ntk needs over 2 channels"),
+        (hp.rope_scaling == "ntk" and rotated == 2, "{ROPE_SCALING}: ntk needs over 2 channels"),
         (hp.mlp_mult * hp.model_dim < 1, "{MLP_MULT}: under one channel at {MODEL_DIM}"),
         (hp.bigram_buckets == 1, "{BIGRAM_BUCKETS}: use 0, or 2 and more"),
         (hp.xsa_last_n > hp.num_layers, "{XSA_LAST_N}: over {NUM_LAYERS}"),
         (hp.eval_stride > context, "{EVAL_STRIDE}: over {CONTEXT}"),
         (hp.num_heads % hp.num_kv_heads, "{NUM_HEADS}: not divisible by {NUM_KV_HEADS}"),
-        (batch % seq, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
-        (micro % seq, "{MICRO_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
-        (batch % (micro or 1), "{TRAIN_BATCH_TOKENS}: not divisible by {MICRO_BATCH_TOKENS}"),
+        (batch % hp.train_seq_len, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
+        (micro % hp.train_seq_len, "{MICRO_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
+        (micro and batch % micro, "{TRAIN_BATCH_TOKENS}: not divisible by {MICRO_BATCH_TOKENS}"),
         (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {CONTEXT} a rank"),
         (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
         (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
-        (hp.resume == "auto" and not hp.run_id, "{RESUME}: needs RUN_ID, the run to go on with"),
-        (not is_plain_name(hp.run_id), "{RUN_ID}: must be a plain file name"),
-        (hp.fit_budget == "sigma" != hp.quant_clip, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
-        (not getattr(torch, hp.device, torch.cpu).is_available(), "{DEVICE}: PyTorch has none"),
+        (unfit, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
     ]
+    shown = {name: f"{name}={text}" for name, text in setting_texts(hp).items()}
+    shown["CONTEXT"] = shown["EVAL_SEQ_LEN" if hp.eval_seq_len else "TRAIN_SEQ_LEN"]
+    return [text.format_map(shown) for broken, text in rules if broken]
 
 
-def path_rules(hp: Hyperparameters) -> list[Rule]:
-    """The rules for files and folders."""
-    train, val = hp.eval_only or shard_paths(hp, "train"), shard_paths(hp, "val")
-    out, resume = Path(hp.out_dir).absolute(), Path(hp.resume)
-    out = next(place for place in (out, *out.parents) if place.exists())
-    writable = [p.is_dir() and os.access(p, os.W_OK) for p in (out, Path(hp.save_nll).parent)]
-    nll, kind = Path(hp.save_nll), Path.is_dir if hp.score_streams else Path.is_file
-    nll = not hp.save_nll or (writable[1] and (kind(nll) or not nll.exists()))
+def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hyperparameters:
+    """Resolve environment, CONFIG file and defaults. Raises UserError with all problems found."""
+    config = read_dotenv(environ["CONFIG"]) if environ.get("CONFIG") else {}
+    problems = []
+    values = {}
+    for name, text in {**config, **environ}.items():
+        if name in FIELDS or name in config or typo_of(name):
+            try:
+                values[name.lower()] = parse_setting(name, text)
+            except ValueError as error:
+                problems.append(f"{name}={text}: {error}")
+    hp = Hyperparameters(**values, given=frozenset(name.upper() for name in values))
+    problems += value_problems(hp)
+    if keeper := find_keeper():
+        problems += keeper.surroundings_problems(hp, environ, check_places)
+    elif hp.save_every or hp.resume:
+        problems.append(f"SAVE_EVERY, RESUME: need keeper.py beside {Path(__file__).name}")
+    require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
+    return hp
+
+
+# ===================================== MODEL =====================================
+# One forward pass serves training and scoring. Its own gradients move fewer bytes than autograd's.
+
+
+def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
+    """Tabulate cos and ±sin of t·f for positions t and frequencies f: double (2, T, r).
+
+    f_i = base^(-2i/r) (arXiv 2104.09864). Where T is s times the trained length, linear divides f
+    by s, ntk takes base·s^(r/(r-2)), and yarn divides slow f by s, not fast ones (2309.00071).
+    """
+    r = hp.rope_dims or hp.model_dim // hp.num_heads
+    s = max(1.0, length / hp.train_seq_len)
+    base = hp.rope_base
+    if hp.rope_scaling == "ntk":
+        base *= s ** (r / (r - 2))
+    part = torch.arange(r // 2).double() / (r // 2)
+    f = base**-part
+    if hp.rope_scaling == "linear":
+        f /= s
+    elif hp.rope_scaling == "yarn":
+        f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
+    angles = torch.outer(torch.arange(length).double(), f)
+    cos = angles.cos().repeat(1, 2)
+    sin = torch.cat((angles.sin(), -angles.sin()), dim=1)
+    return torch.stack((cos, sin))
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate pairs (i, i + r/2) of x's first r channels, (B, T, H, Dh), by rotary (2, T, r)."""
+    cos, sin = rotary[:, :, None]
+    r = rotary.size(-1)
+    turned = x[..., :r]
+    swapped = turned.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    turned = torch.addcmul(turned * cos, swapped, sin)
+    return turned if r == x.size(-1) else torch.cat((turned, x[..., r:]), dim=-1)
+
+
+class Norm(torch.autograd.Function):
+    """Norm x (..., D) by its RMS, 1/r, scale it by s, and rotate it: y = R(s·r·x).
+
+    s is a number, or gains (H, 1) of x (B, T, H, Dh). With dy turned back and c = r·sum(x·dy),
+    ds = sum(c) and dx = s·r·dy - s·r²·c/D·x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor | float, rotary: Tensor | None) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        r = (norm.square() / x.size(-1) + torch.finfo(torch.float32).eps).rsqrt()
+        ctx.s = s
+        ctx.save_for_backward(x, r, rotary)
+        scale = s * r
+        y = x * scale.to(x.dtype)
+        return y if rotary is None else rotate(y, rotary)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, r, rotary = ctx.saved_tensors
+        if rotary is not None:
+            dy = rotate(dy, torch.stack((rotary[0], -rotary[1])))
+        c = r * (x * dy).sum(-1, keepdim=True, dtype=r.dtype)
+        scale = ctx.s * r
+        along = -scale * r * c / x.size(-1)
+        dx = dy * scale.to(x.dtype)
+        dx.addcmul_(x, along.to(x.dtype))
+        ds = c.sum((0, 1)).to(ctx.s.dtype) if ctx.needs_input_grad[1] else None
+        return dx, ds, None
+
+
+def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """Give scale·x / sqrt(mean(x²)) over the last dimension (arXiv 1910.07467)."""
+    return Norm.apply(x, scale, None)
+
+
+class SquaredRelu(torch.autograd.Function):
+    """Give y = relu(x)²; its gradient, 2·sqrt(y)·dy, needs y alone, which is kept anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.relu().square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return 2 * y.pow(0.5) * dy
+
+
+IGNORE = -100  # target of a padding position, whose NLL is 0
+LOGITS = {"cuda": 2**29, "mps": 2**24, "cpu": 2**18}  # that are made at once
+
+
+class CappedLoss(torch.autograd.Function):
+    """Give the NLL of targets (N) by softmax(c·tanh(x·Wᵀ/c)), for x (N, D) and W (V, D).
+
+    Of the logits z their gradient alone is kept, (softmax(z) - onehot)·(1 - (z/c)²), in x's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, c: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        capped = torch.tanh(F.linear(x, weight).to(wide) / c)
+        logits = c * capped
+        total = torch.logsumexp(logits, dim=-1, keepdim=True)
+        targets = targets[:, None]
+        inside = (targets != IGNORE).to(wide)
+        target = logits.gather(1, targets.clamp(min=0))
+        if ctx.needs_input_grad[0]:
+            classes = torch.arange(len(weight), device=x.device)
+            onehot = (classes == targets).to(wide)
+            slope = torch.exp(logits - total) - onehot
+            slope = slope * (1 - capped.square())
+            ctx.save_for_backward(x, weight, slope.to(x.dtype), inside)
+        nll = (total - target) * inside
+        return nll[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, slope, inside = ctx.saved_tensors
+        scale = grad[:, None] * inside
+        scale = scale.to(x.dtype)
+        dx = (slope @ weight) * scale
+        dw = slope.mT @ (x * scale)
+        return dx, dw, None, None
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """Make a parameter whose first values its row of `parameter_table` will set."""
+    return nn.Parameter(torch.empty(shape))
+
+
+class Matrix(nn.Linear):
+    """A linear map by weights W, cast where used; with a `delta` (A, B), by W + BA."""
+
+    delta: tuple[Tensor, Tensor] | None = None  # (..., r, in) and (..., out, r)
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor, gains: Tensor | None = None) -> Tensor:
+        """Map x (..., in) to (..., out), whose channels are scaled by `gains` (out)."""
+        weight = self.weight
+        if gains is not None:
+            weight = gains[:, None] * weight
+        y = F.linear(x, weight.to(x.dtype))
+        if self.delta is None:
+            return y
+        a, b = self.delta
+        low = x @ a.mT.to(x.dtype)
+        low = low @ b.mT.to(x.dtype)
+        if gains is not None:
+            low = gains.to(x.dtype) * low
+        return y + low
+
+
+def together(x: Tensor, *matrices: Matrix) -> Tensor:
+    """Map x by several matrices, side by side: in one product, if no hook or delta is alone."""
+    if any(m.delta or m._forward_hooks or m._forward_pre_hooks for m in matrices):
+        return torch.cat([m(x) for m in matrices], dim=-1)
+    weight = torch.cat([m.weight for m in matrices])
+    return F.linear(x, weight.to(x.dtype))
+
+
+Documents = Tensor | None  # bool (B, T), where documents start; attention crosses no start
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents = None) -> Tensor:
+    """Attend causally from q (B, H, T, Dh) to k and v (B, K, T, Dh): like q."""
+    sdpa = F.scaled_dot_product_attention
+    gqa = q.size(1) != k.size(1)
+    if documents is None:
+        return sdpa(q, k, v, is_causal=True, enable_gqa=gqa)
+    number = documents.cumsum(1)[:, None, :, None]
+    mask = (number == number.mT).tril()
+    return sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa)
+
+
+def exclude_own(y: Tensor, v: Tensor) -> Tensor:
+    """Take from y (B, H, T, Dh) its part along the own v: y - (y·v)v/|v|² (arXiv 2603.09078)."""
+    own = F.normalize(v, dim=-1).unsqueeze(2)
+    grouped = y.unflatten(1, (v.size(1), -1))
+    along = (grouped * own).sum(-1, keepdim=True)
+    return (grouped - along * own).flatten(1, 2)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with QK-norm and a learned gain of each query head."""
+
+    def __init__(self, hp: Hyperparameters, layer: int) -> None:
+        super().__init__()
+        dim = hp.model_dim
+        self.head_dim = dim // hp.num_heads
+        self.exclusive = layer >= hp.num_layers - hp.xsa_last_n
+        self.c_q = Matrix(dim, dim)
+        self.proj = Matrix(dim, dim)
+        self.c_k = Matrix(dim, self.head_dim * hp.num_kv_heads)
+        self.c_v = Matrix(dim, self.head_dim * hp.num_kv_heads)
+        self.q_gain = parameter(hp.num_heads, 1, 1)
+
+    def heads(self, x: Tensor, rotary: Tensor, documents: Documents) -> Tensor:
+        """Give the output of each head, (B, H, T, Dh), for x (B, T, D)."""
+        H = self.q_gain.size(0)
+        K = self.c_k.out_features // self.head_dim
+        qkv = together(x, self.c_q, self.c_k, self.c_v)
+        qk, v = qkv.unflatten(2, (-1, self.head_dim)).split((H + K, K), dim=2)
+        gains = F.pad(self.q_gain.view(H, 1), (0, 0, 0, K), value=1.0)
+        qk = Norm.apply(qk, gains, rotary)
+        q, k = qk.transpose(1, 2).split((H, K), dim=1)
+        v = v.transpose(1, 2)
+        y = attend(q, k, v, documents)
+        return exclude_own(y, v) if self.exclusive else y
+
+    def forward(
+        self, x: Tensor, rotary: Tensor, gains: Tensor, documents: Documents = None
+    ) -> Tensor:
+        """Map x (B, T, D) to what the residual stream gets, (B, T, D), scaled by `gains` (D)."""
+        y = self.heads(x, rotary, documents)
+        return self.proj(y.transpose(1, 2).flatten(2), gains)
+
+
+class Block(nn.Module):
+    """Attention and MLP: x ← m0·x + m1·x0; x ← x + a·Attention(norm x); x ← x + b·MLP(norm x).
+
+    m0, m1, a and b are learned per channel. MLP(x) = W2·relu(W1·x)² is Primer's (2109.08668).
+    """
+
+    def __init__(self, hp: Hyperparameters, layer: int) -> None:
+        super().__init__()
+        dim = hp.model_dim
+        hidden = int(hp.mlp_mult * dim)
+        self.slope = hp.mlp_leaky_slope if hp.mlp_act == "leaky_relu2" else 0.0
+        self.scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
+        self.attn = Attention(hp, layer)
+        self.fc = Matrix(dim, hidden)
+        self.proj = Matrix(hidden, dim)
+        self.attn_scale = parameter(dim)
+        self.mlp_scale = parameter(dim)
+        self.resid_mix = parameter(2, dim)
+
+    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, documents: Documents = None) -> Tensor:
+        """Map the residual stream x (B, T, D); x0 is what it started as."""
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        y = rms_norm(x, self.scale)
+        x = x + self.attn(y, rotary, self.attn_scale, documents)
+        y = self.fc(rms_norm(x, self.scale))
+        y = F.leaky_relu(y, self.slope).square() if self.slope else SquaredRelu.apply(y)
+        return x + self.proj(y, self.mlp_scale)
+
+
+class Table(nn.Embedding):
+    """Rows to look up. Their gradients add up in fp32: in bf16, sums outgrow what is added."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ids int64 (B, T) to rows (B, T, D)."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.embedding(ids, self.weight.to(wide)).to(self.weight.dtype)
+
+
+class BigramHash(nn.Module):
+    """A vector for each pair of tokens: row (36313·t_i XOR 27191·t_{i-1}) mod (N - 1) of N."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        super().__init__()
+        self.table = Table(hp.bigram_buckets, hp.bigram_dim)
+        self.expand = Matrix(hp.bigram_dim, hp.model_dim)
+        self.bigram_scale = parameter()
+
+    def forward(self, inputs: Tensor, starts: Tensor) -> Tensor:
+        """Map tokens int64 (B, T) and `starts` bool (B, T) to vectors (B, T, D)."""
+        last = self.table.num_embeddings - 1  # for `starts`, where there is no token before
+        pairs = 36313 * inputs ^ 27191 * inputs.roll(1, 1)
+        rows = torch.where(starts, last, pairs % last)
+        return self.bigram_scale * self.expand(self.table(rows))
+
+
+class Row(NamedTuple):
+    """How a kind of parameter starts, is trained, and is stored: a row of `parameter_table`."""
+
+    pattern: str  # of its name; * is any text
+    optimizer: str  # "muon", for matrices alone, or "adam"
+    lr: float
+    decay: float
+    start: Any  # values, or what draws them; None: as its module drew them
+    bits: int  # of a value in the artifact; 0: fp32
+
+
+def parameter_table(hp: Hyperparameters) -> list[Row]:
+    """Describe the parameters of a GPT: the first row that fits a name counts."""
+    adam = ("adam", hp.scalar_lr, hp.adam_wd)
+    muon = ("muon", hp.matrix_lr, hp.muon_wd)
+    head = ("adam", hp.head_lr, hp.adam_wd)
+    embed = ("adam", hp.embed_lr, hp.embed_wd)
+    token = reads = None
+    writes = 0.0  # what writes to the residual stream starts silent
+    if hp.tie_embeddings:
+        embed = ("adam", hp.tied_embed_lr, hp.embed_wd)
+        token = functools.partial(nn.init.normal_, std=hp.tied_embed_init_std)
+    if hp.ortho_init:
+        reads = nn.init.orthogonal_
+        writes = functools.partial(nn.init.orthogonal_, gain=(2 * hp.num_layers) ** -0.5)
     return [
-        (not Path(hp.tokenizer_path).is_file(), "{TOKENIZER_PATH}: no such file; {GET}"),
-        (not train, "{DATA_PATH}: no fineweb_train_*.bin; {GET}"),
-        (not val, "{DATA_PATH}: no fineweb_val_*.bin; {GET}"),
-        (hp.eval_only and not Path(hp.artifact).is_file(), "{ARTIFACT}: no such file"),
-        (hp.resume not in ("", "auto") and not resume.is_file(), "{RESUME}: no such file"),
-        (not writable[0], "{OUT_DIR}: cannot be written to"),
-        (not nll, "{SAVE_NLL}: no file can be made there"),
+        Row("tok_emb.weight", *embed, token, hp.quant_bits_embed),
+        Row("lm_head.weight", *head, 0.0, hp.quant_bits_embed),
+        Row("bigram.table.weight", *embed, 0.0, hp.quant_bits_bigram),
+        Row("bigram.expand.weight", *muon, None, hp.quant_bits_bigram),
+        Row("bigram.bigram_scale", *adam, 0.05, 0),
+        Row("smear", *adam, 0.0, 0),
+        Row("skip_weights", *adam, 1.0, 0),
+        Row("blocks.*.attn.proj.weight", *muon, writes, hp.quant_bits_attn),
+        Row("blocks.*.attn.c_*.weight", *muon, reads, hp.quant_bits_attn),
+        Row("blocks.*.attn.q_gain", *adam, hp.qk_gain_init, 0),
+        Row("blocks.*.proj.weight", *muon, writes, hp.quant_bits_mlp),
+        Row("blocks.*.fc.weight", *muon, reads, hp.quant_bits_mlp),
+        Row("blocks.*.resid_mix", *adam, [[1.0], [0.0]], 0),
+        Row("blocks.*_scale", *adam, 1.0, 0),
     ]
 
 
-def settings_table() -> str:
-    """All settings as a Markdown table that is also readable in a terminal."""
-    row = "| {:26} | {:41} | {:20} | {:56} |".format
-    rows = [row(name, field.default, *field.metadata.values()) for name, field in FIELDS.items()]
-    return "\n".join([row("variable", "default", "valid", "meaning"), row(*["---"] * 4), *rows])
+def row_of(name: str, hp: Hyperparameters) -> Row:
+    """Find a parameter's row of the table. Raises UserError if there is none."""
+    for row in parameter_table(hp):
+        if fnmatch.fnmatchcase(name, row.pattern):
+            return row
+    raise UserError(f"parameter {name}: no row of parameter_table fits its name; add one")
 
 
-def setting_texts(hp: Hyperparameters) -> dict[str, str]:
-    """All settings by the name of their variable, as they would be typed."""
-    return {name: str(getattr(hp, name.lower())) for name in FIELDS}
+@torch.no_grad()
+def initialize(p: Tensor, start: Any) -> None:
+    """Set the first values of a parameter, as its row of the table says."""
+    if callable(start):
+        start(p)
+    elif start is not None:
+        p.copy_(torch.tensor(start))
 
 
-def settings_dotenv(hp: Hyperparameters) -> str:
-    """The settings as a dotenv file that CONFIG accepts."""
-    texts = [(name, text) for name, text in setting_texts(hp).items() if name != "CONFIG"]
-    return "\n".join(f"{name}={shlex.quote(text) if text else ''}" for name, text in texts)
+class GPT(nn.Module):
+    """The baseline model of the challenge, and by settings that of its pull request 369."""
+
+    def __init__(self, hp: Hyperparameters, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        dim = hp.model_dim
+        self.dtype = dtype
+        self.softcap = hp.logit_softcap
+        self.bos = hp.bos
+        self.visits = [*range(hp.num_layers)]
+        self.tok_emb = Table(hp.vocab_size, dim)
+        self.bigram = BigramHash(hp) if hp.bigram_buckets else None
+        self.smear = parameter(dim) if hp.smear_gate else None
+        self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(hp.num_layers))
+        self.skip_weights = parameter(len(self.visits) // 2, dim)
+        self.lm_head = None if hp.tie_embeddings else Matrix(dim, hp.vocab_size)
+        for name, p in self.named_parameters():
+            initialize(p, row_of(name, hp).start)
+        for name, length in (("short", hp.train_seq_len), ("long", hp.eval_seq_len)):
+            table = rotary_table(hp, length).to(dtype)
+            self.register_buffer(name, table, persistent=False)
+
+    def starts(self, inputs: Tensor) -> Tensor:
+        """Find where nothing comes before a token: at BOS, and first in a row. Bool (B, T)."""
+        return (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Map tokens int64 (B, T) to the first residual stream (B, T, D)."""
+        x = self.tok_emb(inputs)
+        if self.bigram is not None or self.smear is not None:
+            starts = self.starts(inputs)
+        if self.bigram is not None:
+            x = x + self.bigram(inputs, starts)
+        x = rms_norm(x.to(self.dtype))
+        if self.smear is not None:  # nothing of a document reaches the next one
+            inside = ~starts[..., None]
+            gate = torch.sigmoid(self.smear).to(x.dtype)
+            x = x + gate * inside * (x.roll(1, 1) - x)
+        return x
+
+    def trunk(self, x: Tensor, visits: list[int], documents: Documents = None) -> Tensor:
+        """Take x (B, T, D) through the visited blocks; skips go to the second half, last first."""
+        T = x.size(1)
+        rotary = self.short if self.short.size(1) >= T else self.long
+        rotary = rotary[:, :T]
+        half = len(visits) // 2
+        x0 = x
+        skips = []
+        for layer in visits[:half]:
+            x = self.blocks[layer](x, x0, rotary, documents)
+            skips.append(x)
+        for i, layer in enumerate(visits[half:]):
+            if skips:
+                x = x + self.skip_weights[i].to(x.dtype) * skips.pop()
+            x = self.blocks[layer](x, x0, rotary, documents)
+        return x
+
+    def head(self, x: Tensor, *targets: Tensor) -> list[Tensor]:
+        """Give the NLL of each of `targets`, int64 (B, T), on the same logits: fp32 (B, T)."""
+        head = self.tok_emb if self.lm_head is None else self.lm_head
+        weight = head.weight.to(x.dtype)
+        rows = max(1, LOGITS[x.device.type] // len(weight))
+        parts = rms_norm(x).flatten(0, 1).split(rows)
+        losses = []
+        for t in targets:
+            pairs = zip(parts, t.flatten().split(rows), strict=True)
+            nll = [CappedLoss.apply(part, weight, label, self.softcap) for part, label in pairs]
+            losses.append(torch.cat(nll).view_as(t))
+        return losses
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Give the NLL of each target given its prefix: int64 (B, T) to fp32 (B, T)."""
+        x = self.embed(inputs)
+        x = self.trunk(x, self.visits)
+        (nll,) = self.head(x, targets)
+        return nll
 
 
-# ===================================== RUN CONTEXT =====================================
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # save, and stop; SIGUSR1: stop, and export
-FAILED = 1000  # over all signals: a rank cannot go on
-PATIENCE = 5.0  # seconds after which a wait for other ranks is told
+# ===================================== OPTIMIZERS =====================================
+# An optimizer keeps its state in `optimizer.state`, where checkpoints find it; it may make it as
+# late as in its first step. If `found_inf`, a number on the device, is not 0, gradients are 0, and
+# its step changes nothing. It takes the learning rate from its groups at each step.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(g: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix of g, (N, rows, cols), towards 1, in g's dtype.
+
+    Newton-Schulz: X ← (aI + bA + cA²)X with A = XXᵀ (Muon, kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = g.size(-2) > g.size(-1)
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    identity = x.new_ones(x.size(-2)).diag()
+    for _ in range(steps):
+        s = x @ x.mT
+        x = torch.add(a * identity + b * s, s @ s, alpha=c) @ x
+    return x.mT if tall else x
+
+
+def directions(
+    grads: list[Tensor], momenta: list[Tensor], mu: Tensor, bad: Tensor, settings: dict[str, Any]
+) -> Sequence[Tensor]:
+    """Move momenta M, (N, rows, cols), unless `bad`; give G + μM orthogonalized and wide, or 0."""
+    kept = torch.where(bad, 1.0, mu)
+    steps = settings["steps"]
+    wide = []
+    for g, m in zip(grads, momenta, strict=True):
+        m.mul_(kept).add_(g)
+        x = torch.addcmul(g, m, mu).mul_(~bad)
+        x = x.to(settings["dtype"])
+        wide.append(x.mT if x.size(1) > x.size(2) else x)
+    if not settings["joint"]:
+        return [orthogonalize(x, steps) for x in wide]
+    rows = max(x.size(1) for x in wide)
+    cols = max(x.size(2) for x in wide)
+    # In one batch, padded with zeros: launches cost a GPU more than FLOPs.
+    padded = [F.pad(x, (0, cols - x.size(2), 0, rows - x.size(1))) for x in wide]
+    batch = orthogonalize(torch.cat(padded), steps)
+    return batch.split([len(x) for x in wide])
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum with an orthogonalized update; the matrices of a group are of one shape.
+
+    M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM), of one μ.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        super().__init__(groups, {"joint": False, **defaults})
+        self.found_inf = groups[0]["params"][0].new_zeros(())
+        self.settings = {key: groups[0][key] for key in ("steps", "dtype", "joint")}
+        self.directions = directions
+        if self.settings["joint"]:
+            self.directions = torch.compile(directions, dynamic=False)
+
+    def momenta(self, params: list[Tensor]) -> Tensor:
+        """Give M of a group, (N, rows, cols), which the states of its matrices are views of."""
+        states = [self.state[p] for p in params]
+        batch = getattr(states[0].get("momentum_buffer"), "_base", None)
+        if batch is None:  # the first step, or the first one with a state that was given
+            kept = [self.state[p].get("momentum_buffer", torch.zeros_like(p)) for p in params]
+            batch = torch.stack(kept)
+            for state, m in zip(states, batch, strict=True):
+                state["momentum_buffer"] = m
+        return batch
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update all matrices from their gradients."""
+        bad = self.found_inf > 0
+        grads = [torch.stack([p.grad for p in group["params"]]) for group in self.param_groups]
+        momenta = [self.momenta(group["params"]) for group in self.param_groups]
+        mu = grads[0].new_full((), self.param_groups[0]["momentum"])
+        found = self.directions(grads, momenta, mu, bad, self.settings)
+        for group, x in zip(self.param_groups, found, strict=True):
+            params = group["params"]
+            lr = group["lr"]
+            if decay := group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - lr * decay * ~bad)
+            rows, cols = params[0].shape
+            x = x.mT if rows > cols else x
+            x = x[:, :rows, :cols]
+            x = x.to(params[0].dtype, memory_format=torch.contiguous_format)
+            scale = max(1.0, rows / cols) ** 0.5
+            torch._foreach_add_(params, [*x], alpha=-lr * scale)
+
+
+def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim.Optimizer]:
+    """Divide the parameters of a GPT, or some of them, among AdamW and Muon by their table."""
+    hp = run.hp
+    groups = {"adam": {}, "muon": {}}
+    for name, p in params.items():
+        row = row_of(name, hp)
+        key = (row.lr, row.decay)
+        if row.optimizer == "muon":
+            what = f"parameter {name}: Muon takes matrices, not the shape {tuple(p.shape)}"
+            require(p.ndim == 2, f"{what}; let its row of parameter_table say adam")
+            key = (*key, p.shape)
+        group = {"params": [], "lr": row.lr, "base_lr": row.lr, "weight_decay": row.decay}
+        group = groups[row.optimizer].setdefault(key, group)
+        group["params"].append(p)
+    optimizers = []
+    if adam := [*groups["adam"].values()]:
+        betas = (hp.beta1, hp.beta2)
+        optimizers.append(torch.optim.AdamW(adam, 0.0, betas, hp.adam_eps, fused=True))
+    if muon := [*groups["muon"].values()]:
+        joint = run.compile and run.device.type == "cuda"
+        settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype, "joint": joint}
+        optimizers.append(Muon(muon, settings))
+    return optimizers
+
+
+def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
+    """Scale all rates: 1, then linearly to FINAL_LR_FRAC at ITERATIONS or the wallclock cap."""
+    left = hp.iterations - step
+    cap = hp.max_wallclock_seconds
+    if cap and step and elapsed:
+        left = min(left, (cap - elapsed) * step / elapsed)  # at the mean pace so far
+    warmdown = hp.warmdown_iters
+    if hp.warmdown_frac != "":
+        warmdown = hp.warmdown_frac * (step + left)
+    if warmdown <= 0:
+        return 1.0
+    share = min(1.0, max(0.0, left / warmdown))
+    return share + (1 - share) * hp.final_lr_frac
+
+
+# ===================================== DATA =====================================
+# A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16 tokens.
+SHARD_MAGIC = (20240520, 1)
+SHARD_HEADER_BYTES = 1024
+SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
+PART_TOKENS = 2**22  # read at once, of a whole split
+FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
+
+
+def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
+    """List the shards of "train" or "val" in order; sidecars (fineweb_val_bytes_*) are none."""
+    return sorted(Path(hp.data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
+
+
+def shard_size(path: Path) -> int:
+    """Read how many tokens a shard has. Raises UserError if the file is not a whole shard."""
+    magic, version, count = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
+    known = (magic, version) == SHARD_MAGIC
+    require(known, f"{path}: not a token shard: no {SHARD_MAGIC} in it")
+    whole = count > 0 and path.stat().st_size == SHARD_HEADER_BYTES + 2 * count
+    require(whole, f"{path}: truncated or damaged: not as long as {count} tokens; get it again")
+    return count
+
+
+class TokenStream:
+    """The shards of a split as one endless sequence that starts over after its last token."""
+
+    def __init__(self, split: str, run: Run, ids: int = 0) -> None:
+        self.paths = shard_paths(run.hp, split)
+        self.ids = ids or run.hp.vocab_size
+        self.sizes = [shard_size(path) for path in self.paths]
+        self.ends = np.cumsum(self.sizes)
+        self.total = int(self.ends[-1])
+        scan = min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1
+        for _ in self.parts(scan):
+            pass  # reading has checked the ids
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Read tokens [start, start + count), uint16 (count,). Raises UserError at a wrong id."""
+        pieces = []
+        while count:
+            piece = self.read_in_shard(start % self.total, count)
+            pieces.append(piece)
+            start += len(piece)
+            count -= len(piece)
+        return np.concatenate(pieces)
+
+    def read_in_shard(self, start: int, most: int) -> np.ndarray:
+        """Read up to `most` tokens from `start` on, as far as they lie in one shard."""
+        index = int(np.searchsorted(self.ends, start, "right"))
+        path = self.paths[index]
+        left = int(self.ends[index]) - start
+        offset = self.sizes[index] - left
+        count = min(most, left)
+        piece = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
+        require(len(piece) == count, f"{path}: has become shorter; get it again")
+        worst = int(piece.max())
+        where = f"{path}, token {offset + piece.argmax()}"
+        require(worst < self.ids, f"{where}: id {worst}, VOCAB_SIZE={self.ids}")
+        return piece
+
+    def parts(self, count: int) -> Iterator[np.ndarray]:
+        """Read the first `count` tokens, in parts that take little memory."""
+        for start in range(0, count, PART_TOKENS):
+            yield self.read(start, min(PART_TOKENS, count - start))
+
+
+def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tensor]]:
+    """Yield the micro-batches of each step from `first` on, int64 (2, rows, T), loaded ahead."""
+    step_tokens = run.hp.train_batch_tokens
+    T = run.hp.train_seq_len
+    total = step_tokens // T
+    # Each rank has a contiguous share of the tokens from s·TRAIN_BATCH_TOKENS on, for step s.
+    start = total * run.rank // run.world_size
+    stop = total * (run.rank + 1) // run.world_size
+    # All micro-batches of all ranks have one shape, that one compiled graph serves.
+    most = math.ceil(total / run.world_size)
+    count = math.ceil(most / run.forward_rows)
+    rows = math.ceil(most / count)
+    padding = (start - stop) % rows * T
+
+    def load(step: int) -> list[Tensor]:
+        span = stream.read(step * step_tokens + start * T, (stop - start) * T + 1)
+        tokens = torch.from_numpy(span.astype(np.int64))
+        inputs = F.pad(tokens[:-1], (0, padding))
+        targets = F.pad(tokens[1:], (0, padding), value=IGNORE)
+        pairs = torch.stack((inputs.view(-1, rows, T), targets.view(-1, rows, T)), dim=1)
+        if run.device.type == "cuda":
+            pairs = pairs.pin_memory()
+        return list(pairs.to(run.device, non_blocking=True))
+
+    with ThreadPoolExecutor(1) as worker:
+        ahead = worker.submit(load, first)
+        for step in itertools.count(first + 1):
+            ready = ahead.result()
+            ahead = worker.submit(load, step)
+            yield ready
+
+
+# ===================================== EVALUATION =====================================
+# BPB = (sum of NLL / ln 2) / (bytes of the text that the scored tokens decode to). A wrong byte
+# count wins leaderboards unnoticed, so the counts are audited against decoded text first.
+SPACE = "\u2581"  # SentencePiece's marker of a space
+ADVICE = "TOKENIZER_PATH must be the tokenizer of the shards, and have a piece for a single space"
+
+
+class ByteTable:
+    """The UTF-8 bytes of text that each token of a SentencePiece model stands for."""
+
+    def __init__(self, sp: SentencePieceProcessor) -> None:
+        size = len(sp)
+        self.pieces = [sp.id_to_piece(i) for i in range(size)]
+        self.base = np.zeros(size, np.int64)
+        self.byte = np.zeros(size, bool)
+        self.lead = np.zeros(size, bool)  # begins with a space
+        self.silent = np.zeros(size, bool)  # holds no text; a space behind it does not count
+        for i, piece in enumerate(self.pieces):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                self.silent[i] = True
+            elif sp.is_byte(i):
+                self.byte[i] = True
+                self.base[i] = 1
+            else:
+                text = piece.removeprefix(SPACE).replace(SPACE, " ")
+                self.base[i] = len(text.encode())
+                self.lead[i] = piece.startswith(SPACE)
+
+    def lengths(self, tokens: np.ndarray) -> np.ndarray:
+        """Count the bytes of tokens[1:], each given the one before: (N,) to int64 (N - 1,)."""
+        spaces = self.lead[tokens[1:]] & ~self.silent[tokens[:-1]]
+        return self.base[tokens[1:]] + spaces
+
+
+class Tokenizer(ByteTable):
+    """A SentencePiece model of VOCAB_SIZE pieces, whose byte table can be audited."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        path = hp.tokenizer_path
+        try:
+            self.sp = SentencePieceProcessor(model_proto=read_once(path))
+        except Exception as error:
+            raise UserError(f"{path}: not a SentencePiece model: {error}") from None
+        require(len(self.sp) == hp.vocab_size, f"{path}: {len(self.sp)} pieces, not VOCAB_SIZE")
+        super().__init__(self.sp)
+        self.bos = self.sp.bos_id()
+        self.unknown = self.sp.unk_id()
+        self.byte_level = (self.byte | self.silent).all()  # no piece is more than a byte
+        # Decoding strips spaces from the start of a text, so a plain word goes there first.
+        plain = [i for i, piece in enumerate(self.pieces) if piece.isalpha() and self.base[i]]
+        self.plain = plain[:1]
+        self.plain_text = "".join(self.pieces[i] for i in self.plain)
+
+    def audit(self, tokens: np.ndarray, prose: bool = True) -> None:
+        """Compare `lengths` with the text of each document; the keeper encodes prose again."""
+        require(self.plain or self.byte_level, f"byte audit: no piece is a plain word; {ADVICE}")
+        starts = 1 + np.flatnonzero(tokens[1:] == self.bos)
+        for number, ids in enumerate(np.split(tokens, starts)):
+            count = self.base[ids[0]] + self.lengths(ids).sum()
+            size = self.decoded_bytes(ids)
+            what = f"document {number} counts {count} bytes, but decodes to {size}"
+            require(count == size, f"byte audit: validation {what}; {ADVICE}")
+        keeper = find_keeper()
+        if prose and keeper:
+            keeper.audit_words(self, tokens)
+        require(self.lengths(tokens).any(), "byte audit: the validation tokens hold no text")
+
+    def decoded_bytes(self, ids: np.ndarray) -> int:
+        """Count the UTF-8 bytes that tokens decode to, less spaces that follow a silent token."""
+        space = SPACE if self.byte_level else " "
+        size = 0
+        for part in np.split(ids, np.flatnonzero(self.silent[ids])):
+            part = part[~self.silent[part]]
+            text = self.sp.decode(self.plain + part.tolist())
+            text = text.removeprefix(self.plain_text).replace(SPACE, space)
+            size += len(text.encode()) - int(self.lead[part[:1]].sum())
+            if "\ufffd" in text:
+                size -= 2 * self.stray_bytes(part)
+        return size
+
+    def stray_bytes(self, ids: np.ndarray) -> int:
+        """Count byte tokens that form no character: each decodes to U+FFFD, of three bytes."""
+        raw = bytearray(len(ids))
+        for place in np.flatnonzero(self.byte[ids]):
+            raw[place] = int(self.pieces[ids[place]][3:5], 16)  # of <0xFF>
+        text = raw.decode("utf-8", "surrogateescape")
+        return sum("\udc80" <= char <= "\udcff" for char in text)
+
+
+class Validation:
+    """The audited tokens, uint16 (N,), and how many bytes all but the first of a stream stand for.
+
+    Streams are from `starts[i]` to `starts[i + 1]`. The sidecar, if there is one, counts the bytes.
+    """
+
+    def __init__(self, run: Run) -> None:
+        hp = run.hp
+        tokenizer = Tokenizer(hp)
+        stream = TokenStream("val", run)
+        limit = hp.val_tokens or stream.total
+        ends = stream.ends.tolist() if hp.score_streams else [stream.total]
+        spans = [(a, min(b - a, limit)) for a, b in itertools.pairwise([0, *ends])]
+        self.bos = tokenizer.bos
+        self.paths = stream.paths
+        self.starts = np.cumsum([0, *(count for _, count in spans)])
+        self.tokens = np.concatenate([stream.read(*span) for span in spans])
+        unscored = self.starts[:-1]
+        sizes = np.append(0, tokenizer.lengths(self.tokens))
+        sizes[unscored] = 0
+        self.text_bytes = int(sizes.sum())
+        if run.rank == 0:
+            tokenizer.audit(self.tokens, prose=not hp.score_streams)
+        self.note = f"val_tokens:{len(self.tokens)} val_bytes:{self.text_bytes} byte_audit:ok"
+        is_bos = self.tokens == self.bos
+        is_unknown = self.tokens == tokenizer.unknown
+        self.lost: int | None = None  # bytes of that text, if known
+        if shard_paths(hp, "val_bytes"):
+            sidecar = TokenStream("val_bytes", run, ids=2**16)
+            first = sidecar.paths[0]
+            same = sidecar.sizes == stream.sizes
+            require(same, f"{first}: the sidecars are not as long as their shards")
+            sizes = np.concatenate([sidecar.read(*span) for span in spans])
+            self.lost = int(sizes[is_unknown].sum(dtype=np.int64))
+            counts_bos = sizes[is_bos].any()
+            sizes[unscored] = 0
+            sound = sizes.any() and not counts_bos
+            require(sound, f"{first}: counts bytes for BOS, or none at all")
+            self.text_bytes = int(sizes.sum(dtype=np.int64))
+            self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
+        self.unknown = int(is_unknown.sum())  # pieces that stand for text that is lost
+        if self.unknown:
+            self.note += f" unknown_tokens:{self.unknown}"
+        self.parted = hp.score_streams or is_bos.any()  # into documents or streams
+
+
+def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
+    """Plan the windows of a stream: first input, end, and first one with a scored target, (W, 3).
+
+    The first window of the stream, or of a document if these are isolated, scores all that it
+    holds, and each next one begins EVAL_STRIDE later, wherever the text ends.
+    """
+    length = hp.eval_seq_len or hp.train_seq_len
+    stride = hp.eval_stride or length
+    edges = {0, len(tokens) - 1}
+    if hp.eval_doc_isolated:
+        edges.update(np.flatnonzero(tokens[:-1] == hp.bos).tolist())
+    spans = []
+    for begin, end in itertools.pairwise(sorted(edges)):
+        marks = [begin, *range(begin + length, end, stride), end]
+        for scored, stop in itertools.pairwise(marks):
+            first = max(begin, scored + stride - length)
+            spans.append((first, stop, scored))
+    return np.array(spans, np.int64).reshape(-1, 3)
+
+
+def row_lengths(used: np.ndarray, hp: Hyperparameters) -> np.ndarray:
+    """Choose a row's length for each window, int64 (W,): one of four, as documents may be short."""
+    longest = hp.eval_seq_len or hp.train_seq_len
+    scaled = hp.rope_scaling != "none" and longest > hp.train_seq_len  # tells how long it is
+    short = hp.eval_doc_isolated or hp.score_streams
+    lengths = np.array([longest])
+    if short and not scaled:
+        lengths = np.unique(longest >> np.arange(4)).clip(1)
+    return lengths[np.searchsorted(lengths, used)]
+
+
+def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield inputs, targets or IGNORE, and indices of their NLL or the last one: int64 (B, T)."""
+    hp = run.hp
+    last = len(val.tokens) - 1
+    tokens = torch.from_numpy(val.tokens.astype(np.int32))
+    tokens = F.pad(tokens, (0, 1), value=IGNORE).to(run.device)
+    streams = itertools.pairwise(val.starts)
+    spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
+    lengths = row_lengths(spans[:, 1] - spans[:, 0], hp)
+    most = min(hp.val_batch_size // run.world_size, run.forward_rows * hp.train_seq_len)
+    for T in np.unique(lengths).tolist():
+        rows = max(1, most // T)
+        group = torch.from_numpy(spans[lengths == T])
+        group = F.pad(group, (0, 0, 0, -len(group) % rows)).to(run.device)
+        for part in group.split(rows)[run.rank :: run.world_size]:
+            first, stop, scored = part.T[..., None]
+            at = first + torch.arange(T, device=run.device)
+            ours = (at >= scored) & (at < stop)
+            inputs = tokens[at.clamp(max=last)].long()
+            indices = torch.where(ours, at, last)
+            targets = tokens[indices + 1].long()
+            yield inputs, targets, indices
+
+
+@torch.no_grad()
+def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
+    """Score each token but a stream's first: NLL in nats, float32 (N - 1,); its mean, and BPB."""
+    # All NLL stays on the device until the end; the last one is for what is not scored.
+    nll = torch.zeros(len(val.tokens), device=run.device)
+    for inputs, targets, indices in scoring_batches(val, run):
+        nll[indices] = model(inputs, targets).float()
+    if run.world_size > 1:
+        dist.all_reduce(nll)  # each element is set on one rank and zero on the others
+    nll = nll[:-1].cpu().numpy()
+    nats = float(nll.sum(dtype=np.float64))
+    count = len(val.tokens) - (len(val.starts) - 1)
+    bits = nats / math.log(2)
+    return nll, {"val_loss": nats / count, "val_bpb": bits / val.text_bytes}
+
+
+def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
+    """Write the NLL that `score` gave to SAVE_NLL; of streams, as <shard>.npy in that folder."""
+    path = Path(hp.save_nll)
+    if not hp.score_streams:
+        atomic_write(path, functools.partial(np.save, arr=nll))
+        return
+    path.mkdir(exist_ok=True)
+    for shard, (start, end) in zip(val.paths, itertools.pairwise(val.starts), strict=True):
+        write = functools.partial(np.save, arr=nll[start : end - 1])
+        atomic_write(path / f"{shard.stem}.npy", write)
+
+
+# ===================================== ARTIFACT =====================================
+# A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), coded levels of matrices.
+# No pickle: loading checks the digest, runs nothing, and decompresses no more than the model holds.
+PREAMBLE = struct.Struct("<6sHII")  # 16 bytes
+MAGIC = b"BIRDIE"
+VERSION = 2
+KEEP_FLOAT_NUMEL = 65536  # smaller matrices stay fp16: they cost little and are worth precision
+RANS_BITS = 14  # precision of probabilities
+RANS_TOTAL = 1 << RANS_BITS
+RANS_START = 1 << 16  # a lane's first state
+RANS_LANE = 8192  # symbols for each state, of at most 2048: fast, and under 0.1% of the size
+GONE = ("COMPRESSOR=zlib", "COMPRESSOR=lzma")  # artifacts that 7c53aa7 was the last to read
+
+
+def rans_frequencies(symbols: np.ndarray) -> np.ndarray:
+    """Scale the counts of symbols to a sum of 2^14. No symbol that occurs gets 0."""
+    counts = np.bincount(symbols)
+    scaled = np.rint(counts * (RANS_TOTAL / symbols.size)).astype(np.int64)
+    f = np.maximum(scaled, counts > 0)
+    while rest := RANS_TOTAL - f.sum():
+        f[f.argmax()] += np.sign(rest)
+    return f.astype(np.uint32)
+
+
+def rans_encode(arrays: list[np.ndarray]) -> bytes:
+    """Code int8 arrays, each within 0.5% of its order-0 entropy, by rANS (arXiv 1311.2540).
+
+    Each array has frequencies f (sum 2^14, cumulated c). A lane is a state x in [2^16, 2^32):
+    x ← (x // f)·2^14 + x mod f + c, after a word of 16 bits has left if x ≥ f·2^18. Decoding runs
+    backwards: encoding starts at the end.
+    """
+    width = np.clip(sum(array.size for array in arrays) // RANS_LANE, 1, 2048)
+    lanes = np.full(width, RANS_START, np.uint32)
+    words = []
+    for array in reversed(arrays):
+        symbols = array.ravel().astype(np.int16) + 128
+        low = symbols.min()
+        symbols -= low
+        f = rans_frequencies(symbols)
+        c = f.cumsum(dtype=np.uint32) - f
+        for at in reversed(range(0, symbols.size, width)):
+            symbol = symbols[at : at + width]
+            freq = f[symbol]
+            x = lanes[: len(symbol)]
+            full = x >> (32 - RANS_BITS) >= freq
+            words.append(x[full].astype("<u2"))
+            x[full] >>= 16
+            x[:] = (x // freq << RANS_BITS) + x % freq + c[symbol]
+        words.append(np.array([low, len(f), *f], "<u2"))
+    words.append(lanes.astype("<u4").view("<u2"))
+    return np.concatenate(words[::-1]).tobytes()
+
+
+def rans_decode(data: bytes, sizes: list[int]) -> np.ndarray:
+    """Decode the int8 arrays of these sizes that rans_encode coded, as one. Raises ValueError."""
+    stream = io.BytesIO(data)
+
+    def take(count: int) -> np.ndarray:
+        words = np.frombuffer(stream.read(2 * count), "<u2")
+        require(len(words) == count, "its levels are cut off")
+        return words
+
+    width = np.clip(sum(sizes) // RANS_LANE, 1, 2048)
+    lanes = take(2 * width).view("<u4").astype(np.uint32)
+    levels = np.empty(sum(sizes), np.int8)
+    for part in np.split(levels, np.cumsum(sizes))[:-1]:
+        low, count = take(2).tolist()
+        f = take(count).astype(np.uint32)
+        require(f.sum() == RANS_TOTAL, "its frequencies do not add up")
+        symbol = np.repeat(np.arange(count), f)
+        freq = f[symbol]
+        c = f.cumsum(dtype=np.uint32) - f
+        offset = np.arange(RANS_TOTAL, dtype=np.uint32) - c[symbol]
+        level = (symbol + low - 128).astype(np.int8)
+        for at in range(0, part.size, width):
+            x = lanes[: part.size - at]
+            slot = x % RANS_TOTAL
+            part[at : at + width] = level[slot]
+            x[:] = freq[slot] * (x >> RANS_BITS) + offset[slot]
+            hungry = x < RANS_START
+            x[hungry] = x[hungry] << 16 | take(np.count_nonzero(hungry))
+    require(not stream.read(1) and (lanes == RANS_START).all(), "its levels do not decode")
+    return levels
+
+
+def zstd() -> ModuleType:
+    """Import the package zstandard, which nothing but artifacts needs. Raises UserError."""
+    try:
+        import zstandard
+    except ImportError:
+        advice = "pip install zstandard, or bring its wheel to where nothing can be fetched"
+        raise UserError(f"no package zstandard, which artifacts need: {advice}") from None
+    return zstandard
+
+
+def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
+    """Code the levels of quantized matrices, int8."""
+    if compressor == "rans":
+        return rans_encode(arrays)
+    raw = b"".join(array.tobytes() for array in arrays)
+    return zstd().compress(raw, 1)  # within 0.7% of level 22, in 1/500 of its time
+
+
+def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
+    """Decode the levels, int8 (sum of sizes,); of other data, never more. Raises an Exception."""
+    if compressor == "rans":
+        return rans_decode(data, sizes)
+    require(zstd().frame_content_size(data) == sum(sizes), "its levels have another size")
+    raw = zstd().ZstdDecompressor().decompress(data, allow_extra_data=False)
+    return np.frombuffer(bytearray(raw), np.int8)
+
+
+def bits_of(name: str, w: Tensor, hp: Hyperparameters) -> int:
+    """Give the bits of a parameter's weights in the artifact; 0: they are floats."""
+    large = w.ndim == 2 and w.numel() > KEEP_FLOAT_NUMEL
+    return row_of(name, hp).bits if large else 0
+
+
+def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
+    """Round rows of fp32 w to levels: fp16 scales (rows, 1), and int8 of w's shape.
+
+    Levels go up to ±Q, Q = 2^(bits-1) - 1. rowmax: they end at the largest value, but no step is
+    finer than σ/40. sigma: at k·σ, and they cost about log2(Q/k) + 2.05 bits (SDClip).
+    """
+    top = 2 ** (bits - 1) - 1
+    sigma = w.std(1, keepdims=True)
+    if hp.quant_clip == "sigma":
+        ends = hp.quant_sigma * sigma
+    else:
+        ends = np.maximum(np.abs(w).max(1, keepdims=True), sigma * top / 40)
+    scale = (ends / top).astype("<f2")  # rounded before use: the levels make up for it
+    step = np.where(scale > 0, scale, 1).astype(np.float32)
+    levels = np.rint(w / step).clip(-top, top)
+    return [scale, levels.astype("|i1")]
+
+
+def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
+    """List NumPy type and shape of the arrays that a parameter is stored as."""
+    if bits_of(name, w, hp):
+        return [["<f2", [len(w), 1]], ["|i1", [*w.shape]]]
+    return [["<f4" if row_of(name, hp).bits == 0 else "<f2", [*w.shape]]]
+
+
+def stored_arrays(name: str, w: Tensor, hp: Hyperparameters) -> list[np.ndarray]:
+    """Make the arrays whose product stands for a parameter."""
+    bits = bits_of(name, w, hp)
+    array = w.float().cpu().contiguous().numpy()
+    if not bits:
+        return [array.astype(layout(name, w, hp)[0][0])]
+    return quantize(array, bits, hp)
+
+
+def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters) -> bytes:
+    """Quantize and compress the weights. Raises UserError if they cannot be stored."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        tensors = {name: stored_arrays(name, w, hp) for name, w in state.items()}
+    bad = [name for name, arrays in tensors.items() if not np.isfinite(arrays[0]).all()]
+    require(not bad, f"no artifact: values not finite or over 65504 in {', '.join(bad)}")
+    texts = setting_texts(hp)
+    header = {
+        "settings": {name: texts[name] for name in MODEL_SETTINGS},
+        "tokenizer": hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest(),
+        "bos": hp.bos,
+        "tensors": {name: layout(name, w, hp) for name, w in state.items()},
+    }
+    text = json.dumps(header).encode()
+    # The first bytes of all numbers, then the second ones: sign and exponent are often alike.
+    floats = [arrays[0].reshape(-1, 1).view("u1").T.tobytes() for arrays in tensors.values()]
+    levels = [arrays[1] for arrays in tensors.values() if len(arrays) > 1]
+    head = zstd().compress(text + b"".join(floats), 22)
+    coded = compress(hp.compressor, levels)
+    preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(head))
+    digest = hashlib.sha256(preamble + head + coded).digest()
+    return preamble + digest + head + coded
+
+
+def open_artifact(data: bytes) -> tuple[dict[str, Any], IO[bytes], bytes]:
+    """Check the preamble and the digest. Returns header, stream of floats, coded levels."""
+    preamble = data[:16]
+    digest = data[16:48]
+    body = data[48:]
+    require(data.startswith(MAGIC) and body, "not an artifact, or cut off at its start")
+    _, version, text_size, head_size = PREAMBLE.unpack(preamble)
+    require(version == VERSION, f"format version {version}; this script reads {VERSION}")
+    require(hashlib.sha256(preamble + body).digest() == digest, "truncated or damaged")
+    require(text_size < 2**21 and head_size <= len(body), "its header cannot be that long")
+    head = zstd().ZstdDecompressor().stream_reader(body[:head_size])
+    return json.loads(head.read(text_size)), head, body[head_size:]
+
+
+def read_settings(header: dict[str, Any], hp: Hyperparameters) -> Hyperparameters:
+    """Take the model's settings from a header, but for EVAL_* that were given for this score."""
+    # What it lacks was at its default when the artifact was made.
+    values = {name: FIELDS[name].default for name in MODEL_SETTINGS}
+    for name, text in header["settings"].items():
+        named = f"{name}={text}"
+        require(name in values, f"unknown setting {name:.60}: a newer script made it")
+        require(named not in GONE, f"{named}: commit 7c53aa7 is the last that reads it")
+        if named != "QUANT_CLIP=percentile":  # it chose the levels, which are there
+            try:
+                values[name] = parse_setting(name, text)
+            except ValueError as error:
+                raise UserError(f"{name}={text!r:.60}: {error}") from None
+    asked = {name for name in hp.given if name.startswith("EVAL_")}
+    theirs = {name.lower(): value for name, value in values.items() if name not in asked}
+    hp = dataclasses.replace(hp, bos=int(header.get("bos", 1)), **theirs)
+    scored = dataclasses.replace(hp, train_batch_tokens=hp.train_seq_len, micro_batch_tokens=0)
+    problems = value_problems(scored)
+    require(not problems, "; ".join(problems))
+    return hp
+
+
+def read_floats(head: IO[bytes], kind: str, shape: list[int]) -> Tensor:
+    """Read an array of this NumPy type, as fp32."""
+    width = np.dtype(kind).itemsize
+    raw = head.read(width * math.prod(shape))
+    planes = np.frombuffer(raw, "u1").reshape(width, -1)
+    floats = planes.T.copy().view(kind).reshape(shape)
+    return torch.from_numpy(floats.astype(np.float32))
+
+
+def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
+    """Load the settings, the artifact's for the model, and its fp32 weights. Raises UserError."""
+    data = path.read_bytes()
+    zstd()  # where it is missing, the artifact is not malformed
+    try:
+        header, head, coded = open_artifact(data)
+        hp = read_settings(header, hp)
+        with torch.device("meta"):
+            state = GPT(hp).state_dict()
+        count = sum(w.numel() for w in state.values())
+        require(count < 1000 * len(data), "it is too small for its model")
+        table = {name: layout(name, w, hp) for name, w in state.items()}
+        require(header["tensors"] == table, "its tensors are not those of its settings")
+        weights = {name: read_floats(head, *arrays[0]) for name, arrays in table.items()}
+        require(not head.read(1), "there is more than its tensors")
+        matrices = [name for name, arrays in table.items() if len(arrays) > 1]
+        sizes = [state[name].numel() for name in matrices]
+        levels = torch.from_numpy(decompress(hp.compressor, coded, sizes)).split(sizes)
+        for name, part in zip(matrices, levels, strict=True):
+            weights[name] = weights[name] * part.view(state[name].shape)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # crafted content can raise anything
+        raise UserError(f"{path}: malformed, or not for these settings: {error}") from None
+    same = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest() == header.get("tokenizer")
+    require(same, f"{hp.tokenizer_path}: not the tokenizer that {path} was trained with")
+    return hp, weights
+
+
+def scheme(hp: Hyperparameters) -> str:
+    """Name a quantization for log lines: its bits and its coder, such as int568_zstd."""
+    bits = {hp.quant_bits_mlp, hp.quant_bits_attn, hp.quant_bits_embed}
+    if hp.bigram_buckets:
+        bits.add(hp.quant_bits_bigram)
+    digits = "".join(map(str, sorted(bits)))
+    return f"int{digits}_{hp.compressor}"
+
+
+def fit_artifact(state: Mapping[str, Tensor], run: Run) -> bytes:
+    """Pack the artifact. With FIT_BUDGET=sigma, it fills at least 99.7% of the cap beside the code.
+
+    Searched is x = log2 k of QUANT_SIGMA's k. By the size law a unit of x is a bit a weight.
+    """
+    hp = run.hp
+    if hp.fit_budget == "none":
+        return pack_artifact(state, hp)
+    cap = hp.artifact_max_bytes
+    code = len(read_once(__file__))
+    most = cap - code
+    slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
+    low = 2.0
+    high = 12.0
+    x = min(max(math.log2(hp.quant_sigma), low), high)
+    made: dict[float, bytes] = {}
+    while len(made) < 16 and x not in made:
+        made[x] = pack_artifact(state, dataclasses.replace(hp, quant_sigma=2**x))
+        size = len(made[x])
+        if size > most:
+            low = x
+        elif size >= 0.997 * most or x == low:
+            break
+        else:
+            high = x
+        x = min(max(x + (size - 0.9985 * most) / slope, low), high)
+        if x in made:
+            x = (low + high) / 2
+    sizes = {x: len(data) for x, data in made.items()}
+    fitting = [x for x in sizes if sizes[x] <= most]
+    x = max(fitting, key=sizes.get) if fitting else min(sizes, key=sizes.get)
+    fill = (code + len(made[x])) / cap
+    further = "" if 0.997 <= fill <= 1 else " (it cannot do more)"
+    run.log(f"fit_budget:sigma quant_sigma:{2**x:.4f} tries:{len(made)} fill:{fill:.4f}{further}")
+    return made[x]
+
+
+# ===================================== DISTRIBUTED RUN =====================================
+# Every rank runs the same program. Rank 0's clock alone decides when training ends. What a rank is
+# asked, as by a signal, or finds, as that it cannot go on, all ranks learn when they ask the clock.
+FINISH = 10  # as SIGUSR1 asks: train no further, and export
+FAILED = 1000  # over the numbers of all signals: a rank cannot go on
+
+
+def launched(name: str, default: int) -> int:
+    """Read what a launcher such as torchrun tells this process; `default` if it is no number."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
 
 
 @functools.cache
 def read_once(path: str) -> bytes:
-    """Read a file at its first use. What a run was started with counts to its end, although the
-    script or the tokenizer may be edited or removed meanwhile."""
+    """Read a file once: what a run was started with counts, whatever is edited meanwhile."""
     return Path(path).read_bytes()
 
 
-def say(line: str) -> None:
-    """Print a line. A console that cannot be written, be it a closed pipe or terminal or a full
-    disk, loses the line and ends nothing."""
-    with contextlib.suppress(OSError):
-        print(line)
-    flush_console()
-
-
-def flush_console() -> None:
-    """Write what is to be printed. What cannot be is dropped: it would fail again at each line, and
-    at the exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError):
-            console, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, 1)
-            sys.stdout.flush()
-            os.dup2(console, 1)
-            os.close(console)
-            os.close(nothing)
-
-
-def any_console(arguments: list[str]) -> None:
-    """Let the console take any text: what its encoding lacks is printed as an escape. A file of
-    settings is UTF-8, and has the bytes of paths as they are."""
-    # A file of the run's would get the number of a console that was closed, as by `>&-`.
-    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(free, True)
-    os.close(free)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed when the process started
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors="backslashreplace")
-    if arguments == ["--settings"]:
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-
-
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let `write` fill a temporary file, sync it, and rename it to `path`: all of it or nothing.
-    The folder is made again if it has been removed."""
+    """Let `write` fill a temporary file, sync it, and rename it to `path`: all of it or nothing."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -428,257 +1484,203 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@functools.cache
+def find_keeper() -> ModuleType | None:
+    """Import keeper.py, which protects, resumes and explains a run, if it is beside this file."""
+    is_posix = importlib.util.find_spec("fcntl") is not None
+    if not is_posix or not Path(__file__).with_name("keeper.py").is_file():
+        return None
+    if __name__ == "__main__":  # the keeper imports this module, not a second one
+        sys.modules["train_gpt"] = sys.modules[__name__]
+    return importlib.import_module("keeper")
+
+
 class Run:
-    """A process's place in the job (rank, device, dtype) and, on rank 0, the job's logs."""
+    """Hold a process's place in the job (rank, device, dtype) and, on rank 0, the job's logs."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         self.hp = hp
-        numbers = (launched(name, os.environ) for name in LAUNCHER)
-        self.rank, self.world_size, self.local_rank = numbers
-        self.signal = self.stop = self.stopped = 0  # what this process was sent; what all know of
-        self.end: Path | None = None  # a checkpoint for as long as there is no score
-        self.problem = ""  # why this process cannot go on, if it has set `signal` to FAILED
-        self.warnings: list[str] = []  # from before the log is open
-        self.kernels = contextlib.ExitStack()  # what is set in PyTorch for this run
+        self.rank = launched("RANK", 0)
+        self.world_size = launched("WORLD_SIZE", 1)
+        self.local_rank = launched("LOCAL_RANK", 0)
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
-        there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
-        kind = next(there) if hp.device == "auto" else hp.device
-        self.device = torch.device(kind, self.local_rank if kind == "cuda" else None)
-        # Without AMX, a CPU multiplies bf16 no faster than fp32.
-        amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-        fast = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and amx
-        bf16 = {"auto": fast, "bf16": True, "fp32": False}[hp.dtype]
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.forward_rows = (hp.micro_batch_tokens or FORWARD_TOKENS[kind]) // hp.train_seq_len or 1
-        # Compiling takes a minute, at the first time: on a CPU that pays for large steps alone.
-        large = hp.train_batch_tokens * hp.num_layers * hp.model_dim**2 > 10**10
-        tools = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
-        auto = kind == "cuda" or (kind == "cpu" and large and tools and not hp.eval_only)
-        self.compile = bool(hp.compile == "1" or (hp.compile == "auto" and auto))
+        self.text: IO[str] | None = None  # the text log, once it is open
+        self.metrics: IO[str] | None = None
+        self.warnings: list[str] = []  # from before that
+        self.device = choose_device(hp, self.local_rank)
+        self.dtype = choose_dtype(hp, self.device.type)
+        tokens = hp.micro_batch_tokens or FORWARD_TOKENS[self.device.type]
+        self.forward_rows = max(1, tokens // hp.train_seq_len)
+        self.compile = chooses_to_compile(hp, self.device.type)
+        self.kernels = contextlib.ExitStack()  # what is set in PyTorch for this run
+        self.signal = 0  # what this process was asked: a signal's number, FINISH or FAILED
+        self.stop = 0  # what one of all processes was asked
+        self.stopped = False  # whether that ends the run without a result
+        self.problem = ""  # why this process cannot go on
+        keeper = find_keeper()
+        self.keeper = keeper.Keeper(self) if keeper else None
 
     def start(self) -> None:
-        """Seed the generators, meet the other ranks, and open the logs with what a rerun needs."""
+        """Seed the generators, meet the other ranks, and open the logs."""
         if self.rank == 0:
-            self.lock_run()
+            self.dir.mkdir(parents=True, exist_ok=True)
+            if self.keeper:
+                self.keeper.begin()
         torch.manual_seed(self.hp.seed)
-        cuda = self.device.type == "cuda"
         # Compiled for a CPU, the embedding's gradient is otherwise summed in any order.
         torch.use_deterministic_algorithms(self.device.type == "cpu")
-        if cuda:
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
-        if cuda and attention == "sdpa":  # PyTorch's own choice
+        if attention == "sdpa" and self.device.type == "cuda":  # PyTorch's own choice
             attention = f"sdpa:{attention_backend(self)}"
         if self.world_size > 1:
             self.meet()
         if self.rank == 0:
-            # Names of files may be of any bytes: these are written as they are.
-            options = {"mode": "a", "encoding": "utf-8", "errors": "surrogateescape"}
-            self.text, self.metrics = (
-                open(path, buffering=1, **options)  # noqa: SIM115
-                for path in (f"{self.dir}.txt", self.dir / "metrics.jsonl")
-            )
-            source = read_once(__file__).decode()
-            print(source, "=" * 100, settings_dotenv(self.hp), sep="\n", file=self.text)
-            device = torch.cuda.get_device_name() if cuda else self.device.type
-            line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
-            line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size} "
-            line += f"attention:{attention}"
-            settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
-            self.log(line, "start", versions=line, settings=settings)
-            for warning in self.warnings:
-                self.log(f"warning: {warning}")
+            self.open_logs(attention)
+
+    def open_logs(self, attention: str) -> None:
+        """Open the logs, and begin them with what a rerun needs: sources, settings, versions."""
+        options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}  # of any bytes
+        self.text = open(f"{self.dir}.txt", "a", **options)  # noqa: SIM115
+        self.metrics = open(self.dir / "metrics.jsonl", "a", **options)  # noqa: SIM115
+        parts = [read_once(__file__).decode(), settings_dotenv(self.hp)]
+        if self.keeper:
+            parts.insert(1, self.keeper.source)
+        print(f"\n{'=' * 100}\n".join(parts), file=self.text)
+        device = self.device.type
+        if device == "cuda":
+            device = torch.cuda.get_device_name()
+        line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
+        line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size} "
+        line += f"attention:{attention}"
+        settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
+        self.log(line, "start", versions=line, settings=settings)
+        for warning in self.warnings:
+            self.log(f"warning: {warning}")
 
     def meet(self) -> None:
-        """Form a group with the other ranks. Raises UserError if they do not come."""
-        env = os.environ.get
-        where = f"{env('MASTER_ADDR')}:{env('MASTER_PORT')}"
-        waiting = f"rank {self.rank} waits for the other {self.world_size - 1} ranks at {where}"
-        advice = "each needs its own RANK and the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-        if self.rank:
-            advice += "; rank 0 checks the validation data before it comes"
-        # One or two of a node speak for all: on a large validation set each wait is that long.
-        patience = PATIENCE * {0: 1, 1: 2}.get(self.local_rank, 24)
-        timer = threading.Timer(patience, say, [f"{waiting}; {advice}"])
-        timer.daemon = True
-        timer.start()
-        try:
-            store = next(dist.rendezvous("env://"))[0]
-            # torchrun shows ranks it restarts the addresses of the dead (PyTorch issue 135712).
-            one_node = env("LOCAL_WORLD_SIZE") == env("WORLD_SIZE")  # counts the restarts for all
-            store = dist.PrefixStore(env("TORCHELASTIC_RESTART_COUNT", "") * one_node, store)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            place = {"rank": self.rank, "world_size": self.world_size}
-            dist.init_process_group(backend, store=store, **place)
-        except RuntimeError as error:  # of which those of torch.distributed are kinds
-            raise UserError(f"{waiting}, and cannot meet them: {error}") from None
-        finally:
-            timer.cancel()
+        """Form a group with the other ranks: gloo for what is on the CPU, NCCL on CUDA."""
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        if self.keeper:
+            self.keeper.meet(backend)
+        else:
+            dist.init_process_group(backend)
 
-    def lock_run(self) -> None:
-        """Make the run's folder this process's own. Raises UserError if a live process has it."""
-        self.dir.mkdir(parents=True, exist_ok=True)
-        path = self.dir / "lock"
-        self.lock = open(path, "a")  # noqa: SIM115
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"RUN_ID={self.dir.name}: in use by {path.read_text()}") from None
-        path.write_text(f"process {os.getpid()} on {os.uname().nodename}")
-        for left in self.dir.glob(".*.partial"):  # by a process that was killed
-            left.unlink()
+    def log(self, line: str, event: str = "", **fields: Any) -> None:
+        """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
+        if self.rank > 0:
+            return
+        say = self.keeper.say if self.keeper else print
+        say(line)
+        with contextlib.suppress(OSError):  # a full disk
+            if self.text:
+                print(line, file=self.text)
+            if self.metrics and event:
+                print(json.dumps({"event": event, **fields}), file=self.metrics)
 
-    def listen(self) -> None:
-        """Note signals that ask to stop, for `clock`, and exit at once at the second one. Those
-        that are ignored, as nohup and a shell's background jobs ask, stay so."""
-
-        def note(number: int, _: Any) -> None:
-            if self.signal and time.monotonic() > self.noted + 2:  # torchrun repeats what it gets
-                os._exit(128 + number)
-            if not self.signal:
-                self.ask_to_stop(number)
-
-        for number in (*ENDING, signal.SIGUSR1):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, note)
-
-    def ask_to_stop(self, number: int) -> None:
-        """Let all ranks stop at their next look at the clock, as a signal asks, or FAILED."""
-        self.signal = number
-        self.noted = time.monotonic()
+    def clock(self, synchronize: bool = False) -> float:
+        """Tell rank 0's seconds, and all ranks, which call it together, what one was asked."""
+        if synchronize and self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+        seconds = time.perf_counter() if self.rank == 0 else 0.0
+        now = torch.tensor([seconds, self.signal], dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(now, dist.ReduceOp.MAX)
+        self.stop = int(now[1])
+        self.stopped = self.stop not in (0, FINISH)
+        return now[0].item()
 
     def fail(self, problem: str) -> None:
         """Let all ranks stop, since this one cannot go on."""
         self.problem = problem
-        self.ask_to_stop(FAILED)
-
-    def log(self, line: str, event: str = "", **fields: Any) -> None:
-        """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
-        if self.rank == 0:
-            say(line)
-            with contextlib.suppress(OSError):  # a full disk
-                print(line, file=self.text)
-                if event:
-                    print(json.dumps({"event": event, **fields}), file=self.metrics)
+        self.signal = FAILED
 
     def recover(self) -> None:
         """Take back `fail`, on whichever rank it was."""
-        self.signal = self.signal % FAILED
-        self.stop = self.stopped = 0
+        if self.signal == FAILED:
+            self.signal = 0
+        self.stop = 0
+        self.stopped = False
 
-    def on_first(self, action: Callable[[], Any]) -> Any:
-        """Call a function on rank 0 alone: what it returns, and None on the other ranks. If it
-        raises there, all ranks raise UserError; only that of rank 0 has a message."""
-        result = None
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Call a function on rank 0 alone. If it raises there, all ranks raise UserError."""
         try:
-            result = action() if self.rank == 0 else None
+            if self.rank == 0:
+                action()
         except (OSError, UserError) as error:
-            self.fail(str(error))
+            self.fail(str(error))  # only rank 0 has a message
         self.clock()
         require(self.stop != FAILED, self.problem)
         self.stopped = False  # a signal is not for what must be done whole
-        return result
-
-    def clock(self, synchronize: bool = False) -> float:
-        """Rank 0's seconds, if asked after the device's work; tells all ranks of signals to any."""
-        if synchronize and self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
-        now = torch.DoubleTensor([time.perf_counter() * (self.rank == 0), self.signal])
-        if self.world_size > 1:
-            dist.all_reduce(now, dist.ReduceOp.MAX)
-        self.stop = int(now[1])
-        self.stopped = self.stop in (*ENDING, FAILED)
-        return now[0].item()
 
 
-def free_memory(device: torch.device) -> None:
-    """Give memory that PyTorch keeps, but does not use, back to the device."""
-    if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()
+def choose_device(hp: Hyperparameters, local_rank: int) -> torch.device:
+    """Take the device that DEVICE names, or the first kind that is there."""
+    there = (k for k in ("cuda", "mps", "cpu") if getattr(torch, k).is_available())
+    kind = next(there) if hp.device == "auto" else hp.device
+    return torch.device(kind, local_rank if kind == "cuda" else None)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that a device, or the machine, has too little memory."""
-    return bool(re.search("out of memory|allocate memory", str(error)))
+def choose_dtype(hp: Hyperparameters, kind: str) -> torch.dtype:
+    """Take bf16 where a device multiplies it fast, unless DTYPE says otherwise."""
+    if hp.dtype != "auto":
+        return torch.bfloat16 if hp.dtype == "bf16" else torch.float32
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:  # other CPUs multiply bf16 no faster than fp32; these, 2 to 8 times as fast
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        names = ("amx_bf16", "avx512_bf16")
+        fast = kind == "cpu" and any(capabilities.get(name) for name in names)
+    return torch.bfloat16 if fast else torch.float32
 
 
-GRAPHS = 64  # shapes of a batch that a model may be compiled for; PyTorch's own limit is 8
-
-
-class Compiled:
-    """A compiled model; where compiling turns out not to work, the model itself: the compiler does
-    not run, its folder of temporary files is full or may hold no programs, or a limit is passed."""
-
-    def __init__(self, model: nn.Module, run: Run) -> None:
-        self.model, self.run, self.forward = model, run, None
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        try:
-            if self.forward is None:
-                torch._dynamo.config.recompile_limit = GRAPHS
-                self.forward = torch.compile(self.model, dynamic=False, fullgraph=True)
-            return self.forward(*inputs)
-        except Exception as error:  # compilers raise what they like
-            self.give_up(error)
-        return self.forward(*inputs)
-
-    def give_up(self, error: Exception) -> None:
-        """Go on without the compiler. Raises the error if it is not the compiler's to mend, and
-        UserError with COMPILE=1."""
-        if self.forward is self.model or is_out_of_memory(error):
-            raise error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = [line for line in lines[1:] if re.search("error:|not permitted|No space", line)]
-        why = f"{type(error).__name__}: {'; '.join([*lines[:1], *told[:1]])}"
-        require(self.run.hp.compile == "auto", f"COMPILE=1: it does not work here: {why}")
-        self.run.log(f"warning: COMPILE=auto does not work here, going on without: {why}")
-        self.forward = self.model
+def chooses_to_compile(hp: Hyperparameters, kind: str) -> bool:
+    """Tell whether to compile; on a CPU that takes a minute, and pays for large steps alone."""
+    if hp.compile != "auto":
+        return hp.compile == "1"
+    if kind != "cpu" or hp.eval_only:
+        return kind == "cuda"
+    large = hp.train_batch_tokens * hp.num_layers * hp.model_dim**2 > 10**10
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return bool(large and shutil.which("g++") and headers.exists())
 
 
 Forward = Callable[[Tensor, Tensor], Tensor]  # of a batch's inputs and targets: the NLL
+GRAPHS = 64  # shapes of a batch that a model may be compiled for; PyTorch's own limit is 8
 
 
-def later(number: Tensor) -> Callable[[], float]:
-    """A function that gives a number on the device, without waiting for what follows it there."""
-    host = number.to("cpu", non_blocking=number.is_cuda)
-    if not number.is_cuda:
-        return host.item
-    event = torch.cuda.Event()
-    event.record()
-    return lambda: (event.synchronize(), host.item())[1]
+def compile_model(model: GPT) -> Forward:
+    """Compile a model, for a batch of any shape when it first comes."""
+    torch._dynamo.config.recompile_limit = GRAPHS
+    return torch.compile(model, dynamic=False, fullgraph=True)
 
 
-# PyTorch first tries the kernel that is asked for, then these in turn. FlashAttention 3 and 4 are
-# packages that take the place of its FlashAttention 2.
+# PyTorch tries the kernel that is asked for, then these. FA 3 and 4 are packages in place of its 2.
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 KERNELS = {"cudnn": BACKENDS[0], "fa2": BACKENDS[1], "fa3": BACKENDS[1], "fa4": BACKENDS[1]}
 FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", "fa2")}
-ATTENTION_ERROR = 0.03  # at any position, of its norm; rounding to bf16 makes up to 0.008
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q, (B, H, T, Dh), to k and v, whose heads may be fewer: like q."""
-    gqa = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
 
 
 def choose_attention(run: Run) -> str:
-    """Point scaled_dot_product_attention at the kernel that ATTENTION names, or at the fastest that
-    runs here, and is right; its name. Raises UserError if there is none."""
-    head_dim, problem = run.hp.model_dim // run.hp.num_heads, ""
+    """Use the kernel that ATTENTION names, or the fastest one that is right; return its name."""
     place = run.device.type if run.dtype == torch.bfloat16 else "fp32"
-    major = torch.cuda.get_device_capability()[0] if place == "cuda" else 0
-    fastest = (*FASTEST.get(major, ("amx",)), "sdpa")
-    for kernel in fastest if run.hp.attention == "auto" else (run.hp.attention,):
+    names = [run.hp.attention]
+    if run.hp.attention == "auto":
+        major = torch.cuda.get_device_capability()[0] if place == "cuda" else 0
+        names = [*FASTEST.get(major, ("amx",)), "sdpa"]
+    problem = ""
+    for kernel in names:
         needs = {"sdpa": place, "amx": "cpu"}.get(kernel, "cuda")
         with contextlib.ExitStack() as undo:
             try:
                 require(place == needs, f"needs DEVICE={needs} and DTYPE=bf16")
-                use_kernel(kernel, head_dim, run, undo)
+                use_kernel(kernel, run, undo)
             except Exception as error:  # a missing package, or one built for another machine
                 problem = str(error)
                 continue
-            problem = "" if place == "fp32" else attention_problem(run)
+            keeper = find_keeper()
+            problem = keeper.attention_problem(run) if keeper else ""
             if not problem:
                 run.kernels = undo.pop_all()
                 # A compiled model holds its kernel, of which the compiler's cache knows nothing.
@@ -688,30 +1690,36 @@ def choose_attention(run: Run) -> str:
     raise UserError(f"ATTENTION={run.hp.attention}: {problem}")
 
 
-def use_kernel(kernel: str, head_dim: int, run: Run, undo: contextlib.ExitStack) -> None:
+def use_kernel(kernel: str, run: Run, undo: contextlib.ExitStack) -> None:
     """Let PyTorch use a kernel until `undo`. Raises an Exception if it does not."""
     if kernel == "amx":
+        head_dim = run.hp.model_dim // run.hp.num_heads
         importlib.import_module("amx_attention").activate(head_dim)
     if kernel in ("fa3", "fa4"):
         torch.nn.attention.activate_flash_attention_impl(kernel.upper())
         undo.callback(torch.nn.attention.restore_flash_attention_impl)
     if kernel in KERNELS:
         attention_backend(run)  # PyTorch sets its own order at the first question, over any other
-        order = sorted(BACKENDS, key=lambda name: name != KERNELS[kernel])
-        undo.enter_context(sdpa_kernel([getattr(SDPBackend, n) for n in order], set_priority=True))
+        wanted = KERNELS[kernel]
+        order = [wanted, *(name for name in BACKENDS if name != wanted)]
+        backends = [getattr(SDPBackend, name) for name in order]
+        undo.enter_context(sdpa_kernel(backends, set_priority=True))
         taken = attention_backend(run)
-        require(taken == order[0], f"PyTorch takes {taken} for this model")
+        require(taken == wanted, f"PyTorch takes {taken} for this model")
 
 
 def attention_inputs(run: Run) -> list[Tensor]:
-    """Random q, k and v of one sequence, (1, H, T, Dh), and a gradient of their result, strided as
-    the model's; T is from 2 to 2048."""
-    hp, random = run.hp, torch.Generator().manual_seed(0)
-    T, head_dim = min(max(hp.train_seq_len, 2), 2048), hp.model_dim // hp.num_heads
-    counts = (hp.num_heads, hp.num_kv_heads, hp.num_kv_heads, hp.num_heads)
-    made = [torch.randn(1, T, heads, head_dim, generator=random) for heads in counts]
-    q, k, v, grad = (x.to(run.device, run.dtype).transpose(1, 2) for x in made)
-    return [q.contiguous(), k.contiguous(), v, grad]
+    """Make random q, k, v, (1, H, T, Dh), and a gradient of their result, as the model's."""
+    hp = run.hp
+    random = torch.Generator().manual_seed(0)
+    T = min(max(hp.train_seq_len, 2), 2048)
+    H = hp.num_heads
+    K = hp.num_kv_heads
+    sizes = (H + K, H + 2 * K, H)
+    made = [torch.randn(1, T, n, hp.model_dim // H, generator=random) for n in sizes]
+    qk, qkv, grad = (x.to(run.device, run.dtype).transpose(1, 2) for x in made)
+    q, k = qk.split((H, K), dim=1)
+    return [q, k, qkv[:, H + K :], grad]
 
 
 def attention_backend(run: Run) -> str:
@@ -721,984 +1729,99 @@ def attention_backend(run: Run) -> str:
     return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=gqa)).name
 
 
-def attention_problem(run: Run) -> str:
-    """Compare attention and its gradients, at each position, with plain products in fp32: what is
-    wrong, or nothing. Kernels have been wrong at a few lengths alone (PyTorch issue 196678)."""
-    *inputs, grad = attention_inputs(run)
-
-    def results(dtype: torch.dtype) -> list[Tensor]:
-        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
-        y = attend(q, k, v)
-        return [y.detach(), *torch.autograd.grad(y, (q, k, v), grad.to(dtype))]
-
-    try:
-        ours = results(run.dtype)
-    except RuntimeError as error:
-        return f"does not run here: {error}"
-    with sdpa_kernel(SDPBackend.MATH):
-        exact = results(torch.float32)
-    for name, a, b in zip(("result", "dq", "dk", "dv"), ours, exact, strict=True):
-        errors = (a.float() - b).norm(dim=(1, 3)) / b.norm(dim=(1, 3))
-        error = float(errors[:, name == "dq" :].max())  # the first query has one key: its dq is 0
-        if not error < ATTENTION_ERROR:  # or not a number
-            return f"wrong here: its {name} is {100 * error:.1f}% from that of plain products"
-    return ""
-
-
-# ===================================== DATA =====================================
-# A shard is 256 little-endian int32 (magic, version, number of tokens, zeros) and then uint16
-# tokens; a document is its BOS and what follows. This is the format of the published data.
-SHARD_MAGIC, SHARD_HEADER_BYTES = (20240520, 1), 1024
-SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
-FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
-IGNORE = -100  # target of a padding position: the default ignore_index of cross_entropy
-
-
-def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
-    """The shards of "train" or "val", in order; sidecars (fineweb_val_bytes_*) are not shards."""
-    return sorted(Path(hp.data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
-
-
-def shard_size(path: Path) -> int:
-    """The number of a shard's tokens. Raises UserError if it is not a whole shard."""
-    magic, version, count = map(int, [*np.fromfile(path, "<i4", 3), 0, 0, 0][:3])
-    require((magic, version) == SHARD_MAGIC, f"{path}: not a token shard: no {SHARD_MAGIC} in it")
-    whole = count > 0 and path.stat().st_size == SHARD_HEADER_BYTES + 2 * count
-    require(whole, f"{path}: truncated or damaged: not as long as {count} tokens; get it again")
-    return count
-
-
-class TokenStream:
-    """The shards of a split as one endless sequence that starts over after its last token."""
-
-    def __init__(self, split: str, run: Run, ids: int = 0) -> None:
-        self.paths, self.ids = shard_paths(run.hp, split), ids or run.hp.vocab_size
-        self.sizes = [shard_size(path) for path in self.paths]
-        self.ends = np.cumsum(self.sizes)
-        self.identity = ""  # what all the tokens are, however they lie in shards, once it is known
-        self.total = int(self.ends[-1])
-        scan = min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1
-        for start in range(0, scan, 2**22):
-            self.read(start, min(2**22, scan - start))
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), uint16 (count,). Raises UserError at an impossible id."""
-        pieces, end = [], start + count
-        while start < end:
-            index = int(np.searchsorted(self.ends, start % self.total, "right"))
-            offset = start % self.total - int(self.ends[index]) + self.sizes[index]
-            path, most = self.paths[index], min(end - start, self.sizes[index] - offset)
-            piece = np.fromfile(path, "<u2", most, offset=SHARD_HEADER_BYTES + 2 * offset)
-            require(len(piece) == most, f"{path}: has become shorter; get it again")
-            worst, at = int(piece.max()), f"{path}, token {offset + piece.argmax()}"
-            require(worst < self.ids, f"{at}: id {worst}, VOCAB_SIZE={self.ids}")
-            pieces.append(piece)
-            start += len(piece)
-        return np.concatenate(pieces)
-
-    def identify(self) -> None:
-        """Begin to find out `identity`, beside what follows: a checkpoint needs it, and the end of
-        a run may leave no time to read all the data."""
-
-        def read_all() -> None:
-            digest = hashlib.sha256()
-            with contextlib.suppress(OSError, UserError):  # what cannot be read, training will tell
-                for start in range(0, self.total, 2**22):
-                    digest.update(self.read(start, min(2**22, self.total - start)))
-                self.identity = f"{self.total} tokens, sha256 {digest.hexdigest()}"
-
-        self.identifying = threading.Thread(target=read_all, daemon=True)
-        self.identifying.start()
-
-
-def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tensor]]:
-    """The micro-batches from step `first` on, int64 (2, rows, T), made while the last is computed.
-    Step s is the tokens from s·TRAIN_BATCH_TOKENS on, of which each rank has a contiguous share."""
-    hp, T = run.hp, run.hp.train_seq_len
-    total = hp.train_batch_tokens // T
-    start, stop = (total * rank // run.world_size for rank in (run.rank, run.rank + 1))
-    most = math.ceil(total / run.world_size)
-    rows = math.ceil(most / math.ceil(most / run.forward_rows))
-
-    def load(step: int) -> list[Tensor]:
-        span = stream.read(step * hp.train_batch_tokens + start * T, (stop - start) * T + 1)
-        pair = torch.from_numpy(np.stack((span[:-1], span[1:])).astype(np.int64))
-        share = torch.tensor([[0], [IGNORE]]).repeat(1, math.ceil((stop - start) / rows) * rows * T)
-        share[:, : pair.size(1)] = pair  # the last rows may stay empty
-        share = share.view(2, -1, rows, T).transpose(0, 1).contiguous()
-        share = share.pin_memory() if run.device.type == "cuda" else share
-        return [*share.to(run.device, non_blocking=True)]
-
-    with ThreadPoolExecutor(1) as worker:
-        ahead = worker.submit(load, first)
-        for step in itertools.count(first + 1):
-            ready, ahead = ahead.result(), worker.submit(load, step)
-            yield ready
-
-
-# ===================================== MODEL =====================================
-# Weights are fp32 masters, cast where they are used. One forward pass serves training and scoring.
-
-
-def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """scale·x / sqrt(mean(x²)) over the last dimension (arXiv 1910.07467); fp32's eps always."""
-    y = F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
-    return y if scale == 1.0 else y * scale
-
-
-class Matrix(nn.Linear):
-    """A linear map of fp32 weights, cast where used; `gains` of the outputs scale the weights."""
-
-    def forward(self, x: Tensor, gains: Tensor | None = None) -> Tensor:
-        weight = self.weight if gains is None else gains[:, None] * self.weight
-        return F.linear(x, weight.to(x.dtype))
-
-
-def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
-    """cos and sin of t·f for positions t and frequencies f_i = base^(-2i/r), double (2, T, r/2)
-    (arXiv 2104.09864). Where T is s times the trained length, linear divides f by s, ntk takes
-    base·s^(r/(r-2)), and yarn divides slow frequencies by s and leaves fast ones (2309.00071)."""
-    r, s = hp.rope_dims or hp.model_dim // hp.num_heads, max(1.0, length / hp.train_seq_len)
-    base = hp.rope_base * (s ** (r / (r - 2)) if hp.rope_scaling == "ntk" else 1.0)
-    part = torch.arange(r // 2).double() / (r // 2)
-    yarn = 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
-    f = base**-part / {"linear": s, "yarn": yarn}.get(hp.rope_scaling, 1.0)
-    angles = torch.outer(torch.arange(length).double(), f)
-    return torch.stack((angles.cos(), angles.sin()))
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate pairs (i, i + r/2) of x's first r channels, (B, H, T, Dh), by rotary (2, T, r/2)."""
-    (cos, sin), r = rotary, 2 * rotary.size(-1)
-    (a, b), rest = x[..., :r].chunk(2, dim=-1), x[..., r:]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with QK-norm and learned gains of query heads; in the last
-    XSA_LAST_N layers less what lies along the token's own value (2603.09078): y - (y·v)v/|v|²."""
-
-    def __init__(self, hp: Hyperparameters, layer: int) -> None:
-        super().__init__()
-        self.exclusive = layer >= hp.num_layers - hp.xsa_last_n
-        dim, self.heads, self.kv_heads = hp.model_dim, hp.num_heads, hp.num_kv_heads
-        kv_dim = dim // self.heads * self.kv_heads
-        self.c_q, self.proj = (Matrix(dim, dim, bias=False) for _ in range(2))
-        self.c_k, self.c_v = (Matrix(dim, kv_dim, bias=False) for _ in range(2))
-        self.q_gain = nn.Parameter(torch.full((self.heads, 1, 1), hp.qk_gain_init))
-
-    def forward(self, x: Tensor, rotary: Tensor, gains: Tensor) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = (c(x).view(B, T, -1, D // self.heads) for c in (self.c_q, self.c_k, self.c_v))
-        q, k, v = (y.transpose(1, 2) for y in (rms_norm(q), rms_norm(k), v))
-        q, k = rotate(q * self.q_gain.to(x.dtype), rotary), rotate(k, rotary)
-        y = attend(q, k, v)
-        if self.exclusive:
-            own, grouped = F.normalize(v, dim=-1).unsqueeze(2), y.unflatten(1, (self.kv_heads, -1))
-            y = (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(1, 2)
-        return self.proj(y.transpose(1, 2).reshape(B, T, D), gains)
-
-
-class Block(nn.Module):
-    """x ← m0·x + m1·x0; x ← x + a·Attention(norm x); x ← x + b·W2·relu(W1·norm x)².
-    m0, m1, a and b are learned per channel. The MLP's relu² is Primer's (arXiv 2109.08668)."""
-
-    def __init__(self, hp: Hyperparameters, layer: int) -> None:
-        super().__init__()
-        dim, hidden = hp.model_dim, int(hp.mlp_mult * hp.model_dim)
-        leaky = functools.partial(F.leaky_relu, negative_slope=hp.mlp_leaky_slope)
-        self.act = leaky if hp.mlp_act == "leaky_relu2" else F.relu
-        self.scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
-        self.attn, self.fc = Attention(hp, layer), Matrix(dim, hidden, bias=False)
-        self.proj = Matrix(hidden, dim, bias=False)
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(dim)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, dim))
-
-    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor) -> Tensor:
-        mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        x = x + self.attn(rms_norm(x, self.scale), rotary, self.attn_scale)
-        hidden = self.act(self.fc(rms_norm(x, self.scale))).square()
-        return x + self.proj(hidden, self.mlp_scale)
-
-
-class BigramHash(nn.Module):
-    """A vector for each token and the one before it, from row (36313·t_i XOR 27191·t_{i-1}) mod
-    (B - 1) of a table of B, or row B - 1 at `starts`, where there is no token before it."""
-
-    def __init__(self, hp: Hyperparameters) -> None:
-        super().__init__()
-        self.table = nn.Embedding(hp.bigram_buckets, hp.bigram_dim)
-        self.expand = Matrix(hp.bigram_dim, hp.model_dim, bias=False)
-        self.bigram_scale = nn.Parameter(torch.tensor(0.05))
-        nn.init.zeros_(self.table.weight)
-
-    def forward(self, inputs: Tensor, starts: Tensor) -> Tensor:
-        last = self.table.num_embeddings - 1
-        rows = (36313 * inputs ^ 27191 * inputs.roll(1, 1)) % last
-        return self.bigram_scale * self.expand(self.table(torch.where(starts, last, rows)))
-
-
-class GPT(nn.Module):
-    """The baseline model of the challenge, and by settings that of its pull request 369."""
-
-    def __init__(self, hp: Hyperparameters, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.dtype, self.softcap, self.skips = dtype, hp.logit_softcap, hp.num_layers // 2
-        self.bos = hp.bos
-        self.tok_emb = nn.Embedding(hp.vocab_size, hp.model_dim)
-        self.bigram = BigramHash(hp) if hp.bigram_buckets else None
-        self.smear = nn.Parameter(torch.zeros(hp.model_dim)) if hp.smear_gate else None
-        self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(hp.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(self.skips, hp.model_dim))
-        if hp.tie_embeddings:
-            nn.init.normal_(self.tok_emb.weight, std=hp.tied_embed_init_std)
-        else:
-            self.lm_head = Matrix(hp.model_dim, hp.vocab_size, bias=False)
-        for name, weight in self.named_parameters():
-            writes = name.endswith("proj.weight")
-            if hp.ortho_init and name.startswith("blocks.") and name.endswith(".weight"):
-                nn.init.orthogonal_(weight, (2 * hp.num_layers) ** -0.5 if writes else 1.0)
-            elif writes or name == "lm_head.weight":  # what writes starts silent
-                nn.init.zeros_(weight)
-        for name, length in (("short", hp.train_seq_len), ("long", hp.eval_seq_len)):
-            self.register_buffer(name, rotary_table(hp, length).to(dtype), persistent=False)
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """NLL in nats of each target given its prefix, 0 if IGNORE: int64 (B, T) to fp32 (B, T)."""
-        T = inputs.size(1)
-        rotary = (self.short if self.short.size(1) >= T else self.long)[:, :T]
-        x = self.tok_emb(inputs)
-        if self.bigram is not None or self.smear is not None:
-            starts = (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
-        if self.bigram is not None:
-            x = x + self.bigram(inputs, starts)
-        x = rms_norm(x).to(self.dtype)
-        if self.smear is not None:  # nothing of a document reaches the next one
-            gate = torch.sigmoid(self.smear).to(x.dtype) * ~starts[..., None]
-            x = x + gate * (x.roll(1, 1) - x)
-        x0, stack = x, []
-        for i, block in enumerate(self.blocks):
-            if i >= self.skips and stack:
-                x = x + self.skip_weights[i - self.skips].to(x.dtype) * stack.pop()
-            x = block(x, x0, rotary)
-            if i < self.skips:
-                stack.append(x)
-        head = getattr(self, "lm_head", self.tok_emb)
-        logits = F.linear(rms_norm(x), head.weight.to(x.dtype)).float()
-        logits = self.softcap * torch.tanh(logits / self.softcap)
-        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return nll.view_as(targets)
-
-
-# ===================================== OPTIMIZERS =====================================
-BLOCK_CONTROLS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain")  # gains, scales and mixes
-CONTROL_TENSORS = (*BLOCK_CONTROLS, "skip_weights", "smear", "bigram_scale")
-
-
-def orthogonalize(g: Tensor, steps: int) -> Tensor:
-    """Push the singular values of each matrix of g, (N, rows, cols), towards 1, in g's dtype.
-    Newton-Schulz: X ← aX + (bA + cA²)X with A = XXᵀ (Muon, kellerjordan.github.io/posts/muon)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.mT if g.size(-2) > g.size(-1) else g
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        s = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
-    return x.mT if g.size(-2) > g.size(-1) else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum with an orthogonalized update; the matrices of a group are of one shape.
-    M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM). Nothing
-    changes if `found_inf` is set; the gradients are then expected to be zero."""
-
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, defaults)
-        self.buffers = [torch.stack([*map(torch.zeros_like, g["params"])]) for g in groups]
-        self.found_inf = self.buffers[0].new_zeros(())
-        for group, buffer in zip(groups, self.buffers, strict=True):
-            for p, momentum in zip(group["params"], buffer.detach(), strict=True):
-                self.state[p]["momentum_buffer"] = momentum
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Update all matrices from their gradients."""
-        bad = self.found_inf > 0
-        for group, buffer in zip(self.param_groups, self.buffers, strict=True):
-            params, momentum, lr = group["params"], group["momentum"], group["lr"]
-            grads = torch.stack([p.grad for p in params])
-            torch.where(bad, buffer, (buffer * momentum).add_(grads), out=buffer)
-            nesterov = grads.add_(buffer, alpha=momentum).masked_fill_(bad, 0).to(group["dtype"])
-            scale = max(1.0, grads.size(-2) / grads.size(-1)) ** 0.5
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * (~bad).to(grads.dtype))
-            for p, update in zip(params, orthogonalize(nesterov, group["steps"]), strict=True):
-                p.add_(update, alpha=-lr * scale)
-
-
-def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim.Optimizer]:
-    """Divide the parameters of a GPT, or some, among AdamW and Muon, each into one group."""
-    hp, adam, muon = run.hp, {}, {}
-    embed = (hp.tied_embed_lr if hp.tie_embeddings else hp.embed_lr, hp.embed_wd)
-    rates = {"tok_emb.weight": embed, "bigram.table.weight": embed}
-    rates["lm_head.weight"] = (hp.head_lr, hp.adam_wd)
-    for name, p in params.items():
-        control = name.endswith(CONTROL_TENSORS)
-        other = (hp.scalar_lr, hp.adam_wd) if control else (hp.matrix_lr, hp.muon_wd)
-        lr, decay = rates.get(name, other)
-        groups, key = (adam, (lr, decay)) if control or name in rates else (muon, p.shape)
-        group = {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay}
-        groups.setdefault(key, group)["params"].append(p)
-    owned = [p for group in (*adam.values(), *muon.values()) for p in group["params"]]
-    assert len(owned) == len(set(owned)) and set(owned) == set(params.values())  # noqa: PT018
-    optimizers, betas = [], (hp.beta1, hp.beta2)
-    if adam:
-        optimizers += [torch.optim.AdamW([*adam.values()], 0, betas, hp.adam_eps, fused=True)]
-    for p in (p for group in adam.values() for p in group["params"]):
-        moments = {key: torch.zeros_like(p).detach() for key in ("exp_avg", "exp_avg_sq")}
-        optimizers[0].state[p] = {"step": p.new_zeros(()).detach(), **moments}
-    settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype}
-    return optimizers + ([Muon([*muon.values()], settings)] if muon else [])
-
-
-def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
-    """The multiplier of all learning rates at `step`, `elapsed` seconds into training: 1, then
-    linearly down to FINAL_LR_FRAC at the end, be that ITERATIONS or the wallclock cap."""
-    left, cap = hp.iterations - step, hp.max_wallclock_seconds
-    if cap and step and elapsed:
-        left = min(left, (cap - elapsed) * step / elapsed)  # at the mean pace so far
-    warmdown = hp.warmdown_frac * (step + left) if hp.warmdown_frac != "" else hp.warmdown_iters
-    full = min(1.0, max(0.0, left / warmdown)) if warmdown > 0 else 1.0
-    return full + (1 - full) * hp.final_lr_frac
-
-
-# ===================================== EVALUATION =====================================
-# BPB = (sum of NLL / ln 2) / (bytes of the text that the scored tokens decode to). A wrong byte
-# count wins leaderboards unnoticed, so the counts are audited against decoded text first.
-SPACE = "\u2581"  # SentencePiece's marker of a space
-AUDITED_TOKENS = 2**20  # of the validation tokens at most are encoded again
-ADVICE = "TOKENIZER_PATH must be the tokenizer of the shards, and have a piece for a single space"
-
-
-class Tokenizer:
-    """A SentencePiece model of VOCAB_SIZE pieces, and the UTF-8 bytes that its tokens stand for."""
-
-    def __init__(self, hp: Hyperparameters) -> None:
-        try:
-            self.sp = sp = SentencePieceProcessor(model_proto=read_once(hp.tokenizer_path))
-        except Exception as error:
-            raise UserError(f"{hp.tokenizer_path}: not a SentencePiece model: {error}") from None
-        ids, self.pieces = range(len(sp)), [sp.id_to_piece(i) for i in range(len(sp))]
-        require(len(sp) == hp.vocab_size, f"{hp.tokenizer_path}: {len(sp)} pieces, not VOCAB_SIZE")
-        # Control, unknown and unused tokens hold no text, and a space after them does not count.
-        edges = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
-        sizes = [len(p.removeprefix(SPACE).replace(SPACE, " ").encode()) for p in self.pieces]
-        self.bos, self.unknown = sp.bos_id(), sp.unk_id()
-        self.edge, self.byte = np.array(edges), np.array([sp.is_byte(i) for i in ids])
-        self.byte_level = (self.byte | self.edge).all()  # no piece is more than a byte
-        self.base = np.where(edges, 0, np.where(self.byte, 1, sizes))
-        self.lead = np.array([piece.startswith(SPACE) for piece in self.pieces]) & ~self.edge
-        self.space = self.lead | np.array([piece == "<0x20>" for piece in self.pieces])
-        self.across = any(SPACE in piece.lstrip(SPACE) for piece in self.pieces)
-
-    def lengths(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of tokens[1:], each given the one before: (N,) to int64 (N - 1,)."""
-        return self.base[tokens[1:]] + (self.lead[tokens[1:]] & ~self.edge[tokens[:-1]])
-
-    def decoded_bytes(self, ids: np.ndarray) -> int:
-        """UTF-8 bytes of the text that tokens decode to, less spaces that follow a control token.
-        A plain piece goes first, since decoding strips spaces there; U+FFFD counts as one byte."""
-        plain = [i for i, p in enumerate(self.pieces) if p.isalpha() and self.base[i]][:1]
-        require(plain or self.byte_level, f"byte audit: no piece is a plain word; {ADVICE}")
-        parts = [part[~self.edge[part]] for part in np.split(ids, np.flatnonzero(self.edge[ids]))]
-        texts = self.sp.decode([[*plain, *part.tolist()] for part in parts])
-        prefix, space = "".join(self.pieces[i] for i in plain), SPACE if self.byte_level else " "
-        texts = [text.removeprefix(prefix).replace(SPACE, space) for text in texts]
-        size = sum(len(text.encode()) for text in texts)
-        size -= sum(self.lead[part[:1]].sum() for part in parts)
-        if "\ufffd" in "".join(texts):
-            raw = bytes(int(self.pieces[i][3:5], 16) if self.byte[i] else 0 for i in ids)
-            escaped = raw.decode("utf-8", "surrogateescape")
-            size -= 2 * sum("\udc80" <= char <= "\udcff" for char in escaped)
-        return size
-
-    def audit(self, tokens: np.ndarray, prose: bool = True) -> None:
-        """Compare `lengths` with the decoded text of each document of tokens, uint16 (N,). Raises
-        UserError; also if it is to be prose, but does not encode to its tokens again."""
-        documents = np.split(tokens, np.flatnonzero(tokens == self.bos))
-        documents = [ids for ids in documents if len(ids)]
-        for number, ids in enumerate(documents):
-            count, size = self.base[ids[0]] + self.lengths(ids).sum(), self.decoded_bytes(ids)
-            what = f"document {number} counts {count} bytes, but decodes to {size}"
-            require(count == size, f"byte audit: validation {what}; {ADVICE}")
-        if prose:
-            self.audit_words(tokens)
-        require(self.lengths(tokens).any(), "byte audit: the validation tokens hold no text")
-
-    def words(self, tokens: np.ndarray) -> Iterator[tuple[bool, tuple[int, ...]]]:
-        """The words of a stretch of a stream, each with whether it begins a text. A word is a space
-        and what follows, and is encoded by itself. What touches an unknown piece is left out."""
-        border = self.edge if self.across else self.edge | self.space
-        for start, end in itertools.pairwise(np.flatnonzero(border[tokens]).tolist()):
-            begin = start + int(self.edge[tokens[start]])
-            word = tokens[begin:end].tolist()
-            before = int(tokens[begin - 1]) if begin else -1
-            if self.space[word].all() or (before == self.unknown and not self.space[word[0]]):
-                continue  # spaces at the end of a text are stripped
-            yield before not in (-1, self.unknown) and bool(self.edge[before]), tuple(word)
-
-    def audit_words(self, tokens: np.ndarray) -> None:
-        """Decode words from all over the stream, and encode them again. Words of the tokenizer's
-        own text give their tokens. Of another tokenizer's text, or of tokens in disorder, about one
-        in ten gives others. Raises UserError if over 1 in 1000 tokens is in such a word."""
-        stretch, parts = 2**12, [tokens]
-        if len(tokens) > AUDITED_TOKENS:
-            starts = np.random.default_rng(0).integers(len(tokens) - stretch, size=256)
-            parts = [tokens[at : at + stretch] for at in starts]
-        counts = collections.Counter(itertools.chain(*map(self.words, parts)))
-        plain = [i for i, piece in enumerate(self.pieces) if piece.isalpha() and self.base[i]][:1]
-        before = self.sp.decode(plain)  # at the start of a text, a space may be stripped
-        texts = self.sp.decode([[*plain, *word] for _, word in counts])
-        begins = [begins for begins, _ in counts]
-        texts = [t.removeprefix(before) if b else t for t, b in zip(texts, begins, strict=True)]
-        start, judged, wrong, example = self.sp.encode(before), 0, 0, ""
-        for (begins, word), text, ids in zip(counts, texts, self.sp.encode(texts), strict=True):
-            size = len(word) * counts[begins, word]
-            judged += size
-            if ids != ([*word] if begins else [*start, *word]):
-                wrong, example = wrong + size, example or text
-        what = "of the validation documents are in text that encodes to other tokens"
-        ours = wrong <= judged / 1000 + 4 and (self.byte_level or SPACE in self.pieces)
-        problem = f"{wrong} of {judged} tokens {what}, such as {example!r}"
-        require(ours, f"byte audit: {problem}; {ADVICE}")
-
-
-class Validation:
-    """The audited validation tokens, uint16 (N,), streams from `starts[i]` to `starts[i + 1]`; the
-    bytes of the text of all but the first of each, as the tokens decode, or as the sidecar says."""
-
-    def __init__(self, run: Run) -> None:
-        tokenizer, stream = Tokenizer(run.hp), TokenStream("val", run)
-        self.paths, limit = stream.paths, run.hp.val_tokens or stream.total
-        ends = stream.ends.tolist() if run.hp.score_streams else [stream.total]
-        spans = [(a, min(b - a, limit)) for a, b in itertools.pairwise([0, *ends])]
-        self.starts = np.cumsum([0, *(count for _, count in spans)])
-        self.tokens = np.concatenate([stream.read(*span) for span in spans])
-        scored = np.isin(np.arange(len(self.tokens)), self.starts, invert=True)
-        self.text_bytes = decoded = int(tokenizer.lengths(self.tokens)[scored[1:]].sum())
-        if run.rank == 0:
-            tokenizer.audit(self.tokens, prose=not run.hp.score_streams)
-        self.note = f"val_tokens:{len(self.tokens)} val_bytes:{decoded} byte_audit:ok"
-        self.bos, unknown, lost = tokenizer.bos, self.tokens == tokenizer.unknown, None
-        if shard_paths(run.hp, "val_bytes"):
-            sidecar = TokenStream("val_bytes", run, 2**16)
-            same = sidecar.sizes == stream.sizes
-            require(same, f"{sidecar.paths[0]}: the sidecars are not as long as their shards")
-            sizes = np.concatenate([sidecar.read(*span) for span in spans])
-            wrong = sizes[self.tokens == tokenizer.bos].any() or not sizes[scored].any()
-            require(not wrong, f"{sidecar.paths[0]}: counts bytes for BOS, or none at all")
-            self.text_bytes = int(sizes[scored].sum(dtype=np.int64))
-            self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
-            lost = int(sizes[unknown].sum(dtype=np.int64))
-        self.note += unknown_note(Path(run.hp.data_path), int(unknown.sum()), lost)
-        parted = run.hp.eval_doc_isolated or run.hp.smear_gate or run.hp.bigram_buckets
-        parts = run.hp.score_streams or (self.tokens == self.bos).any()
-        what = "EVAL_DOC_ISOLATED, SMEAR_GATE and BIGRAM_BUCKETS need documents that begin with BOS"
-        where = f"the tokenizer's is id {self.bos}, and the validation tokens have none"
-        require(parts or not parted, f"{run.hp.data_path}: {what}; {where}")
-
-
-def unknown_note(folder: Path, count: int, lost: int | None) -> str:
-    """Say for how much text `count` unknown pieces stand. The sidecar knows (`lost` bytes), or the
-    dataset's manifest, if it counts as many pieces; without both, each is a character or more."""
-    if not count:
-        return ""
-    if lost is None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            split = json.loads((folder / "manifest.json").read_bytes())["splits"]["val"]
-            lost = int(split["unknown_bytes"]) if split["unknown_tokens"] == count else None
-    size = f"at least {count}" if lost is None else str(lost)
-    what = "are characters that the tokenizer lacks: val_bytes leaves them out"
-    return f" unknown_tokens:{count}\nwarning: {size} bytes of the validation text {what}"
-
-
-def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
-    """What scoring reads: int64 (W, 3) of first input, end of the inputs, and first input whose
-    target is scored there. The first window of the stream, or with EVAL_DOC_ISOLATED of a document,
-    scores all that it holds, and each next one begins EVAL_STRIDE later, wherever the text ends."""
-    length, end, spans = hp.eval_seq_len or hp.train_seq_len, len(tokens) - 1, []
-    stride = hp.eval_stride or length
-    starts = np.flatnonzero(tokens[:-1] == hp.bos) if hp.eval_doc_isolated else []
-    for begin, stop in itertools.pairwise(np.unique([0, *starts, end]).tolist()):
-        spans.append((begin, min(begin + length, stop), begin))
-        for done in range(begin + length, stop, stride):
-            upto = min(done + stride, stop)
-            spans.append((done + stride - length, upto, done))
-    return np.array(spans, np.int64).reshape(-1, 3)
-
-
-@torch.no_grad()
-def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
-    """NLL in nats of each token but the first, float32 (N - 1,), 0 for the first of later streams;
-    its mean, and bits per byte. Each token is scored once, and alike on any number of ranks."""
-    hp, count, streams = run.hp, len(val.tokens) - 1, [*itertools.pairwise(val.starts)]
-    spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
-    # Rows of a few lengths, unless a scaled rotary table would then tell how long documents are.
-    longest = hp.eval_seq_len or hp.train_seq_len
-    scaled = hp.rope_scaling != "none" and longest > hp.train_seq_len
-    some = 4 if (hp.eval_doc_isolated or hp.score_streams) and not scaled else 1
-    sizes = np.unique(longest >> np.arange(some)).clip(1)
-    lengths = sizes[np.searchsorted(sizes, spans[:, 1] - spans[:, 0])]
-    tokens = torch.from_numpy(val.tokens.astype(np.int32)).to(run.device)
-    # All NLL stays on the device until the end; the last one is for what is not scored.
-    nll = torch.zeros(count + 1, device=run.device)
-    for T in np.unique(lengths).tolist():
-        most = min(hp.val_batch_size // run.world_size, run.forward_rows * hp.train_seq_len)
-        rows = max(1, most // T)
-        group = torch.from_numpy(spans[lengths == T])
-        group = F.pad(group, (0, 0, 0, -len(group) % rows)).to(run.device)
-        for part in group.split(rows)[run.rank :: run.world_size]:
-            first, stop, scored = part.T[..., None]
-            at = first + torch.arange(T, device=run.device)
-            ours = (at >= scored) & (at < stop)
-            inputs, targets = (tokens[(at + i).clamp(max=count)].long() for i in (0, 1))
-            nll[torch.where(ours, at, count)] = model(inputs, torch.where(ours, targets, IGNORE))
-    if run.world_size > 1:
-        dist.all_reduce(nll)  # each element is set on one rank and zero on the others
-    nll = nll[:-1].cpu().numpy()
-    nats = float(nll.sum(dtype=np.float64))
-    mean = nats / (len(val.tokens) - len(streams))
-    return nll, {"val_loss": mean, "val_bpb": nats / math.log(2) / val.text_bytes}
-
-
-def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
-    """Write the NLL that `score` gave to SAVE_NLL; of streams, as <shard>.npy in that folder."""
-    path, files = Path(hp.save_nll), {Path(hp.save_nll): nll}
-    if hp.score_streams:
-        path.mkdir(exist_ok=True)
-        spans = zip(val.paths, itertools.pairwise(val.starts), strict=True)
-        files = {path / f"{shard.stem}.npy": nll[a : b - 1] for shard, (a, b) in spans}
-    for file, part in files.items():
-        atomic_write(file, functools.partial(np.save, arr=part))
-
-
-# ===================================== ARTIFACT =====================================
-# A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), coded levels of matrices.
-# No pickle: loading checks the digest, runs nothing, and decompresses no more than the model holds.
-PREAMBLE, MAGIC, VERSION = struct.Struct("<6sHII"), b"BIRDIE", 2
-KEEP_FLOAT_NUMEL = 65536  # smaller matrices stay fp16: they cost little and are worth precision
-RANS_BITS = 14  # precision of probabilities
-RANS_LANE = 8192  # symbols for each state, of at most 2048: fast, and under 0.1% of the size
-
-
-def rans_encode(arrays: list[np.ndarray]) -> bytes:
-    """Code int8 arrays, each within 0.5% of its order-0 entropy: range asymmetric numeral systems
-    (arXiv 1311.2540) with a table of frequencies f (sum 2^14, cumulated c) for each array. A lane
-    is a state x in [2^16, 2^32): x ← (x // f)·2^14 + x mod f + c, after a word of 16 bits has left
-    if x ≥ f·2^18. Decoding runs backwards, so encoding starts at the end."""
-    width, words = min(max(1, sum(a.size for a in arrays) // RANS_LANE), 2048), []
-    lanes = np.full(width, 1 << 16, np.uint32)
-    for array in reversed(arrays):
-        symbols = array.ravel().astype(np.int16) + 128
-        low = symbols.min()
-        counts = np.bincount(symbols - low)
-        f = np.rint(counts * (2**RANS_BITS / symbols.size)).astype(np.int64)
-        f = np.maximum(f, counts > 0)
-        while (rest := (1 << RANS_BITS) - f.sum()) != 0:
-            f[f.argmax()] += np.sign(rest)
-        per_symbol = np.stack((f, f.cumsum() - f)).astype(np.uint32)[:, symbols - low]
-        for at in reversed(range(0, symbols.size, width)):
-            freq, start = per_symbol[:, at : at + width]
-            x = lanes[: len(freq)]
-            full = (x >> (32 - RANS_BITS)) >= freq
-            words.append(x[full].astype("<u2"))
-            x[full] >>= 16
-            quotient, remainder = np.divmod(x, freq)
-            x[:] = (quotient << RANS_BITS) + remainder + start
-        words.append(np.array([low, len(f), *f], "<u2"))
-    words.append(lanes.astype("<u4").view("<u2"))
-    return np.concatenate(words[::-1]).tobytes()
-
-
-def rans_decode(data: bytes, sizes: list[int]) -> np.ndarray:
-    """The int8 arrays of these sizes that rans_encode coded, as one. Raises ValueError."""
-    words, pieces = np.frombuffer(data, "<u2"), []
-    width = min(max(1, sum(sizes) // RANS_LANE), 2048)
-    lanes, at = words[: 2 * width].view("<u4").astype(np.uint32), 2 * width
-    for size in sizes:
-        low, count = words[at : at + 2].tolist()
-        f, at = words[at + 2 : at + 2 + count].astype(np.uint32), at + 2 + count
-        require(f.sum() == 1 << RANS_BITS, "its frequencies do not add up")
-        symbol = np.repeat(np.arange(len(f)), f)
-        freq, offset = f[symbol], np.arange(1 << RANS_BITS, dtype=np.uint32)
-        offset -= (f.cumsum(dtype=np.uint32) - f)[symbol]
-        level, piece = (symbol + low - 128).astype(np.int8), np.empty(size, np.int8)
-        for i in range(0, size, width):
-            x = lanes[: size - i]
-            slot = x & ((1 << RANS_BITS) - 1)
-            piece[i : i + width] = level[slot]
-            x[:] = freq[slot] * (x >> RANS_BITS) + offset[slot]
-            hungry = x < 1 << 16
-            fed = np.count_nonzero(hungry)
-            x[hungry] = x[hungry] << 16 | words[at : at + fed]
-            at += fed
-        pieces.append(piece)
-    require(at == len(words) and (lanes == 1 << 16).all(), "its levels do not decode")
-    return np.concatenate([*pieces, np.empty(0, np.int8)])
-
-
-def zstd() -> ModuleType:
-    """Import the package zstandard, which nothing but artifacts needs. Raises UserError."""
-    try:
-        import zstandard
-    except ImportError:
-        advice = "pip install zstandard, or bring its wheel to where nothing can be fetched"
-        raise UserError(f"no package zstandard, which artifacts need: {advice}") from None
-    return zstandard
-
-
-def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
-    """Code the levels of quantized matrices, int8. Repeated strings are of no use in them: zlib is
-    told to look for none, and zstd's level 1 is within 0.7% of level 22 in 1/500 of its time."""
-    raw = b"".join(array.tobytes() for array in arrays)
-    if compressor == "zlib":
-        deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-        return deflate.compress(raw) + deflate.flush()
-    if compressor == "rans":
-        return rans_encode(arrays)
-    return lzma.compress(raw) if compressor == "lzma" else zstd().compress(raw, 1)
-
-
-def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
-    """The levels, int8 (sum of sizes,); of other data, never more. Raises an Exception."""
-    if compressor == "rans":
-        return rans_decode(data, sizes)
-    if compressor == "zstd":
-        require(zstd().frame_content_size(data) == sum(sizes), "its levels have another size")
-        raw = zstd().ZstdDecompressor().decompress(data, allow_extra_data=False)
-    else:
-        xz = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**26)
-        coder = xz if compressor == "lzma" else zlib.decompressobj(-15)
-        raw = coder.decompress(data, sum(sizes) + 1)
-        whole = coder.eof and not coder.unused_data and len(raw) == sum(sizes)
-        require(whole, "its levels are cut off, or there is more")
-    return np.frombuffer(bytearray(raw), np.int8)
-
-
-def bits_of(name: str, w: Tensor, hp: Hyperparameters) -> int:
-    """With how many bits a parameter is stored; 0: as floats."""
-    if name.endswith(CONTROL_TENSORS) or w.ndim != 2 or w.numel() <= KEEP_FLOAT_NUMEL:
-        return 0
-    parts = {"tok_emb.": "embed", "lm_head.": "embed", "bigram.": "bigram"}
-    part = next((part for start, part in parts.items() if name.startswith(start)), "mlp")
-    return getattr(hp, f"quant_bits_{'attn' if '.attn.' in name else part}")
-
-
-def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
-    """Rows of fp32 w, (rows, cols), as an fp16 scale (rows, 1) times int8 levels up to ±Q, where
-    Q = 2^(bits-1) - 1. They end, by QUANT_CLIP, rowmax: at the largest value, but no step is finer
-    than σ/40, whose noise is 0.7% of σ; percentile: at the one of five quantiles with the least
-    squared error (GPTQ-lite); sigma: at k·σ, and cost about log2(Q/k) + 2.05 bits (SDClip)."""
-    top, sigma, size = 2 ** (bits - 1) - 1, w.std(1, keepdims=True), np.abs(w)
-    if hp.quant_clip == "rowmax":
-        ends = np.maximum(size.max(1, keepdims=True), sigma * top / 40)[None]
-    elif hp.quant_clip == "sigma":
-        ends = hp.quant_sigma * sigma[None]
-    else:
-        ends = np.quantile(size, (0.999, 0.9995, 0.9999, 0.99999, 1.0), 1, keepdims=True)
-    scales = (ends / top).astype("<f2")  # rounded before use: the levels make up for it
-    q = np.rint(w / np.where(scales > 0, scales, 1).astype(np.float32)).clip(-top, top)
-    best = np.square(scales * q - w).sum(2, keepdims=True).argmin(0, keepdims=True)
-    scale, levels = (np.take_along_axis(array, best, 0)[0] for array in (scales, q))
-    return [scale, levels.astype("|i1")]
-
-
-def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
-    """NumPy type and shape of the arrays that a parameter is stored as."""
-    if bits_of(name, w, hp):
-        return [["<f2", [len(w), 1]], ["|i1", [*w.shape]]]
-    return [["<f4" if name.endswith(CONTROL_TENSORS) else "<f2", [*w.shape]]]
-
-
-def stored_arrays(name: str, w: Tensor, hp: Hyperparameters, pruned: float) -> list[np.ndarray]:
-    """The arrays whose product stands for a parameter, by `layout`. Of the levels of a matrix, the
-    share `pruned`, of its smallest weights, becomes 0."""
-    bits, array = bits_of(name, w, hp), w.float().cpu().contiguous().numpy()
-    if not bits:
-        return [array.astype(layout(name, w, hp)[0][0])]
-    scale, levels = quantize(array, bits, hp)
-    if pruned and levels.any():
-        size = np.abs(array)
-        levels[size <= np.quantile(size[levels != 0], pruned)] = 0
-    return [scale, levels]
-
-
-def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters, pruned: float = 0.0) -> bytes:
-    """Quantize and compress the weights. Raises UserError if they cannot be stored."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        tensors = {name: stored_arrays(name, w, hp, pruned) for name, w in state.items()}
-    bad = [name for name, arrays in tensors.items() if not np.isfinite(arrays[0]).all()]
-    require(not bad, f"no artifact: values not finite or over 65504 in {', '.join(bad)}")
-    settings = {name: setting_texts(hp)[name] for name in MODEL_SETTINGS}
-    tokenizer = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest()
-    table = {name: layout(name, w, hp) for name, w in state.items()}
-    header = {"settings": settings, "tokenizer": tokenizer, "bos": hp.bos, "tensors": table}
-    text, arrays = json.dumps(header).encode(), list(itertools.chain(*tensors.values()))
-    # The first bytes of all numbers, then the second ones: sign and exponent are often alike.
-    floats = [a.reshape(-1, 1).view("u1").T.tobytes() for a in arrays if a.itemsize > 1]
-    head = zstd().compress(text + b"".join(floats), 22)
-    levels = compress(hp.compressor, [a for a in arrays if a.itemsize == 1])
-    preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(head))
-    return preamble + hashlib.sha256(preamble + head + levels).digest() + head + levels
-
-
-def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
-    """The settings, with the artifact's for the model, and its fp32 weights. Raises UserError."""
-    data = path.read_bytes()
-    preamble, digest, body = data[:16], data[16:48], data[48:]
-    require(data.startswith(MAGIC) and body, f"{path}: not an artifact, or cut off at its start")
-    _, version, text_size, at = PREAMBLE.unpack(preamble)
-    require(version == VERSION, f"{path}: format version {version}; this script reads {VERSION}")
-    require(hashlib.sha256(preamble + body).digest() == digest, f"{path}: truncated or damaged")
-    zstd()  # where it is missing, the artifact is not malformed
-    try:
-        require(text_size < 2**21 and at <= len(body), "its header cannot be that long")
-        head = zstd().ZstdDecompressor().stream_reader(body[:at])
-        header, weights = json.loads(head.read(text_size)), {}
-        require([*header["settings"]] == MODEL_SETTINGS, "its settings are not those of a model")
-        values = {n: parse_setting(n, text) for n, text in header["settings"].items()}
-        asked = {name for name in hp.given if name.startswith("EVAL_")}  # for this score
-        theirs = {name.lower(): value for name, value in values.items() if name not in asked}
-        hp = dataclasses.replace(hp, bos=int(header.get("bos", 1)), **theirs)
-        scoring = {"train_batch_tokens": hp.train_seq_len, "micro_batch_tokens": 0}
-        problems = broken_rules(dataclasses.replace(hp, **scoring), check_places=False)
-        require(not problems, "; ".join(problems))
-        with torch.device("meta"):
-            state = GPT(hp).state_dict()
-        count = sum(w.numel() for w in state.values())
-        require(count < 1000 * len(data), "it is too small for its model")
-        table = {name: layout(name, w, hp) for name, w in state.items()}
-        require(header["tensors"] == table, "its tensors are not those of its settings")
-        for name, ((kind, shape), *_) in table.items():
-            raw = head.read(np.dtype(kind).itemsize * math.prod(shape))
-            planes = np.frombuffer(raw, "u1").reshape(int(kind[2]), -1)
-            floats = np.ascontiguousarray(planes.T).view(kind).reshape(shape)
-            weights[name] = torch.from_numpy(floats.astype(np.float32))
-        require(not head.read(1), "there is more than its tensors")
-        levels = [name for name in table if len(table[name]) == 2]
-        sizes = [state[name].numel() for name in levels]
-        coded = torch.from_numpy(decompress(hp.compressor, body[at:], sizes)).split(sizes)
-        for name, part in zip(levels, coded, strict=True):
-            weights[name] = weights[name] * part.view(state[name].shape)
-        digest = header["tokenizer"]
-    except Exception as error:  # crafted content can raise anything
-        raise UserError(f"{path}: malformed, or not for these settings: {error}") from None
-    same = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest() == digest
-    require(same, f"{hp.tokenizer_path}: not the tokenizer that {path} was trained with")
-    return hp, weights
-
-
-def scheme(hp: Hyperparameters) -> str:
-    """The name of a quantization for log lines: its bits and its coder, such as int568_zstd."""
-    bits = {hp.quant_bits_mlp, hp.quant_bits_attn, hp.quant_bits_embed}
-    bits |= {hp.quant_bits_bigram} if hp.bigram_buckets else set()
-    return f"int{''.join(map(str, sorted(bits)))}_{hp.compressor}"
-
-
-def forecast(model: GPT, run: Run) -> None:
-    """Log the artifact's size for the initial weights, with Gaussian ones where they are zero."""
-    noise, code = torch.Generator().manual_seed(0), len(read_once(__file__))
-    state = model.state_dict()
-    for name in [name for name, w in state.items() if not w.any()]:
-        state[name] = torch.randn(state[name].shape, generator=noise)
-    size, cap = code + len(pack_artifact(state, run.hp)), run.hp.artifact_max_bytes
-    warning = f"; warning: over the cap, with FIT_BUDGET={run.hp.fit_budget}" * (size > cap)
-    run.log(f"forecast: {size} bytes ({code} code, {size - code} artifact) of {cap}{warning}")
-
-
-def fit_artifact(model: GPT, run: Run) -> bytes:
-    """The artifact. With FIT_BUDGET, the largest that fits the cap beside the code, at most 0.3% of
-    which stays empty: "sigma" searches log2 k, of which a unit is a bit a weight by the size law;
-    "prune", if there is too much, the share of levels to set to 0. What was done is logged."""
-    hp, state, cap = run.hp, model.state_dict(), run.hp.artifact_max_bytes
-    most, sigma = cap - len(read_once(__file__)), hp.fit_budget == "sigma"
-    slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
-    x, low, high = (math.log2(hp.quant_sigma), 2.0, 12.0) if sigma else (0.0, 0.0, 1.0)
-    x, tried = min(max(x, low), high), {}
-    while len(tried) < 16 and x not in tried:
-        changed = dataclasses.replace(hp, quant_sigma=2**x) if sigma else hp
-        tried[x] = data = pack_artifact(state, changed, pruned=0.0 if sigma else x)
-        fits = len(data) <= most
-        if hp.fit_budget == "none" or (fits and x == 0.0):
-            return data
-        if fits and (len(data) >= 0.997 * most or x == low):
-            break
-        low, high = (low, x) if fits else (x, high)
-        if len(tried) > 1:
-            (x0, one), (x1, two) = [*tried.items()][-2:]
-            slope = (len(one) - len(two)) / (x1 - x0) or slope
-        x = min(max(x + (len(data) - 0.9985 * most) / slope, low), high)
-        x = (low + high) / 2 if x in tried else x
-    x, best = max(tried.items(), key=lambda t: len(t[1]) * (1 if len(t[1]) <= most else -1))
-    fill, what = len(best) + cap - most, f"quant_sigma:{2**x:.4f}" if sigma else f"pruned:{x:.4f}"
-    further = "" if 0.997 * cap <= fill <= cap else " (it cannot do more)"
-    run.log(f"fit_budget:{hp.fit_budget} {what} tries:{len(tried)} fill:{fill / cap:.4f}{further}")
-    return best
-
-
-# ===================================== CHECKPOINTS =====================================
-# SHA-256, then what torch.save makes of tensors and plain values: loading runs no code.
-
-
-def write_checkpoint(state: dict[str, Any], run: Run) -> None:
-    """Write what `Trainer.state` gave, and delete the oldest. A full disk costs but a warning."""
-    path, buffer = run.dir / checkpoint_name(state["step"]), io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getbuffer()
-    try:
-        atomic_write(path, lambda f: f.writelines((hashlib.sha256(content).digest(), content)))
-    except OSError as error:
-        return run.log(f"warning: no checkpoint of step {state['step']}: {error}")
-    for old in checkpoints(run)[run.hp.save_total_limit :]:
-        old.unlink()
-
-
-def checkpoint_name(step: int) -> str:
-    """The name of the checkpoint of a step."""
-    return f"checkpoint_{step:07d}.pt"
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step that a checkpoint's name tells; 0 if it is no checkpoint's name."""
-    found = re.fullmatch(r"checkpoint_(\d+)\.pt", path.name)
-    return int(found[1]) if found else 0
-
-
-def checkpoints(run: Run) -> list[Path]:
-    """The checkpoints in the run's folder, that of the latest step first. The times of files tell
-    nothing: a copy, a restore or a wrong clock changes them."""
-    found = filter(checkpoint_step, run.dir.glob("checkpoint_*.pt"))
-    return sorted(found, key=checkpoint_step, reverse=True)
-
-
-def set_aside(run: Run, step: int, resumed: Path | None) -> None:
-    """Rename what the training that starts at `step` does not go on from, so that it is neither
-    taken for this training's nor deleted in its place."""
-    ours = resumed and resumed.resolve()
-    later = [p for p in checkpoints(run) if checkpoint_step(p) >= step and p.resolve() != ours]
-    for path in later:
-        path.replace(path.with_name(f"old_{path.name}"))
-    if later:
-        names = ", ".join(path.name for path in later)
-        run.log(
-            f"set aside as old_checkpoint_*.pt, as this training does not go on from it: {names}"
-        )
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint. Raises an Exception of any kind if it is none, or of another step
-    than its name says."""
-    content = memoryview(path.read_bytes())
-    require(hashlib.sha256(content[32:]).digest() == content[:32], "truncated or damaged")
-    state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
-    step = checkpoint_step(path)
-    require(step in (0, state["step"]), f"it holds step {state['step']}")
-    return {**state, "settings": {**state["settings"]}}
-
-
-def find_checkpoint(run: Run, stream: TokenStream) -> dict[str, Any] | None:
-    """The state that RESUME asks for; None if that is auto, and there is none. Raises UserError if
-    it cannot be read, or was made under settings, or with training data, that matter."""
-    hp, auto, state = run.hp, run.hp.resume == "auto", None
-    for path in checkpoints(run) if auto else [Path(hp.resume)]:
-        try:
-            state = read_checkpoint(path)
-            break
-        except Exception as error:  # crafted content can raise anything
-            require(auto, f"{path}: not a checkpoint: {error}")
-            run.log(f"warning: {path}: not a checkpoint: {error}; trying the one before it")
-    if state is None:
-        return run.log("resume:auto no checkpoint; starting at step 0")
-    grave, whole = check_origin(state, path, run, stream), state.get("whole", True)
-    run.end = path if auto and not whole else None
-    exported = (run.dir / "final_model.artifact").exists()
-    if state.get("stop") == signal.SIGUSR1 and not grave and not (whole and exported):
-        run.ask_to_stop(signal.SIGUSR1)  # training had been ended; what is left is the export
-    return state | {"path": path}
-
-
-def check_origin(state: dict[str, Any], path: Path, run: Run, stream: TokenStream) -> str:
-    """Log what differs from the settings and data that a checkpoint was made with; of that, what
-    changes the result. Raises UserError if the run may not go on from it."""
-    stream.identifying.join()
-    then, now = state["settings"], setting_texts(run.hp) | {"DATA": stream.identity}
-    if not then.get("DATA"):
-        run.log(f"warning: {path}: not known with what training data it was made")
-        then["DATA"] = now["DATA"]
-    changed = {n: f"\n  {n}={then.get(n)}, now {now[n]}" for n in now if then.get(n) != now[n]}
-    grave = "".join(line for name, line in changed.items() if name not in NEUTRAL_SETTINGS)
-    advice = "other settings made it, set them back or set RESUME_CHANGED=1"
-    require(not grave or run.hp.resume_changed, f"{path}: {advice}:{grave}")
-    over = "it has no optimizer state: its training was over, and only its settings can finish it"
-    require(state.get("whole", True) or not grave, f"{path}: {over}{grave}")
-    run.log(f"resume:{path} step:{state['step']}{''.join(changed.values())}")
-    return grave
-
-
 # ===================================== TRAINING =====================================
 AHEAD = {"cuda": 2}  # steps that the host asks for, at most, before the device has done them
 
 
-def place(sizes: dict[str, int], parts: int) -> tuple[dict[str, tuple[int, int]], int]:
-    """Divide tensors of these sizes among equal parts of a buffer, each wholly into one: the part
-    of each and its offset in the buffer, and the width of a part, whose last element stays free."""
-    loads, places = [0] * parts, {}
+def divide(sizes: dict[str, int], ranks: int) -> tuple[dict[str, tuple[int, int]], int]:
+    """Put tensors whole into equal shares: owners, offsets, a width with one element free."""
+    loads = [0] * ranks
+    places = {}
     for name in sorted(sizes, key=sizes.get, reverse=True):
-        part = loads.index(min(loads))
-        places[name] = part, loads[part]
-        loads[part] += math.ceil(sizes[name] / 64) * 64  # aligned for vector instructions
-    width = max(loads) + 64
-    return {name: (part, part * width + at) for name, (part, at) in places.items()}, width
+        owner = loads.index(min(loads))
+        places[name] = (owner, loads[owner])
+        loads[owner] += math.ceil(sizes[name] / 64) * 64  # aligned for vector instructions
+    return places, max(loads) + 64
+
+
+def later(number: Tensor) -> Callable[[], float]:
+    """Return a function that gives a number on the device, without waiting for later work there."""
+    host = number.to("cpu", non_blocking=number.is_cuda)
+    if not number.is_cuda:
+        return host.item
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> float:
+        copied.synchronize()
+        return host.item()
+
+    return wait
 
 
 class Trainer:
-    """The model, its optimizers, and its gradients on one rank. Weights are views of one buffer,
-    gradients of another. With ZERO_LEVEL=1 (ZeRO, arXiv 1910.02054) these have a part a rank, which
-    sums the gradients of it alone and updates its weights. A part's last element is the loss."""
+    """Train a model: its data, gradients and optimizers on one rank.
+
+    Each rank owns a share of the parameters (ZeRO, arXiv 1910.02054): sums its gradients, updates
+    it, and hands it to all. `params` view the weights, fp32 (ranks, width); so lie the gradients,
+    each rank's last one is the loss, and the model's own weights in its dtype.
+    """
 
     def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
-        self.model, self.forward, self.stream, self.run = model, forward, stream, run
-        self.params = dict(model.named_parameters())
-        self.parts, self.part = (run.world_size, run.rank) if run.hp.zero_level else (1, 0)
-        self.places, width = place({n: p.numel() for n, p in self.params.items()}, self.parts)
-        self.weights, self.grads = torch.zeros(2, self.parts, width, device=run.device)
-        for name, p in self.params.items():
-            data, p.grad = (self.view(name, buffer) for buffer in (self.weights, self.grads))
-            p.data = data.copy_(p.detach())
-        self.average = self.weights.clone() if run.hp.ema_decay else None
-        ours = {n: p for n, p in self.params.items() if self.places[n][0] == self.part}
-        self.optimizers = build_optimizers(ours, run)
-        self.tensors = {name: {"weights": self.view(name, self.weights)} for name in self.params}
-        for name, tensors in self.tensors.items():
-            tensors |= {} if self.average is None else {"average": self.view(name, self.average)}
-            for optimizer in self.optimizers:
-                tensors |= optimizer.state.get(self.params[name], {})
-        self.bad_in_a_row, self.late = torch.zeros((), device=run.device), []
+        self.model = model
+        self.forward = forward
+        self.stream = stream
+        self.run = run
+        self.params = {name: p.detach() for name, p in model.named_parameters()}
+        sizes = {name: p.numel() for name, p in self.params.items()}
+        self.places, width = divide(sizes, run.world_size)
+        self.weights = torch.zeros(run.world_size, width, device=run.device)
+        self.grads = torch.zeros_like(self.weights)
+        self.working = self.weights.to(run.dtype)  # the same, in fp32
+        for name, p in model.named_parameters():
+            owner, _ = self.places[name]
+            weight = self.within(name, self.weights[owner]).copy_(p.detach())
+            weight.grad = self.within(name, self.grads[owner])
+            self.params[name] = weight
+            p.data = self.within(name, self.working[owner])
+            p.grad = weight.grad if p.dtype == weight.dtype else None
+        self.working.copy_(self.weights)
+        self.share = self.weights[run.rank]
+        self.average = self.share.clone() if run.hp.ema_decay else None
+        self.owned = {n: p for n, p in self.params.items() if self.places[n][0] == run.rank}
+        self.optimizers = build_optimizers(self.owned, run)
+        self.bad_in_a_row = torch.zeros((), device=run.device)
+        self.late: list[tuple[int, Callable[[], float], list[Tensor]]] = []
         self.feed_from(0)
 
-    def view(self, name: str, buffer: Tensor) -> Tensor:
-        """The part of a buffer that belongs to a parameter."""
-        p, at = self.params[name], self.places[name][1]
-        return buffer.view(-1)[at : at + p.numel()].view_as(p)
+    def within(self, name: str, share: Tensor) -> Tensor:
+        """View the part of its owner's share that belongs to a parameter."""
+        p = self.params[name]
+        _, offset = self.places[name]
+        return share[offset : offset + p.numel()].view_as(p)
+
+    def collect(self) -> None:
+        """Add up the gradients of weights that the model has a copy of."""
+        new = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        if self.working is self.weights or not new:
+            return
+        if self.grads.is_cpu:  # memory costs more than launches
+            sums = [self.params[name].grad for name in new]
+            torch._foreach_add_(sums, [*new.values()])
+        else:
+            fresh = torch.zeros_like(self.working)
+            places = [self.within(name, fresh[self.places[name][0]]) for name in new]
+            torch._foreach_copy_(places, [*new.values()])
+            self.grads += fresh
+        self.model.zero_grad()  # the next ones are then taken without a sum
 
     def feed_from(self, step: int) -> None:
         """Read the batches from a step on."""
-        self.feed, self.upcoming = batches(self.stream, self.run, step), None
+        self.feed = batches(self.stream, self.run, step)
+        self.upcoming: list[Tensor] | None = None
 
     def fetch(self) -> None:
-        """Have the next batch ready. If it cannot be read, as when a shard has been removed, all
-        ranks are asked to stop: the steps before it are not lost."""
+        """Have the next batch ready. If a shard cannot be read any more, all ranks will stop."""
         self.upcoming = None
         try:
             self.upcoming = next(self.feed, None)  # it ends after an error
@@ -1706,394 +1829,272 @@ class Trainer:
             self.run.fail(f"the training data cannot be read any more: {error}")
 
     def step(self, step: int, elapsed: float, dry: bool = False) -> Tensor:
-        """Update the weights from the next global batch; its mean loss in nats, fp32 (). If `dry`,
-        or loss or gradient is not finite, only `bad_in_a_row` changes; no rank waits to know."""
+        """Update the weights, unless `dry` or not finite, from a batch; its mean loss, fp32 ()."""
         hp = self.run.hp
+        self.accumulate()
+        grads = self.grads[self.run.rank]
+        square = self.reduce(grads)
+        loss = grads[-1].clone()
+        bad = ~(square + loss).isfinite() | dry
+        if hp.grad_clip_norm:
+            grads *= (hp.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        grads.masked_fill_(bad, 0)
+        self.update(step, elapsed, bad)
+        gathering = self.gather()
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
+        self.late.append((step, later(self.bad_in_a_row), self.batch))
+        self.fetch()  # meanwhile, the ranks exchange weights
+        if gathering:
+            gathering.wait()
+        self.working.copy_(self.weights)
+        return loss
+
+    def accumulate(self) -> None:
+        """Add up loss and gradients over the micro-batches of this rank."""
         self.grads.zero_()
         if self.upcoming is None:
             self.fetch()
         require(self.upcoming is not None, self.run.problem)
         self.batch = self.upcoming
         for inputs, targets in self.batch:
-            loss = self.forward(inputs, targets).sum() / hp.train_batch_tokens
+            loss = self.forward(inputs, targets).sum() / self.run.hp.train_batch_tokens
             loss.backward()
+            self.collect()
             self.grads[:, -1] += loss.detach()
-        ours = self.grads[self.part]
-        square = self.reduce(ours)
-        loss = ours[-1].clone()
-        bad = ~(square + loss).isfinite() | dry
-        if hp.grad_clip_norm:
-            ours *= (hp.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
-        ours.masked_fill_(bad, 0)
-        ramp = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
-        momentum = (1 - ramp) * hp.muon_momentum_warmup_start + ramp * hp.muon_momentum
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group.update(lr=group["base_lr"] * lr_scale(hp, step, elapsed), momentum=momentum)
-            optimizer.found_inf, optimizer.grad_scale = bad.float(), None
-            optimizer.step()
-        if self.parts > 1:
-            dist.all_gather([*self.weights], self.weights[self.part].clone())
-        if self.average is not None:  # e ← d·e + (1 - d)·w
-            self.average.lerp_(self.weights, (1 - hp.ema_decay) * (~bad).float())
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
-        self.late.append((step, later(self.bad_in_a_row), self.batch))
-        self.fetch()
-        return loss
 
-    def reduce(self, ours: Tensor) -> Tensor:
-        """Sum our part of the gradients over the ranks; the square of the norm of all parts."""
-        if self.parts > 1:
-            total = torch.empty_like(ours)
+    def reduce(self, grads: Tensor) -> Tensor:
+        """Sum the gradients of the own share over the ranks; the square of the norm of all."""
+        if self.run.world_size > 1:
+            total = torch.empty_like(grads)
             dist.reduce_scatter(total, [*self.grads])
-            ours.copy_(total)
-        elif self.run.world_size > 1:
-            dist.all_reduce(ours)
-        square = ours[:-1].norm() ** 2
-        if self.parts > 1:
+            grads.copy_(total)
+        square = grads[:-1].norm() ** 2
+        if self.run.world_size > 1:
             dist.all_reduce(square)
         return square
 
+    def update(self, step: int, elapsed: float, bad: Tensor) -> None:
+        """Let the optimizers update the own share, and move its average: e ← d·e + (1 - d)·w."""
+        hp = self.run.hp
+        scale = lr_scale(hp, step, elapsed)
+        ramp = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
+        momentum = (1 - ramp) * hp.muon_momentum_warmup_start + ramp * hp.muon_momentum
+        found_inf = bad.float()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group.update(lr=group["base_lr"] * scale, momentum=momentum)
+            optimizer.found_inf = found_inf
+            optimizer.grad_scale = None
+            optimizer.step()
+        if self.average is not None:
+            self.average.lerp_(self.share, (1 - hp.ema_decay) * (~bad).float())
+
+    def gather(self) -> dist.Work | None:
+        """Begin to hand the own share of the weights to all ranks."""
+        if self.run.world_size == 1:
+            return None
+        return dist.all_gather([*self.weights], self.share.clone(), async_op=True)
+
+    def finish(self) -> None:
+        """Put the average in the place of the weights: what is exported is what is validated."""
+        if self.average is not None:
+            self.share.copy_(self.average)
+            if gathering := self.gather():
+                gathering.wait()
+            self.working.copy_(self.weights)
+
     def look_back(self, delay: int) -> None:
-        """Log skipped steps, `delay` steps late; raise UserError after MAX_BAD_STEPS in a row."""
+        """Wait for the step that was `delay` steps ago; the keeper tells if steps were skipped."""
         while len(self.late) > delay:
             step, number, batch = self.late.pop(0)
-            if count := int(number()):
-                line = f"skipped_step:{step} loss or gradient not finite, {count} in a row"
-                self.run.log(line, "skipped_step", step=step, in_a_row=count)
-                if count >= self.run.hp.max_bad_steps:
-                    rates = sorted({g["lr"] for o in self.optimizers for g in o.param_groups})
-                    last = next(iter(checkpoints(self.run)), "none")
-                    what = f"first: {self.diagnose(batch)}; learning rates {rates}"
-                    raise UserError(f"{line}; {what}; checkpoint: {last}")
-
-    def diagnose(self, batch: list[Tensor]) -> str:
-        """What is not finite in a batch: a weight, or the first activation or gradient."""
-        found = [f"weight {n}" for n, p in self.params.items() if not p.isfinite().all()]
-
-        def look(name: str, _: nn.Module, inputs: Any, output: Tensor) -> None:
-            found.extend([f"output of {name or 'the model'}"] * (not output.isfinite().all()))
-
-        for name, module in self.model.named_modules():
-            module.register_forward_hook(functools.partial(look, name))
-        self.grads.zero_()
-        for inputs, targets in batch:
-            self.model(inputs, targets).sum().backward()
-        backwards = reversed(self.params.items())
-        found += [f"gradient of {n}" for n, p in backwards if not p.grad.isfinite().all()]
-        return found[0] if found else f"nothing in the batch of rank {self.run.rank}"
-
-    def state(self, step: int, elapsed: float, whole: bool = True) -> dict[str, Any]:
-        """A copy of all that the rest of the run depends on; on rank 0, of all parts. Unless it is
-        to be `whole`, the optimizers' state is left out: nothing needs it after the last step."""
-        params = {}
-        for name in self.params:
-            if self.places[name][0] == self.run.rank:
-                tensors = self.tensors[name].items()
-                kept = {k: t for k, t in tensors if whole or k in ("weights", "average")}
-                params[name] = {k: t.detach().cpu().clone() for k, t in kept.items()}
-        if self.parts > 1:
-            shares = [{}] * self.parts if self.part == 0 else None
-            dist.gather_object(params, shares)
-            params = {name: t for share in shares or [] for name, t in share.items()}
-        settings = setting_texts(self.run.hp) | {"DATA": self.stream.identity}
-        progress = {"step": step, "elapsed": elapsed, "stop": int(self.run.stop), "whole": whole}
-        random = torch.get_rng_state()
-        return {**progress, "random": random, "settings": settings, "params": params}
-
-    def resume(self, state: dict[str, Any] | None) -> tuple[int, float]:
-        """Go on from rank 0's state, if it has one: the step, and the seconds trained so far."""
-        given = [state]
-        if self.run.world_size > 1:
-            dist.broadcast_object_list(given)
-        if not (state := given[0]):
-            return 0, 0.0
-        theirs = {name: kept["weights"].shape for name, kept in state["params"].items()}
-        ours = {name: p.shape for name, p in self.params.items()}
-        require(theirs == ours, "RESUME: the checkpoint is of a model of another shape")
-        for name, kept in state["params"].items():
-            for key, t in self.tensors[name].items():
-                # An average that was not kept then starts as the weights.
-                missing = kept["weights"] if key == "average" else t
-                t.detach().copy_(kept.get(key, missing))
-        torch.set_rng_state(state["random"])
-        self.feed_from(state["step"])
-        return state["step"], state["elapsed"]
+            in_a_row = int(number())
+            if in_a_row and self.run.keeper:
+                self.run.keeper.skipped(self, step, in_a_row, batch)
 
     def prime(self) -> None:
-        """Take WARMUP_STEPS steps that compile every kernel and change nothing. Where the memory
-        does not suffice, halve the micro-batches: sums over a batch stay the same."""
-        step, planned = 0, self.run.forward_rows
+        """Take WARMUP_STEPS steps that compile every kernel and change nothing."""
+        step = 0
         with torch.random.fork_rng(devices=[]):
             while step < self.run.hp.warmup_steps:
-                if problem := self.dry_step(step):
-                    self.halve(problem, step)
-                else:
+                try:
+                    self.step(step, 0.0, dry=True)
                     step += 1
-        rows = torch.tensor(self.run.forward_rows)
-        if self.run.world_size > 1:  # validation, too, is divided by it
-            dist.all_reduce(rows, dist.ReduceOp.MIN)
-        if rows < planned:
-            self.run.forward_rows = int(rows)
-            self.run.log(f"out of memory: going on with {rows} sequences at a time")
-        self.bad_in_a_row, self.late = self.bad_in_a_row * 0, []
+                except RuntimeError as error:
+                    if not self.run.keeper:
+                        raise
+                    self.run.keeper.retry(self, step, error)
+        if self.run.keeper:
+            self.run.keeper.primed()
+        self.bad_in_a_row.zero_()
+        self.late.clear()
         self.feed_from(0)
-
-    def dry_step(self, step: int) -> str:
-        """Take a step that changes nothing: the error's text if the memory did not suffice."""
-        try:
-            self.step(step, 0.0, dry=True)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                return str(error)
-            if not isinstance(self.forward, Compiled):
-                raise
-            self.forward.give_up(error)  # its gradient cannot be compiled
-            self.feed_from(step)
-        else:
-            return ""
-        return self.dry_step(step)
-
-    def halve(self, problem: str, step: int) -> None:
-        """Go on from a step with micro-batches of half the size. Raises UserError if that is 0."""
-        self.run.forward_rows = self.batch[0].size(1) // 2
-        require(self.run.forward_rows, f"out of memory with a single sequence: {problem}")
-        self.feed_from(step)
-        free_memory(self.run.device)
 
 
 def report(event: str, losses: dict[str, float], step: int, elapsed: float, run: Run) -> None:
     """Log the losses of a step, `elapsed` seconds into training."""
     values = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
-    ms, rate = 1e3 * elapsed, step * run.hp.train_batch_tokens / max(elapsed, 1e-9)
+    ms = 1e3 * elapsed
+    rate = step * run.hp.train_batch_tokens / max(elapsed, 1e-9)
     times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms tok_s:{rate:.0f}"
-    times_event = {"step": step, "train_time_ms": ms, "tokens_per_second": rate}
     line = f"step:{step}/{run.hp.iterations} {values} {times}"
-    run.log(line, event, **times_event, **losses)
+    run.log(line, event, step=step, train_time_ms=ms, tokens_per_second=rate, **losses)
 
 
 def train(
     trainer: Trainer, val: Validation, run: Run, step: int, elapsed: float
 ) -> tuple[int, float]:
-    """Train from `step` on until ITERATIONS, the wallclock cap by rank 0's clock, or a signal: the
-    last step, and the seconds. The clock stands in validation, and while a checkpoint is copied to
-    be written beside the steps. With SAVE_EVERY=0 the end of training is kept in one too, without
-    the optimizers' state: if what follows fails, RESUME=auto repeats that alone."""
-    hp, start, saved, writing = run.hp, run.clock(synchronize=True) - elapsed, step, None
-    with ThreadPoolExecutor(1) as writer:
-        while True:
-            capped = 0 < hp.max_wallclock_seconds <= elapsed
-            last = capped or step >= hp.iterations or run.stop == signal.SIGUSR1
-            if last and run.stop == FAILED:
-                run.recover()  # no more data is needed
-            due = last or (hp.save_every and step % hp.save_every == 0)
-            if (due or run.stopped) and step > saved:
-                elapsed, saved = run.clock(synchronize=True) - start, step
-                trainer.look_back(0)
-                if run.rank == 0 and not run.stopped:
-                    trainer.stream.identifying.join()
-                whole = bool(hp.save_every) or not last
-                run.end = run.dir / checkpoint_name(step) if not whole else None
-                state = trainer.state(step, elapsed, whole)
-                if run.rank == 0:
-                    writing = writing and writing.result()
-                    writing = writer.submit(write_checkpoint, state, run)
-                start = run.clock() - elapsed
-            if run.stopped or last:
-                break
-            if hp.val_loss_every and step % hp.val_loss_every == 0:
-                elapsed = run.clock(synchronize=True) - start
-                trainer.look_back(0)
-                report("val", score(trainer.forward, val, run)[1], step, elapsed, run)
-                start = run.clock(synchronize=True) - elapsed
-            loss = trainer.step(step, elapsed)
-            step += 1
-            early = step <= 10
-            logged = hp.train_log_every and (early or step % hp.train_log_every == 0)
-            trainer.look_back(0 if early or logged else AHEAD.get(run.device.type, 0))
-            # The device will have done all steps by then, if it keeps its mean pace.
-            elapsed = (run.clock() - start) * step / (step - len(trainer.late))
-            if logged:
-                report("train", {"train_loss": loss.item()}, step, elapsed, run)
-        trainer.look_back(0)
-    return step, elapsed
-
-
-def keep_room(run: Run, model: GPT) -> Path:
-    """Take room on the disk for artifact and raw weights, until they are written: a disk that gets
-    full in hours of training must not cost them. Raises UserError if there is none now."""
-    room = run.dir / ".room.partial"
-    need = 2**16 + 6 * sum(p.numel() for p in model.parameters())  # at most 2 + 4 bytes each
-    with open(room, "wb") as file:
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, need)
-            else:
-                file.write(bytes(need))
-                file.flush()
-            problem = ""
-        except OSError as error:
-            too_little = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            problem = error.strerror if too_little else ""  # others: this disk cannot promise room
-            file.truncate(0)
-    if problem:
-        room.unlink()
-        free = shutil.disk_usage(run.dir).free
-        what = f"artifact and weights need up to {need} bytes, {free} are free"
-        raise UserError(f"{run.dir}: {problem}: {what}; make room there, or set OUT_DIR")
-    return room
-
-
-def export(model: GPT, run: Run, room: Path) -> None:
-    """Write artifact and raw weights, each even if the other cannot be. Raises UserError that says
-    how to go on."""
-    raw = io.BytesIO()  # torch.save would hide what the disk says
-    torch.save({name: w.cpu().clone() for name, w in model.state_dict().items()}, raw)
-    room.unlink(missing_ok=True)
-    contents = {
-        "final_model.artifact": lambda file: file.write(fit_artifact(model, run)),
-        "final_model.pt": lambda file: file.write(raw.getbuffer()),
-    }
-    written, problems = [path.name for path in checkpoints(run)[:1]], []
-    for name, write in contents.items():
-        try:
-            atomic_write(run.dir / name, write)
-            written.append(name)
-        except (OSError, UserError) as error:
-            problems.append(f"{name}: {error}")
-    free = f"{shutil.disk_usage(run.dir).free} bytes are free in {run.dir}"
-    advice = f"put it right, and finish with {how_to_go_on(run)}"
-    kept = f"kept: {', '.join(written) or 'nothing'}"
-    what = f"training is over, but its result is not all written: {'; '.join(problems)}"
-    require(not problems, f"{what}; {kept}; {free}; {advice}")
-
-
-def how_to_go_on(run: Run) -> str:
-    """The settings that let a run go on from its newest checkpoint."""
-    return f"RUN_ID={shlex.quote(run.dir.name)} RESUME=auto"
-
-
-def prepare(trainer: Trainer, run: Run) -> tuple[dict[str, Any] | None, Path]:
-    """Before training, on rank 0: the state to resume, if any, and the room kept on the disk."""
-    trainer.stream.identify()
-    forecast(trainer.model, run)
-    state = find_checkpoint(run, trainer.stream) if run.hp.resume else None
-    set_aside(run, state["step"] if state else 0, state and state.pop("path"))
-    return state, keep_room(run, trainer.model)
-
-
-def log_data(stream: TokenStream, run: Run) -> None:
-    """Log how much training data there is, and how often it will be read."""
+    """Train until ITERATIONS, the wallclock cap, or a signal; the last step, and the seconds."""
     hp = run.hp
-    run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
-    planned = hp.iterations * hp.train_batch_tokens / stream.total
-    line = f"epochs_planned:{planned:.2f}"
-    if planned >= 2:
-        line += f" warning: each training token is read {planned:.1f} times"
-        if hp.max_wallclock_seconds:
-            line += " at most; MAX_WALLCLOCK_SECONDS may end it before"
-    run.log(line)
+    keeper = run.keeper
+    start = run.clock(synchronize=True) - elapsed
+    while True:
+        capped = 0 < hp.max_wallclock_seconds <= elapsed
+        last = capped or step >= hp.iterations or run.stop == FINISH
+        if last and run.stop == FAILED:
+            run.recover()  # no more data is needed
+        if last or run.stopped or (keeper and keeper.is_due(step)):
+            elapsed = run.clock(synchronize=True) - start
+            trainer.look_back(0)
+            if keeper:
+                keeper.save(trainer, step, elapsed, last)
+            start = run.clock() - elapsed
+        if last or run.stopped:
+            return step, elapsed
+        if hp.val_loss_every and step % hp.val_loss_every == 0:
+            elapsed = run.clock(synchronize=True) - start
+            trainer.look_back(0)
+            _, losses = score(trainer.forward, val, run)
+            report("val", losses, step, elapsed, run)
+            start = run.clock(synchronize=True) - elapsed
+        loss = trainer.step(step, elapsed)
+        step += 1
+        early = step <= 10
+        logged = hp.train_log_every and (early or step % hp.train_log_every == 0)
+        trainer.look_back(0 if early or logged else AHEAD.get(run.device.type, 0))
+        # The device will have done all steps by then, if it keeps its mean pace.
+        elapsed = (run.clock() - start) * step / (step - len(trainer.late))
+        if logged:
+            report("train", {"train_loss": loss.item()}, step, elapsed, run)
 
 
-def log_end(stream: TokenStream, run: Run, step: int, elapsed: float) -> None:
-    """Log why training ended before ITERATIONS, how often the data was read if over once, and the
-    memory of a GPU that it took."""
-    why = "wallclock_cap" * (step < run.hp.iterations)
-    if run.stop:
-        why = signal.Signals(run.stop).name if run.stop < FAILED else "failure"
-    if why:
-        run.log(f"stopping_early: {why} train_time:{1e3 * elapsed:.0f}ms step:{step}")
-    epochs = step * run.hp.train_batch_tokens / stream.total
-    if epochs > 1:
-        run.log(f"epochs:{epochs:.2f}")
-    if run.device.type == "cuda":
-        allocated = torch.cuda.max_memory_allocated() >> 20
-        reserved = torch.cuda.max_memory_reserved() >> 20
-        run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+def export(params: Mapping[str, Tensor], run: Run) -> None:
+    """Write the artifact and the raw weights. Raises UserError or OSError."""
+    weights = {name: w.cpu().clone() for name, w in params.items()}  # no views of one buffer
+    raw = io.BytesIO()  # torch.save would hide what the disk says
+    torch.save(weights, raw)
+    files = {
+        run.dir / "final_model.artifact": lambda file: file.write(fit_artifact(weights, run)),
+        run.dir / "final_model.pt": lambda file: file.write(raw.getbuffer()),
+    }
+    if run.keeper:
+        run.keeper.write(files)
+        return
+    for path, fill in files.items():
+        atomic_write(path, fill)
 
 
-def train_and_export(trainer: Trainer, val: Validation, run: Run) -> Path:
-    """Train, and write raw weights and artifact, whose path it is; after a signal, a checkpoint."""
-    model, stream = trainer.model, trainer.stream
-    log_data(stream, run)
-    with contextlib.ExitStack() as at_end:
-        resumed, room = run.on_first(lambda: prepare(trainer, run)) or (None, None)
-        if room:
-            at_end.callback(room.unlink, missing_ok=True)
-        trainer.prime()
-        step, elapsed = train(trainer, val, run, *trainer.resume(resumed))
-        log_end(stream, run, step, elapsed)
-        if run.stopped:
-            run.log(f"to go on: {how_to_go_on(run)}")
-            run.clock()  # no rank leaves, and lets a launcher end the others, before all is written
-            require(run.stop != FAILED, run.problem)
-            return Path()
-        if trainer.average is not None:  # what is exported is what is validated
-            trainer.weights.copy_(trainer.average)
-        run.on_first(lambda: export(model, run, room))
-    report("val", score(trainer.forward, val, run)[1], step, elapsed, run)
-    return run.dir / "final_model.artifact"
+def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
+    """Train, and write artifact and raw weights; if a signal asks for it, a checkpoint instead."""
+    keeper = run.keeper
+    if keeper:
+        keeper.prepare(trainer)
+    trainer.prime()
+    start = keeper.resume(trainer) if keeper else (0, 0.0)
+    step, elapsed = train(trainer, val, run, *start)
+    if keeper:
+        keeper.trained(trainer, step, elapsed)
+    require(run.stop != FAILED, run.problem)
+    if run.stopped:
+        return
+    trainer.finish()
+    run.on_first(lambda: export(trainer.params, run))
+    _, losses = score(trainer.forward, val, run)
+    report("val", losses, step, elapsed, run)
 
 
-def main(arguments: list[str]) -> int | None:
-    """Train, export and score a model, or only score one; the exit code if a signal ended it."""
+# ===================================== MAIN =====================================
+def score_artifact(path: Path, model: GPT, forward: Forward, val: Validation, run: Run) -> None:
+    """Log an artifact's score and size, and write SAVE_NLL. Raises UserError if it is too large."""
+    model.to(run.dtype)
+    if run.rank == 0:
+        _, weights = load_artifact(path, run.hp)
+        model.load_state_dict(weights)
+    if run.world_size > 1:
+        for p in model.parameters():
+            dist.broadcast(p.detach(), 0)
+    nll, final = score(forward, val, run)
+    if run.rank > 0:
+        return
+    name = scheme(run.hp)
+    text = " ".join(f"{key}:{value:.8f}" for key, value in final.items())
+    run.log(f"final_{name}_roundtrip_exact {text}")
+    code = len(read_once(__file__))
+    size = path.stat().st_size
+    cap = run.hp.artifact_max_bytes
+    sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": cap}
+    line = f"Total submission size {name}: {code + size} bytes ({code} code, {size} artifact)"
+    run.log(line, "final", **final, **sizes)
+    if run.keeper:
+        run.keeper.scored()
+    if run.hp.save_nll:
+        save_nll(nll, val, run.hp)
+    require(code + size <= cap, f"{line}, over ARTIFACT_MAX_BYTES={cap}; all is saved")
+
+
+def main(arguments: list[str]) -> int:
+    """Train, export and score a model, or only score one; 0, or the exit code after a signal."""
     require(arguments in ([], ["--help"], ["--settings"]), f"{arguments}: see --help")
     if arguments == ["--help"]:
-        return print(__doc__, settings_table(), sep="\n", flush=True)
+        keeper = find_keeper()
+        table = keeper.settings_table() if keeper else "keeper.py, beside it, has the table."
+        print(__doc__, table, sep="\n", flush=True)
+        return 0
     hp = load_settings(os.environ, check_places=not arguments)
     if arguments == ["--settings"]:
-        return print(settings_dotenv(hp), flush=True)
+        print(settings_dotenv(hp), flush=True)
+        return 0
     artifact = Path(hp.artifact)
-    run = Run(load_artifact(artifact, hp)[0] if hp.eval_only else hp)
-    stream = None if hp.eval_only else TokenStream("train", run)
+    if hp.eval_only:
+        hp, _ = load_artifact(artifact, hp)
+    run = Run(hp)
+    try:
+        return do_run(run, artifact)
+    finally:
+        if run.keeper:
+            run.keeper.close()
+
+
+def do_run(run: Run, artifact: Path) -> int:
+    """Do what a run's settings ask for; its exit code."""
+    stream = None if run.hp.eval_only else TokenStream("train", run)
     val = Validation(run)
-    if not hp.eval_only:  # an artifact tells what it was trained with
+    if stream:  # an artifact tells what it was trained with
         run.hp = dataclasses.replace(run.hp, bos=val.bos)
     run.start()
     model = GPT(run.hp, run.dtype).to(run.device)
-    forward = Compiled(model, run) if run.compile else model
+    forward = model
+    if run.compile:
+        forward = run.keeper.compiled(model) if run.keeper else compile_model(model)
     run.log(val.note)
+    if run.keeper:
+        run.keeper.explain_validation(val)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     if stream:
-        run.listen()
-        artifact = train_and_export(Trainer(model, forward, stream, run), val, run)
+        train_and_export(Trainer(model, forward, stream, run), val, run)
         if run.stopped:
             return 128 + run.stop
-    if run.rank == 0:
-        model.load_state_dict(load_artifact(artifact, hp)[1])
-    for p in model.parameters() if run.world_size > 1 else ():
-        dist.broadcast(p.detach(), 0)
-    nll, final = score(forward, val, run)
-    if run.rank == 0:
-        text, name = " ".join(f"{k}:{v:.8f}" for k, v in final.items()), scheme(run.hp)
-        run.log(f"final_{name}_roundtrip_exact {text}")
-        code, size = len(read_once(__file__)), artifact.stat().st_size
-        cap = hp.artifact_max_bytes
-        sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": cap}
-        line = f"Total submission size {name}: {code + size} bytes ({code} code, {size} artifact)"
-        run.log(line, "final", **final, **sizes)
-        if run.end:
-            run.end.unlink(missing_ok=True)
-        if hp.save_nll:
-            save_nll(nll, val, hp)
-        require(code + size <= cap, f"{line}, over ARTIFACT_MAX_BYTES={cap}; all is saved")
+        artifact = run.dir / "final_model.artifact"
+    score_artifact(artifact, model, forward, val, run)
+    return 0
 
 
 if __name__ == "__main__":
-    any_console(sys.argv[1:])
+    keeper = find_keeper()
     try:
-        code = main(sys.argv[1:])
-        if dist.is_initialized():
-            dist.barrier()
-            os._exit(code or 0)  # gloo's threads now and then abort a regular exit
-        sys.exit(code)
-    except BrokenPipeError:
-        flush_console()
-        sys.exit(1)  # nobody reads what was asked for
-    except (UserError, OSError) as problem:
-        # Before they meet, the ranks of a node find the same problems. The first one speaks; the
-        # others do if no launcher has ended them by then.
-        flush_console()
-        first = os.environ.get("LOCAL_RANK", "0") in ("", "0")
-        time.sleep(0 if first or dist.is_initialized() else 2)
-        sys.exit(f"{Path(__file__).name}: error: {problem}" if str(problem) else 1)
+        code = keeper.run_program(main) if keeper else main(sys.argv[1:])
+    except UserError as problem:
+        sys.exit(f"{Path(__file__).name}: error: {problem}")
+    if dist.is_initialized():
+        dist.barrier()
+        os._exit(code)  # gloo's threads now and then abort a regular exit
+    sys.exit(code)
