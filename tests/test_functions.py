@@ -224,3 +224,11 @@ def test_rows_are_looked_up_as_they_are():
     table = tg.Table(5, 4).bfloat16()
     ids = torch.tensor([[4, 0], [2, 4]])
     assert torch.equal(table(ids), table.weight[ids])
+
+
+def test_a_hook_on_a_gradient_of_one_of_them_is_called():
+    parts = [tg.Matrix(8, n).double() for n in (4, 2)]
+    seen = []
+    parts[1].register_full_backward_hook(lambda m, inputs, outputs: seen.append(outputs[0]))
+    tg.together(random(3, 8), *parts).sum().backward()
+    assert [g.tolist() for g in seen] == [[[1.0] * 2] * 3]

@@ -444,11 +444,11 @@ class Matrix(nn.Linear):
         return y + low
 
 
-def together(x: Tensor, *matrices: Matrix) -> Tensor:
+def together(x: Tensor, *parts: Matrix) -> Tensor:
     """Map x by several matrices, side by side: in one product, if no hook or delta is alone."""
-    if any(m.delta or m._forward_hooks or m._forward_pre_hooks for m in matrices):
-        return torch.cat([m(x) for m in matrices], dim=-1)
-    weight = torch.cat([m.weight for m in matrices])
+    if any(m.delta or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in parts):
+        return torch.cat([m(x) for m in parts], dim=-1)
+    weight = torch.cat([m.weight for m in parts])
     return F.linear(x, weight.to(x.dtype))
 
 
