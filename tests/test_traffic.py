@@ -467,9 +467,11 @@ def test_a_script_against_itself_gives_ratios_of_1(tmp_path):
 
 
 def test_the_script_of_a_commit_is_that_of_git(tmp_path):
+    shown = subprocess.run(["git", "-C", REPO, "show", "HEAD:train_gpt.py"], capture_output=True)
+    if shown.returncode:
+        pytest.skip("a copy of the repository that has no commit")
     script = traffic.traffic_compare.script_of("HEAD", tmp_path)
-    shown = ["git", "-C", REPO, "show", "HEAD:train_gpt.py"]
-    assert script.read_bytes() == subprocess.run(shown, capture_output=True, check=True).stdout
+    assert script.read_bytes() == shown.stdout
 
 
 OTHER = """
