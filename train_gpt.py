@@ -1762,9 +1762,9 @@ def later(number: Tensor) -> Callable[[], float]:
 class Trainer:
     """Train a model: its data, gradients and optimizers on one rank.
 
-    Each rank owns a share of the parameters (ZeRO, arXiv 1910.02054): sums its gradients, updates
-    it, and hands it to all. `params` view the weights, fp32 (ranks, width); so lie the gradients,
-    each rank's last one is the loss, and the model's own weights in its dtype.
+    Each rank owns a share of the parameters (ZeRO, arXiv 1910.02054) which it updates for all.
+    `params` are views of the weights, fp32 (ranks, width). The gradients lie alike, each rank's
+    last one is the loss, and so do the weights that the model has in its own dtype.
     """
 
     def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
