@@ -1801,10 +1801,10 @@ class Trainer:
         return share[offset : offset + p.numel()].view_as(p)
 
     def collect(self) -> None:
-        """Add up the gradients of weights that the model has a copy of."""
-        new = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        if self.working is self.weights or not new:
+        """Add the gradients of the model's copy of the weights to their gradients."""
+        if self.working is self.weights:
             return
+        new = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         if self.grads.is_cpu:  # memory costs more than launches
             sums = [self.params[name].grad for name in new]
             torch._foreach_add_(sums, [*new.values()])

@@ -21,11 +21,11 @@ import train_gpt as tg
 sys.path.insert(0, str(REPO / "benchmarks"))
 
 import traffic_device
+from traffic_optimizer import CUDA, on_cuda
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here: test_gpu.py"),
 ]
-CUDA = torch.device("cuda", 0)
 
 
 class AtOnce:
@@ -56,7 +56,6 @@ def fake_cuda() -> Iterator[list[FakeTensor]]:
         for owner, name, new in (
             (torch.cuda, "Event", lambda: event),
             (torch.Tensor, "pin_memory", lambda tensor: tensor),
-            (torch.Tensor, "backward", lambda loss: differentiated.append(loss)),
             (tg, "ThreadPoolExecutor", AtOnce),
         ):
             patches.enter_context(mock.patch.object(owner, name, new))
@@ -78,21 +77,18 @@ def cuda_run(tmp_path) -> tg.Run:
     return run
 
 
-def on_cuda(model: tg.GPT) -> tg.GPT:
-    """Move a model of fake tensors, which Module.to cannot."""
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = torch.nn.Parameter(p.detach().to(CUDA))
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer.to(CUDA)
-    return model
-
-
 @pytest.fixture
-def trainer(fake_cuda, cuda_run) -> tg.Trainer:
+def trainer(fake_cuda, cuda_run) -> Iterator[tg.Trainer]:
+    """A trainer whose model gets gradients without autograd's engine."""
     model = on_cuda(tg.GPT(cuda_run.hp, cuda_run.dtype))
-    return tg.Trainer(model, model, tg.TokenStream("train", cuda_run), cuda_run)
+
+    def backward(loss: FakeTensor) -> None:
+        fake_cuda.append(loss)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+
+    with mock.patch.object(torch.Tensor, "backward", backward):
+        yield tg.Trainer(model, model, tg.TokenStream("train", cuda_run), cuda_run)
 
 
 def test_a_step_stays_on_the_device(trainer, fake_cuda):
