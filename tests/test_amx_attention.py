@@ -1,7 +1,12 @@
-"""The attention kernel for CPUs with AMX, against float64 and beside PyTorch's."""
+"""The attention kernel for CPUs with AMX, against float64 and beside PyTorch's.
 
+Where there is no AMX, the same source runs with its tiles emulated (amx_emulation.h).
+"""
+
+import ctypes
 import functools
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +28,41 @@ def problem() -> str:
 
 PROBLEM = problem()
 needs_amx = pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)
+needs_kernel = pytest.mark.usefixtures("kernel")
+EMULATION = Path(__file__).with_name("amx_emulation.h")
+EMULATION_NEEDS = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "fma3")
+
+
+def build_emulation(cache, native_bf16):
+    """kernel.cpp with emulated tiles, and with emulated instructions for bf16 if those are not to
+    be native."""
+    unwanted = ("-mamx",) if native_bf16 else ("-mamx", "-mavx512bf16")
+    flags = [flag for flag in amx_attention.FLAGS if not flag.startswith(unwanted)]
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("XDG_CACHE_HOME", str(cache))
+        changed.setattr(amx_attention, "FLAGS", (*flags, "-include", str(EMULATION)))
+        try:
+            return ctypes.CDLL(str(amx_attention.build()))
+        except FileNotFoundError as error:
+            pytest.skip(f"no compiler: {error}")
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory):
+    """The kernel for any CPU with AVX-512."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    for name in EMULATION_NEEDS:
+        if not has.get(name):
+            pytest.skip(f"this CPU has neither AMX nor {name}, which its emulation needs")
+    return build_emulation(tmp_path_factory.mktemp("emulation"), has.get("avx512_bf16"))
+
+
+@pytest.fixture(params=["emulated"] if PROBLEM else ["amx", "emulated"])
+def kernel(request, monkeypatch):
+    """amx_attention works here: by AMX where it is, and by the emulation everywhere."""
+    if request.param == "emulated":
+        library = request.getfixturevalue("emulation")
+        monkeypatch.setattr(amx_attention, "load", lambda: library)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +95,22 @@ def assert_near_truth(ours, inputs, **options):
         assert (x.double() - y).norm() <= 2**-7 * y.norm() + 1e-6, name
 
 
-@needs_amx
+def test_bf16_is_emulated_to_the_bit(emulation, monkeypatch, tmp_path):
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        pytest.skip("this CPU has no AVX512_BF16 to compare with")
+    q, k, v, gradient = tensors(1, 2, 1, 70, 32)
+    v[0, 0, 3] = torch.inf
+    q[0, 1, 50, 2] = torch.nan
+    found = []
+    for library in (emulation, build_emulation(tmp_path, native_bf16=False)):
+        monkeypatch.setattr(amx_attention, "load", lambda it=library: it)
+        out, lse = amx_attention.forward(q, k, v)
+        found.append([out, lse, *amx_attention.backward(gradient, q, k, v, out, lse)])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, atol=0, rtol=0, equal_nan=True)
+
+
+@needs_kernel
 @pytest.mark.parametrize("T", [1, 2, 31, 63, 64, 65, 128, 200])
 def test_any_length_is_near_float64(T):
     amx_attention.activate(64)
@@ -63,7 +118,7 @@ def test_any_length_is_near_float64(T):
     assert_near_truth(attend(*inputs, is_causal=True), inputs, is_causal=True)
 
 
-@needs_amx
+@needs_kernel
 @pytest.mark.parametrize(("H", "G", "D"), [(8, 4, 64), (6, 1, 32), (3, 3, 96), (4, 2, 128)])
 def test_widths_and_groups_are_near_float64(H, G, D):
     amx_attention.activate(D)
@@ -71,7 +126,7 @@ def test_widths_and_groups_are_near_float64(H, G, D):
     assert_near_truth(attend(*inputs, is_causal=True), inputs, is_causal=True)
 
 
-@needs_amx
+@needs_kernel
 def test_large_scores_do_not_overflow():
     amx_attention.activate(32)
     q, k, v, gradient = tensors(1, 2, 2, 150, 32)
@@ -82,7 +137,7 @@ def test_large_scores_do_not_overflow():
     assert (ours[0].double() - truth[0]).norm() < 0.01 * truth[0].norm()
 
 
-@needs_amx
+@needs_kernel
 def test_the_log_sum_exp_is_that_of_the_scores():
     q, k, v, _ = tensors(1, 2, 2, 130, 64)
     hidden = torch.ones(130, 130, dtype=torch.bool).triu(1)
@@ -91,7 +146,7 @@ def test_the_log_sum_exp_is_that_of_the_scores():
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-4, rtol=0)
 
 
-@needs_amx
+@needs_kernel
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "expanded"])
 def test_any_layout_gives_the_same(layout):
     amx_attention.activate(64)
@@ -111,7 +166,7 @@ def test_any_layout_gives_the_same(layout):
     assert all(x.equal(y) for x, y in zip(found, expected, strict=True))
 
 
-@needs_amx
+@needs_kernel
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_bits_do_not_depend_on_the_threads(threads):
     amx_attention.activate(32)
@@ -125,7 +180,7 @@ def test_the_bits_do_not_depend_on_the_threads(threads):
     assert all(x.equal(y) for x, y in zip(found, expected, strict=True))
 
 
-@needs_amx
+@needs_kernel
 def test_no_token_sees_a_later_one():
     q, k, v, _ = tensors(1, 2, 1, 140, 32)
     out, lse = amx_attention.forward(q, k, v)
@@ -136,7 +191,7 @@ def test_no_token_sees_a_later_one():
     assert changed_lse[:, :, :77].equal(lse[:, :, :77])
 
 
-@needs_amx
+@needs_kernel
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
 def test_what_is_not_finite_stays_so(which):
     """A training step must see it, to skip it."""
@@ -146,7 +201,7 @@ def test_what_is_not_finite_stays_so(which):
     assert not all(x.isfinite().all() for x in attend(*inputs, is_causal=True))
 
 
-@needs_amx
+@needs_kernel
 @pytest.mark.parametrize(
     ("width", "dtype", "options"),
     [
@@ -165,7 +220,7 @@ def test_all_else_is_pytorchs(width, dtype, options):
     assert all(x.equal(y) for x, y in zip(found, expected, strict=True))
 
 
-@needs_amx
+@needs_kernel
 def test_it_takes_the_place_of_pytorchs_and_gives_it_back(monkeypatch):
     calls, forward = [], amx_attention.forward
     monkeypatch.setattr(amx_attention, "forward", lambda *x: (calls.append(1), forward(*x))[1])
@@ -178,13 +233,13 @@ def test_it_takes_the_place_of_pytorchs_and_gives_it_back(monkeypatch):
     assert len(calls) == 1
 
 
-@needs_amx
+@needs_kernel
 def test_a_batch_of_nothing():
     amx_attention.activate(32)
     assert attend(*tensors(0, 2, 2, 8, 32), is_causal=True)[0].shape == (0, 2, 8, 32)
 
 
-@needs_amx
+@needs_kernel
 def test_compiled_code_uses_it(monkeypatch):
     amx_attention.activate(32)
     inputs = tensors(1, 4, 2, 64, 32)
@@ -224,8 +279,18 @@ def test_what_the_compiler_says_is_told(monkeypatch, tmp_path):
     assert not [*(tmp_path / "cache").rglob("*.so")]
 
 
-@needs_amx
+def compiler_knows_amx():
+    """A compiler with the instructions for tiles is here, whatever the CPU has."""
+    command = ["g++", "-mamx-bf16", "-x", "c++", "-E", "/dev/null"]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not compiler_knows_amx(), reason="no g++ that knows AMX")
 def test_it_is_built_once(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = amx_attention.build()
     monkeypatch.setattr(subprocess, "run", None)
@@ -236,7 +301,7 @@ def test_it_is_built_once(monkeypatch, tmp_path):
 run_with = functools.partial(new_run, {"DTYPE": "bf16"})
 
 
-@needs_amx
+@needs_kernel
 @pytest.mark.parametrize("asked", ["auto", "amx"])
 def test_a_cpu_run_in_bf16_takes_it(asked):
     assert choose_attention(run_with(ATTENTION=asked)) == "amx"
