@@ -6,6 +6,9 @@ From then on F.scaled_dot_product_attention(q, k, v, is_causal=True) is kernel.c
 tensors (B, H, T, D), D a multiple of 32, heads grouped or not, compiled or not; what has dropout, a
 mask, a scale of its own or another shape or type is PyTorch's as before. train_gpt.py does this if
 it finds this folder beside itself (ATTENTION=auto or amx), and runs without it.
+
+`forward` and `backward`, called directly, take documents too: attention stays inside each, and only
+the blocks of 64 x 64 scores that it needs are computed.
 """
 
 import ctypes
@@ -59,31 +62,119 @@ def load() -> ctypes.CDLL:
     return kernel
 
 
-def call(function: Any, *tensors: Tensor) -> None:
-    """Call the kernel with tensors (B, H, T, D), or (B, H, T)."""
+def check_tensors(heads: dict[str, Tensor], keys: dict[str, Tensor]) -> None:
+    """Check that the kernel can read the tensors.
+
+    `heads` are all (B, H, T, D) with a "q", `keys` all (B, K, T, D) with a "k"; H is a multiple
+    of K. Raises ValueError.
+    """
+    for name, x in (heads | keys).items():
+        shape = tuple(x.shape)
+        if len(shape) != 4 or shape[3] % 32 or not shape[3]:
+            raise ValueError(f"{name}: must be (B, heads, T, D), D a multiple of 32, not {shape}")
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            raise ValueError(f"{name}: must be bf16 on the CPU, not {x.dtype} on {x.device}")
+        if x.numel() and x.stride(3) != 1:
+            raise ValueError(f"{name}: must have a stride of 1 in D, not {x.stride(3)}")
+    for like in (heads, keys):
+        shapes = {name: tuple(x.shape) for name, x in like.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"must be of one shape: {shapes}")
+    B, H, T, D = heads["q"].shape
+    K = keys["k"].size(1)
+    if keys["k"].shape != (B, K, T, D) or not K or H % K:
+        found = f"{(B, H, T, D)} and {tuple(keys['k'].shape)}"
+        raise ValueError(f"q and k: must be (B, H, T, D) and (B, K, T, D), not {found}")
+
+
+def starts_of(offsets: Tensor | None, B: int, T: int) -> Tensor:
+    """Give the starts of the segments, and the end of the last, int64.
+
+    They are `offsets` or, without, the starts of the rows. Raises ValueError if they are not what
+    `forward` asks for.
+    """
+    rows = torch.arange(B + 1) * T
+    if offsets is None:
+        return rows
+    if offsets.dtype != torch.int32 or offsets.device.type != "cpu" or offsets.dim() != 1:
+        kind = f"{offsets.dtype} {tuple(offsets.shape)} on {offsets.device}"
+        raise ValueError(f"offsets: must be torch.int32 (S + 1,) on the CPU, not {kind}")
+    starts = offsets.to(torch.int64).contiguous()
+    if not len(starts) or starts[0] != 0 or starts[-1] != B * T:
+        ends = f"from {starts[0]} to {starts[-1]}" if len(starts) else "empty"
+        raise ValueError(f"offsets: must go from 0 to B * T = {B * T}, but are {ends}")
+    falls = (starts[1:] < starts[:-1]).nonzero()
+    if len(falls):
+        at = falls[0].item()
+        raise ValueError(f"offsets: fall from {starts[at]} to {starts[at + 1]} at number {at + 1}")
+    missing = rows[starts[torch.searchsorted(starts, rows)] != rows]
+    if len(missing):
+        raise ValueError(f"offsets: have no {missing[0]}, where a row of {T} tokens starts")
+    return starts
+
+
+def call(function: Any, starts: Tensor, *tensors: Tensor) -> None:
+    """Call the kernel with tensors (B, H, T, D), or (B, H, T).
+
+    Raises ValueError if a segment is too long.
+    """
+    T, D = tensors[0].shape[2:]
+    longest = int(starts.diff().max()) if len(starts) > 1 else 0
+    if longest * D > LARGEST:
+        raise ValueError(f"a segment of {longest} tokens is longer than {LARGEST // D}")
     strides = [stride for t in tensors for stride in t.stride()[:3]]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    B, H, T, D = tensors[0].shape
-    function(*pointers, (ctypes.c_int64 * len(strides))(*strides), B, H, tensors[2].size(1), T, D)
+    shape = (tensors[0].size(1), tensors[2].size(1), T, D)
+    begin = ctypes.c_void_p(starts.data_ptr())
+    function(*pointers, (ctypes.c_int64 * len(strides))(*strides), begin, len(starts) - 1, *shape)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention of bf16 q (B, H, T, D) to k and v (B, G, T, D), H a multiple of G: its
-    output, like q, and the log-sum-exp of the scores of each query, fp32 (B, H, T)."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend causally, inside each segment.
+
+    q is (B, H, T, D), k and v are (B, K, T, D) with H a multiple of K, all bf16. Returns the
+    output, like q, and the log-sum-exp of the scores of each query, fp32 (B, H, T).
+
+    `offsets`, int32 (S + 1,), are the starts of S segments among all B * T tokens, one row after
+    the other, and B * T. They begin with 0 and never fall, and each row's start is one of them. Two
+    equal ones hold an empty segment between them. Without offsets, each row is a segment.
+    Raises ValueError if an argument is not so.
+    """
+    check_tensors({"q": q}, {"k": k, "v": v})
     B, H, T, _ = q.shape
-    out, lse = torch.empty_like(q), q.new_empty(B, T, H, dtype=torch.float32).transpose(1, 2)
-    call(load().amx_attention_forward, q, k, v, out, lse)
+    starts = starts_of(offsets, B, T)
+    out = torch.empty_like(q)
+    if offsets is None:  # laid out as PyTorch's
+        lse = q.new_empty(B, T, H, dtype=torch.float32).transpose(1, 2)
+    else:  # heads apart: threads that share a segment would write to the same lines of memory
+        lse = q.new_empty(B, H, T, dtype=torch.float32)
+    call(load().amx_attention_forward, starts, q, k, v, out, lse)
     return out, lse
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, from that of `out`; all bf16."""
+    """Give the gradients of q, k and v, from `dout`, that of `out`.
+
+    All are bf16. lse and `offsets` are those of `forward`. Raises ValueError as it does.
+    """
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # that of a sum is one number
+    check_tensors({"q": q, "out": out, "dout": dout}, {"k": k, "v": v})
+    if lse.shape != q.shape[:3] or lse.dtype != torch.float32:
+        raise ValueError(f"lse is {lse.dtype} {tuple(lse.shape)}, not fp32 {tuple(q.shape[:3])}")
+    starts = starts_of(offsets, q.size(0), q.size(2))
     layout = (0, 2, 1, 3)  # neighbours in memory as PyTorch promises them to the compiler
     dq, dk, dv = (torch.empty_permuted(x.shape, layout, dtype=x.dtype) for x in (q, k, v))
-    dout = dout if dout.stride(3) == 1 else dout.contiguous()  # that of a sum is one number
-    call(load().amx_attention_backward, dout, q, k, v, out, lse, dq, dk, dv)
+    call(load().amx_attention_backward, starts, dout, q, k, v, out, lse, dq, dk, dv)
     return dq, dk, dv
 
 

@@ -9,8 +9,9 @@
 //   backward   dV += P^T dO    dS = c P * (dO V^T - rowsum(dO * O))    dK += dS^T Q
 //              dQ^T += K^T dS^T
 //
-// A head of keys, with the queries that share it, is one thread's work and in one order: a call
-// gives the same bits each time.
+// A row holds one segment or many, documents that do not see each other. A segment's head of keys,
+// with the queries that share it, is one thread's work, in one order and in blocks that begin with
+// the segment: a call gives the same bits each time, and a document alone the same as among others.
 
 #include <immintrin.h>
 #include <math.h>
@@ -19,6 +20,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace {
@@ -35,11 +37,18 @@ struct Rows {  // of a head, (T, D); or single numbers, (T)
   T* operator[](int t) const { return data + t * stride; }
 };
 
+struct Segment {  // tokens of a row that see each other
+  int row, start, length;
+};
+
 template <class T>
 struct Tensor {  // (B, H, T, D) or (B, H, T), with these strides; that of D is 1
   T* data;
   const int64_t* strides;
-  Rows<T> head(int b, int h) const { return {data + b * strides[0] + h * strides[1], strides[2]}; }
+  Rows<T> head(Segment part, int h) const {
+    T* row = data + part.row * strides[0] + h * strides[1];
+    return {row + part.start * strides[2], strides[2]};
+  }
 };
 
 struct Shape {
@@ -342,15 +351,37 @@ void backward_queries(Rows<bf16> dout, Rows<bf16> q, Rows<bf16> out, Rows<float>
   write_transposed(dq_t, n.padded, nullptr, n.T, n.D, dq);
 }
 
-// Let the threads do work(b, g) for all heads of keys, with tiles of their own.
-template <class Work>
-void each_head(int B, int G, Work work) {
+// ===================================== THREADS =====================================
+
+struct Work {
+  Segment part;
+  int head;  // of keys
+};
+
+// The work for all heads and segments, the longest first: what is left for the end is short. Of
+// segments as long as each other, the heads come in turn: side by side, threads would write to the
+// same lines of memory.
+std::vector<Work> divide(const int64_t* starts, int segments, int T, int G) {
+  std::vector<Work> all;
+  for (int g = 0; g < G; g++)
+    for (int i = 0; i < segments; i++) {
+      const int length = starts[i + 1] - starts[i];
+      if (length) all.push_back({{int(starts[i] / T), int(starts[i] % T), length}, g});
+    }
+  std::stable_sort(all.begin(), all.end(), [](const Work& a, const Work& b) {
+    return a.part.length > b.part.length;
+  });
+  return all;
+}
+
+// Let the threads do(part, g) all of it, with tiles of their own.
+template <class Do>
+void each(const std::vector<Work>& all, Do work) {
 #pragma omp parallel
   {
     Tiles tiles;
-#pragma omp for collapse(2) schedule(static)
-    for (int b = 0; b < B; b++)
-      for (int g = 0; g < G; g++) work(b, g);
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < all.size(); i++) work(all[i].part, all[i].head);
   }
 }
 
@@ -359,50 +390,53 @@ void each_head(int B, int G, Work work) {
 // ===================================== CALLED FROM PYTHON =====================================
 // q, out and their gradients are (B, H, T, D), k, v and theirs (B, G, T, D) with H a multiple of G,
 // lse is float (B, H, T). strides holds three of each, in the order of the arguments. D is a
-// multiple of 32.
+// multiple of 32. Segment i is tokens starts[i] to starts[i + 1] - 1 of all B T, in one row.
 
 // Ask Linux for the tiles, which a process does not have by itself; 0 if it grants them.
 extern "C" int amx_permission() { return syscall(SYS_arch_prctl, 0x1023, 18); }
 
 extern "C" void amx_attention_forward(bf16* q, bf16* k, bf16* v, bf16* out, float* lse,
-                                      const int64_t* strides, int B, int H, int G, int T, int D) {
+                                      const int64_t* strides, const int64_t* starts, int segments,
+                                      int H, int G, int T, int D) {
   const Tensor<bf16> tq{q, strides}, tk{k, strides + 3}, tv{v, strides + 6}, to{out, strides + 9};
   const Tensor<float> tl{lse, strides + 12};
-  const Shape n(T, D);
-  each_head(B, G, [&](int b, int g) {
+  each(divide(starts, segments, T, G), [&](Segment part, int g) {
+    const Shape n(part.length, D);
     Scratch memory(10 * n.size() + 6 * BLOCK * BLOCK + 4 * BLOCK * D + 1024);
     bf16 *keys = memory.take<bf16>(n.size()), *rows = memory.take<bf16>(n.size());
     bf16* values = memory.take<bf16>(n.size());
-    copy_rows(tk.head(b, g), n, keys);
-    copy_rows(tv.head(b, g), n, rows);
+    copy_rows(tk.head(part, g), n, keys);
+    copy_rows(tv.head(part, g), n, rows);
     transpose(rows, n, values);
     for (int h = g * H / G; h < (g + 1) * H / G; h++)
-      forward_queries(tq.head(b, h), keys, values, to.head(b, h), tl.head(b, h), n, memory);
+      forward_queries(tq.head(part, h), keys, values, to.head(part, h), tl.head(part, h), n,
+                      memory);
   });
 }
 
 extern "C" void amx_attention_backward(bf16* dout, bf16* q, bf16* k, bf16* v, bf16* out, float* lse,
-                                       bf16* dq, bf16* dk, bf16* dv, const int64_t* strides, int B,
-                                       int H, int G, int T, int D) {
+                                       bf16* dq, bf16* dk, bf16* dv, const int64_t* strides,
+                                       const int64_t* starts, int segments, int H, int G, int T,
+                                       int D) {
   const Tensor<bf16> tg{dout, strides}, tq{q, strides + 3}, tk{k, strides + 6}, tv{v, strides + 9};
   const Tensor<bf16> to{out, strides + 12}, tdq{dq, strides + 18}, tdk{dk, strides + 21};
   const Tensor<bf16> tdv{dv, strides + 24};
   const Tensor<float> tl{lse, strides + 15};
-  const Shape n(T, D);
-  each_head(B, G, [&](int b, int g) {
+  each(divide(starts, segments, T, G), [&](Segment part, int g) {
+    const Shape n(part.length, D);
     Scratch memory(28 * n.size() + 8 * n.padded + 14 * BLOCK * BLOCK + 2048);
     Keys keys{memory.take<bf16>(n.size()), memory.take<bf16>(n.size()),
               memory.take<bf16>(n.size()), memory.take<float>(n.size()),
               memory.take<float>(n.size())};
-    copy_rows(tk.head(b, g), n, keys.k);
-    copy_rows(tv.head(b, g), n, keys.v);
+    copy_rows(tk.head(part, g), n, keys.k);
+    copy_rows(tv.head(part, g), n, keys.v);
     transpose(keys.k, n, keys.k_t);
     memset(keys.dk, 0, 4 * n.size());
     memset(keys.dv, 0, 4 * n.size());
     for (int h = g * H / G; h < (g + 1) * H / G; h++)
-      backward_queries(tg.head(b, h), tq.head(b, h), to.head(b, h), tl.head(b, h), tdq.head(b, h),
-                       keys, n, memory);
-    write_rows(keys.dk, n, tdk.head(b, g));
-    write_rows(keys.dv, n, tdv.head(b, g));
+      backward_queries(tg.head(part, h), tq.head(part, h), to.head(part, h), tl.head(part, h),
+                       tdq.head(part, h), keys, n, memory);
+    write_rows(keys.dk, n, tdk.head(part, g));
+    write_rows(keys.dv, n, tdv.head(part, g));
   });
 }

@@ -42,9 +42,12 @@ def build_emulation(cache, native_bf16):
         changed.setenv("XDG_CACHE_HOME", str(cache))
         changed.setattr(amx_attention, "FLAGS", (*flags, "-include", str(EMULATION)))
         try:
-            return ctypes.CDLL(str(amx_attention.build()))
+            library = ctypes.CDLL(str(amx_attention.build()))
         except FileNotFoundError as error:
             pytest.skip(f"no compiler: {error}")
+    assert library.amx_permission() == 0
+    library.amx_products.restype = ctypes.c_int64
+    return library
 
 
 @pytest.fixture(scope="session")
@@ -251,6 +254,222 @@ def test_compiled_code_uses_it(monkeypatch):
     out.backward(inputs[3])
     assert len(calls) == 2
     assert all(x.equal(y) for x, y in zip([out, *(x.grad for x in leaves)], eager, strict=True))
+
+
+# ===================================== DOCUMENTS =====================================
+
+ROWS = {  # the lengths of the documents in each row
+    "of a token": [[1] * 70],
+    "one token shorter than a block": [[63, 63, 63]],
+    "of a block": [[64, 64, 64]],
+    "one token longer than a block": [[65, 65, 65]],
+    "of many blocks": [[300, 1, 200, 64]],
+    "that go on in the next row": [[100, 50], [30, 120], [150]],
+    "that are empty": [[0, 0, 70, 0, 0, 30, 0], [0, 100, 0, 0]],
+}
+
+
+def offsets_of(rows):
+    """The starts of all documents, and their end."""
+    lengths = torch.tensor([0, *(length for row in rows for length in row)])
+    return lengths.cumsum(0).int()
+
+
+def spans_of(rows):
+    """The row, start and end in that row of each document that is not empty."""
+    for b, lengths in enumerate(rows):
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        yield from ((b, end - n, end) for n, end in zip(lengths, ends, strict=True) if n)
+
+
+def attend_inside(inputs, offsets):
+    """The kernel's output, log-sum-exp and gradients of q, k and v."""
+    q, k, v, gradient = inputs
+    out, lse = amx_attention.forward(q, k, v, offsets)
+    return [out, lse, *amx_attention.backward(gradient, q, k, v, out, lse, offsets)]
+
+
+def assert_documents_near_truth(rows, H, G, D):
+    """Each document is within 2^-7 of its norm in float64, by a dense mask; a gradient that should
+    be 0, as that of q in a document of a token, is near 0."""
+    T = sum(rows[0])
+    inputs = tensors(len(rows), H, G, T, D)
+    ours = attend_inside(inputs, offsets_of(rows))
+    number = torch.full((len(rows), T), -1)
+    for n, (b, start, end) in enumerate(spans_of(rows)):
+        number[b, start:end] = n
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    mask = (number[:, :, None] == number[:, None, :]) & causal
+    truth = attend(*(x.double() for x in inputs), attn_mask=mask[:, None])
+    del ours[1]
+    for name, x, y in zip(("out", "dq", "dk", "dv"), ours, truth, strict=True):
+        for b, start, end in spans_of(rows):
+            part, true = x[b, :, start:end].double(), y[b, :, start:end]
+            assert (part - true).norm() <= 2**-7 * true.norm() + 1e-4, (name, b, start, end)
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_documents_are_near_a_dense_mask_in_float64(rows):
+    assert_documents_near_truth(rows, 2, 1, 64)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("H", "G", "D"), [(8, 4, 64), (6, 1, 32), (3, 3, 96), (4, 2, 128)])
+def test_documents_of_any_width_and_groups(H, G, D):
+    assert_documents_near_truth([[90, 1, 64], [20, 130, 5]], H, G, D)
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_a_document_has_the_bits_of_itself_alone(rows):
+    inputs = tensors(len(rows), 4, 2, sum(rows[0]), 32)
+    found = attend_inside(inputs, offsets_of(rows))
+    for b, start, end in spans_of(rows):
+        alone = attend_inside([x[b : b + 1, :, start:end] for x in inputs], None)
+        for x, y in zip(found, alone, strict=True):
+            assert x[b : b + 1, :, start:end].equal(y), (b, start, end)
+
+
+@needs_kernel
+def test_whole_rows_as_documents_have_the_bits_of_none():
+    inputs = tensors(3, 4, 2, 90, 32)
+    given, none = (attend_inside(inputs, x) for x in (offsets_of([[90]] * 3), None))
+    assert all(x.equal(y) for x, y in zip(given, none, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [2, 4])
+def test_the_bits_of_documents_do_not_depend_on_the_threads(threads):
+    rows = [[5, 100, 1, 30, 64], [200], [40] * 5]
+    inputs, before = tensors(3, 4, 2, 200, 32), torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = attend_inside(inputs, offsets_of(rows))
+    try:
+        torch.set_num_threads(threads)
+        found = attend_inside(inputs, offsets_of(rows))
+    finally:
+        torch.set_num_threads(before)
+    assert all(x.equal(y) for x, y in zip(found, expected, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_no_document_sees_another_whatever_that_holds(which):
+    inputs = tensors(1, 2, 1, 200, 32)
+    offsets = offsets_of([[70, 30, 100]])
+    before = attend_inside(inputs, offsets)
+    inputs[which][:, :, 70:100] = torch.nan
+    after = attend_inside(inputs, offsets)
+    for x, y in zip(before, after, strict=True):
+        assert x[:, :, :70].equal(y[:, :, :70])
+        assert x[:, :, 100:].equal(y[:, :, 100:])
+
+
+@needs_kernel
+def test_documents_in_slices_of_one_buffer():
+    offsets = offsets_of([[70, 80], [149, 1]])
+    q, k, v, gradient = tensors(2, 4, 2, 150, 64)
+    buffer = torch.cat((q, k, v), 1).transpose(1, 2).contiguous()  # (B, T, heads, D)
+    slices = [x.transpose(1, 2) for x in buffer.split((4, 2, 2), 2)]
+    expected = attend_inside([x.contiguous() for x in (q, k, v, gradient)], offsets)
+    found = attend_inside([*slices, gradient], offsets)
+    assert all(x.equal(y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_blocks_that_are_hidden_are_not_computed(rows, emulation, monkeypatch):
+    """A block of 64 x 64 scores takes a head D / 2 products of tiles for each matrix product: two
+    forward, five backward."""
+    monkeypatch.setattr(amx_attention, "load", lambda: emulation)
+    H, D = 4, 64
+    q, k, v, gradient = tensors(len(rows), H, 2, sum(rows[0]), D)
+    offsets = offsets_of(rows)
+    counts = [emulation.amx_products()]
+    out, lse = amx_attention.forward(q, k, v, offsets)
+    counts.append(emulation.amx_products())
+    amx_attention.backward(gradient, q, k, v, out, lse, offsets)
+    counts.append(emulation.amx_products())
+    tall = [-(-(end - start) // 64) for _, start, end in spans_of(rows)]
+    blocks = H * sum(n * (n + 1) // 2 for n in tall)
+    assert counts[1] - counts[0] == 2 * blocks * D // 2
+    assert counts[2] - counts[1] == 5 * blocks * D // 2
+
+
+def test_threads_begin_with_the_longest_segments(emulation, monkeypatch, tmp_path):
+    """Heads in turn among segments of one length."""
+    source = tmp_path / "order.cpp"
+    source.write_text(
+        f'#include "{amx_attention.SOURCE}"\n'
+        'extern "C" int order(const int64_t* starts, int segments, int T, int G, int* out) {\n'
+        "  int* next = out;\n"
+        "  for (const Work& one : divide(starts, segments, T, G))\n"
+        "    for (int x : {one.part.row, one.part.start, one.part.length, one.head}) *next++ = x;\n"
+        "  return (next - out) / 4;\n}\n"
+    )
+    monkeypatch.setattr(amx_attention, "SOURCE", source)
+    library = build_emulation(tmp_path, torch.cpu.get_capabilities().get("avx512_bf16"))
+    starts = (ctypes.c_int64 * 7)(0, 2, 10, 12, 20, 20, 24)
+    numbers = (ctypes.c_int * 40)()
+    assert library.order(starts, 6, 12, 2, numbers) == 10
+    found = [tuple(numbers[i : i + 4]) for i in range(0, 40, 4)]
+    eights, four = [(0, 2, 8), (1, 0, 8)], [(1, 8, 4)]
+    twos = [(0, 0, 2), (0, 10, 2)]
+    expected = [(*x, g) for some in (eights, four, twos) for g in (0, 1) for x in some]
+    assert found == expected
+
+
+WRONG_OFFSETS = {
+    "not 0 first": ([1, 8, 16], "from 0 to B \\* T = 16, but are from 1 to 16"),
+    "not the end last": ([0, 8, 15], "from 0 to B \\* T = 16, but are from 0 to 15"),
+    "falling": ([0, 5, 4, 8, 16], "fall from 5 to 4 at number 2"),
+    "over a row's start": ([0, 3, 16], "have no 8, where a row of 8 tokens starts"),
+    "none": ([], "from 0 to B \\* T = 16, but are empty"),
+}
+
+
+@pytest.mark.parametrize(("numbers", "message"), WRONG_OFFSETS.values(), ids=WRONG_OFFSETS)
+def test_wrong_offsets_are_refused(numbers, message):
+    q, k, v, gradient = tensors(2, 2, 1, 8, 32)
+    offsets = torch.tensor(numbers, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"offsets: .*{message}"):
+        amx_attention.forward(q, k, v, offsets)
+    with pytest.raises(ValueError, match=f"offsets: .*{message}"):
+        amx_attention.backward(gradient, q, k, v, q, torch.zeros(2, 2, 8), offsets)
+
+
+@pytest.mark.parametrize("offsets", [torch.tensor([0, 8]), torch.tensor([[0, 8]]).int()])
+def test_offsets_of_another_kind_are_refused(offsets):
+    q, k, v, _ = tensors(1, 2, 1, 8, 32)
+    with pytest.raises(ValueError, match=r"offsets: must be torch.int32 \(S \+ 1,\) on the CPU"):
+        amx_attention.forward(q, k, v, offsets)
+
+
+WRONG_TENSORS = {
+    "fp32": (lambda q, k, v: (q.float(), k, v), "q: must be bf16 on the CPU, not torch.float32"),
+    "a narrow one": (lambda q, k, v: (q[..., :24], k, v), "D a multiple of 32, not .*24"),
+    "three dimensions": (lambda q, k, v: (q[0], k, v), "q: must be .B, heads, T, D"),
+    "strided in D": (lambda q, k, v: (q, k.mT.contiguous().mT, v), "stride of 1 in D, not 8"),
+    "a shorter v": (lambda q, k, v: (q, k, v[:, :, :7]), "of one shape: .*'v': .1, 2, 7, 32"),
+    "shorter keys": (lambda q, k, v: (q, k[:, :, :7], v[:, :, :7]), "q and k: must be"),
+    "a head too many": (lambda q, k, v: (q[:, :3], k, v), "q and k: must be"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_tensors_that_it_cannot_read_are_refused(change, message):
+    q, k, v, _ = tensors(1, 4, 2, 8, 32)
+    with pytest.raises(ValueError, match=message):
+        amx_attention.forward(*change(q, k, v))
+
+
+def test_a_segment_too_long_is_refused(emulation, monkeypatch):
+    monkeypatch.setattr(amx_attention, "load", lambda: emulation)
+    monkeypatch.setattr(amx_attention, "LARGEST", 32 * 60)
+    q, k, v, _ = tensors(1, 2, 1, 100, 32)
+    amx_attention.forward(q, k, v, offsets_of([[60, 40]]))
+    with pytest.raises(ValueError, match="a segment of 61 tokens is longer than 60"):
+        amx_attention.forward(q, k, v, offsets_of([[61, 39]]))
 
 
 # ===================================== WHERE IT CANNOT BE =====================================
