@@ -146,10 +146,7 @@ def forward(
     B, H, T, _ = q.shape
     starts = starts_of(offsets, B, T)
     out = torch.empty_like(q)
-    if offsets is None:  # laid out as PyTorch's
-        lse = q.new_empty(B, T, H, dtype=torch.float32).transpose(1, 2)
-    else:  # heads apart: threads that share a segment would write to the same lines of memory
-        lse = q.new_empty(B, H, T, dtype=torch.float32)
+    lse = q.new_empty(B, T, H, dtype=torch.float32).transpose(1, 2)  # laid out as PyTorch's
     call(load().amx_attention_forward, starts, q, k, v, out, lse)
     return out, lse
 

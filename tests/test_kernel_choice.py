@@ -52,7 +52,7 @@ kernel, dtype = sys.argv[1:]
 tg.attention_backend = backend
 run = tg.Run(tg.Hyperparameters(device="cpu", dtype=dtype))
 with contextlib.ExitStack() as undo:
-    tg.use_kernel(kernel, 64, run, undo)
+    tg.use_kernel(kernel, run, undo)
     print(backend(run))
 """
 
