@@ -15,6 +15,7 @@ Shapes: B batch, T time, D model dim, H heads, K kv heads, Dh head dim, V vocabu
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -22,6 +23,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -48,6 +50,7 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 # ===================================== SETTINGS =====================================
 # A wrong or misspelt setting must stop the run at once, not be ignored for minutes on eight GPUs.
@@ -115,6 +118,8 @@ class Hyperparameters:
     final_lr_frac: float = setting(0.0, "[0, 1]", "share of the rates where it ends", RESULT)
     ema_decay: float = setting(0.0, "[0, 1)", "export the moving average; 0: off", RESULT)
     train_batch_tokens: int = setting(524288, "[1, inf)", "tokens a step, all ranks", RESULT)
+    train_doc_isolated: int = setting(0, "0, 1", "train without attention over documents", RESULT)
+    data_shuffle: int = setting(0, "0, 1", "read documents in an order that SEED gives", RESULT)
     train_seq_len: int = setting(1024, "[1, 1048576]", "sequence length in training", MODEL)
     vocab_size: int = setting(1024, "[1, 65536]", "must equal the tokenizer's", MODEL)
     num_layers: int = setting(9, "[1, 1024]", "blocks; first half feeds skips to the second", MODEL)
@@ -292,11 +297,11 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
 # One forward pass serves training and scoring. Its own gradients move fewer bytes than autograd's.
 
 
-def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
+def rotary_table(hp: Hyperparameters, length: int, positions: int) -> Tensor:
     """Tabulate cos and ±sin of t·f for positions t and frequencies f: double (2, T, r).
 
-    f_i = base^(-2i/r) (arXiv 2104.09864). Where T is s times the trained length, linear divides f
-    by s, ntk takes base·s^(r/(r-2)), and yarn divides slow f by s, not fast ones (2309.00071).
+    f_i = base^(-2i/r) (arXiv 2104.09864). Where `length` is s times the trained one, linear divides
+    f by s, ntk takes base·s^(r/(r-2)), and yarn divides slow f by s, not fast ones (2309.00071).
     """
     r = hp.rope_dims or hp.model_dim // hp.num_heads
     s = max(1.0, length / hp.train_seq_len)
@@ -309,7 +314,7 @@ def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
         f /= s
     elif hp.rope_scaling == "yarn":
         f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
-    angles = torch.outer(torch.arange(length).double(), f)
+    angles = torch.outer(torch.arange(positions).double(), f)
     cos = angles.cos().repeat(1, 2)
     sin = torch.cat((angles.sin(), -angles.sin()), dim=1)
     return torch.stack((cos, sin))
@@ -452,18 +457,97 @@ def together(x: Tensor, *parts: Matrix) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
-Documents = Tensor | None  # bool (B, T), where documents start; attention crosses no start
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device, without waiting for what it does."""
+    x = x.pin_memory() if device.type == "cuda" else x
+    return x.to(device, non_blocking=True)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents = None) -> Tensor:
-    """Attend causally from q (B, H, T, Dh) to k and v (B, K, T, Dh): like q."""
-    sdpa = F.scaled_dot_product_attention
-    gqa = q.size(1) != k.size(1)
+class Documents(NamedTuple):
+    """Pieces of documents in a batch of B·T tokens: attention does not cross where one starts."""
+
+    offsets: Tensor  # where they start, and B·T: int32 (S + 1,)
+    longest: int  # tokens that one has at most
+
+
+def cut(begins: Tensor, longest: int, device: torch.device) -> Documents:
+    """Cut a batch where rows and, by `begins`, bool (B, T), documents begin, and at `longest`."""
+    begins = begins.index_fill(1, torch.tensor(0), True).flatten()
+    at = torch.arange(len(begins))
+    last = torch.where(begins, at, 0).cummax(0).values
+    starts = torch.argwhere((at - last) % longest == 0).flatten()
+    offsets = F.pad(starts, (0, 1), value=len(at)).int()
+    return Documents(send(offsets, device), longest)
+
+
+def by_piece(kernel: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Call a causal kernel for each piece of tensors (1, H, N, ...); offsets are the last one."""
+    *tensors, offsets = inputs
+    sizes = offsets.diff().tolist()
+    pieces = zip(*(x.split(sizes, dim=2) for x in tensors), strict=True)
+    results = zip(*(kernel(*piece, 0.0, True) for piece in pieces), strict=True)
+    joined = [torch.cat([y.transpose(1, 2) for y in parts], dim=1) for parts in results]
+    return tuple(y.transpose(1, 2) for y in joined)
+
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+CPU_KERNEL = {  # ATTENTION=amx puts others in their place
+    "forward": functools.partial(by_piece, FLASH),
+    "backward": functools.partial(by_piece, FLASH_BACKWARD),
+}
+VARLEN = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def operator(name: str, inputs: str, outputs: int, like: Callable[..., Any]) -> Any:
+    """Make one operator, to the compiler, of a CPU_KERNEL; its results are as those of `like`."""
+    schema = f"(Tensor {inputs.replace(' ', ', Tensor ')}) -> ({', '.join(['Tensor'] * outputs)})"
+    function = lambda *tensors: CPU_KERNEL[name](*tensors)  # noqa: E731
+    made = torch.library.custom_op(f"birdie::{name}", function, mutates_args=(), schema=schema)
+    made.register_fake(lambda *tensors: like(*tensors[:-1], 0.0, True))
+    return made
+
+
+packed = operator("forward", "q k v offsets", 2, FLASH)
+packed_backward = operator("backward", "dy q k v y lse offsets", 3, FLASH_BACKWARD)
+
+
+def keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what `packed_backward` takes."""
+    *qkv, offsets = inputs
+    ctx.save_for_backward(*qkv, *output, offsets)
+
+
+def go_back(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """Give the gradients of what `packed` took."""
+    return *packed_backward(dy, *ctx.saved_tensors), None
+
+
+packed.register_autograd(go_back, setup_context=keep)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """Attend causally from q (B, H, S, Dh), at the last S of T positions, to k and v: like q."""
+    S = q.size(2)
+    T = k.size(2)
+    sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=q.size(1) != k.size(1))
+    if documents is None and S == T:
+        return sdpa(q, k, v, is_causal=True)
     if documents is None:
-        return sdpa(q, k, v, is_causal=True, enable_gqa=gqa)
-    number = documents.cumsum(1)[:, None, :, None]
-    mask = (number == number.mT).tril()
-    return sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        mask = torch.ones(S, T, dtype=torch.bool, device=q.device)
+        return sdpa(q, k, v, attn_mask=mask.tril(T - S))
+    offsets, longest = documents
+    tokens = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    heads = [x.transpose(0, 1)[None] for x in tokens]
+    if q.is_cuda and q.dtype == torch.bfloat16:
+        limits = (offsets, offsets, longest, longest)
+        y = varlen_attn(*tokens, *limits, window_size=(-1, 0), **VARLEN)
+        return y.unflatten(0, (-1, T)).transpose(1, 2)
+    if q.is_cpu:
+        y, _ = packed(*heads, offsets)
+    else:
+        (y,) = by_piece(lambda q, k, v, *_: [sdpa(q, k, v, is_causal=True)], *heads, offsets)
+    return y[0].transpose(0, 1).unflatten(0, (-1, T)).transpose(1, 2)
 
 
 def exclude_own(y: Tensor, v: Tensor) -> Tensor:
@@ -488,8 +572,8 @@ class Attention(nn.Module):
         self.c_v = Matrix(dim, self.head_dim * hp.num_kv_heads)
         self.q_gain = parameter(hp.num_heads, 1, 1)
 
-    def heads(self, x: Tensor, rotary: Tensor, documents: Documents) -> Tensor:
-        """Give the output of each head, (B, H, T, Dh), for x (B, T, D)."""
+    def heads(self, x: Tensor, rotary: Tensor, last: int, documents: Documents | None) -> Tensor:
+        """Give the output of each head at the last S positions of x (B, T, D): (B, H, S, Dh)."""
         H = self.q_gain.size(0)
         K = self.c_k.out_features // self.head_dim
         qkv = together(x, self.c_q, self.c_k, self.c_v)
@@ -498,14 +582,14 @@ class Attention(nn.Module):
         qk = Norm.apply(qk, gains, rotary)
         q, k = qk.transpose(1, 2).split((H, K), dim=1)
         v = v.transpose(1, 2)
-        y = attend(q, k, v, documents)
-        return exclude_own(y, v) if self.exclusive else y
+        y = attend(q[:, :, -last:], k, v, documents)
+        return exclude_own(y, v[:, :, -last:]) if self.exclusive else y
 
     def forward(
-        self, x: Tensor, rotary: Tensor, gains: Tensor, documents: Documents = None
+        self, x: Tensor, rotary: Tensor, gains: Tensor, last: int, documents: Documents | None
     ) -> Tensor:
-        """Map x (B, T, D) to what the residual stream gets, (B, T, D), scaled by `gains` (D)."""
-        y = self.heads(x, rotary, documents)
+        """Map x (B, T, D) to what the residual stream gets, (B, S, D), scaled by `gains` (D)."""
+        y = self.heads(x, rotary, last, documents)
         return self.proj(y.transpose(1, 2).flatten(2), gains)
 
 
@@ -528,12 +612,14 @@ class Block(nn.Module):
         self.mlp_scale = parameter(dim)
         self.resid_mix = parameter(2, dim)
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, documents: Documents = None) -> Tensor:
-        """Map the residual stream x (B, T, D); x0 is what it started as."""
+    def forward(
+        self, x: Tensor, x0: Tensor, rotary: Tensor, last: int, documents: Documents | None
+    ) -> Tensor:
+        """Map the residual stream x (B, T, D) to its `last` positions; x0 is what it started as."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         y = rms_norm(x, self.scale)
-        x = x + self.attn(y, rotary, self.attn_scale, documents)
+        x = x[:, -last:] + self.attn(y, rotary, self.attn_scale, last, documents)
         y = self.fc(rms_norm(x, self.scale))
         y = F.leaky_relu(y, self.slope).square() if self.slope else SquaredRelu.apply(y)
         return x + self.proj(y, self.mlp_scale)
@@ -634,6 +720,7 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.softcap = hp.logit_softcap
         self.bos = hp.bos
+        self.trained = hp.train_seq_len
         self.visits = [*range(hp.num_layers)]
         self.tok_emb = Table(hp.vocab_size, dim)
         self.bigram = BigramHash(hp) if hp.bigram_buckets else None
@@ -643,19 +730,25 @@ class GPT(nn.Module):
         self.lm_head = None if hp.tie_embeddings else Matrix(dim, hp.vocab_size)
         for name, p in self.named_parameters():
             initialize(p, row_of(name, hp).start)
+        rows = ROW if hp.train_doc_isolated or hp.eval_doc_isolated or hp.score_streams else 1
         for name, length in (("short", hp.train_seq_len), ("long", hp.eval_seq_len)):
-            table = rotary_table(hp, length).to(dtype)
+            table = rotary_table(hp, length, rows * length).to(dtype)
             self.register_buffer(name, table, persistent=False)
 
-    def starts(self, inputs: Tensor) -> Tensor:
-        """Find where nothing comes before a token: at BOS, and first in a row. Bool (B, T)."""
-        return (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
+    def starts(self, inputs: Tensor, documents: Documents | None) -> Tensor:
+        """Find where nothing comes before a token: at BOS, first in a row or piece. Bool (B, T)."""
+        starts = (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
+        if documents is None:
+            return starts
+        marks = F.pad(starts.flatten(), (0, 1))
+        marks = marks.index_fill(0, documents.offsets.long(), True)
+        return marks[:-1].view_as(starts)
 
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed(self, inputs: Tensor, documents: Documents | None = None) -> Tensor:
         """Map tokens int64 (B, T) to the first residual stream (B, T, D)."""
         x = self.tok_emb(inputs)
         if self.bigram is not None or self.smear is not None:
-            starts = self.starts(inputs)
+            starts = self.starts(inputs, documents)
         if self.bigram is not None:
             x = x + self.bigram(inputs, starts)
         x = rms_norm(x.to(self.dtype))
@@ -665,21 +758,28 @@ class GPT(nn.Module):
             x = x + gate * inside * (x.roll(1, 1) - x)
         return x
 
-    def trunk(self, x: Tensor, visits: list[int], documents: Documents = None) -> Tensor:
-        """Take x (B, T, D) through the visited blocks; skips go to the second half, last first."""
+    def trunk(
+        self, x: Tensor, visits: list[int], last: int, documents: Documents | None = None
+    ) -> Tensor:
+        """Take x (B, T, D) through the visited blocks, the last of which gives `last` positions.
+
+        The skips of the first half go to the second half, last first.
+        """
         T = x.size(1)
-        rotary = self.short if self.short.size(1) >= T else self.long
+        longest = documents.longest if documents else T
+        rotary = self.short if longest <= self.trained else self.long
         rotary = rotary[:, :T]
         half = len(visits) // 2
         x0 = x
         skips = []
         for layer in visits[:half]:
-            x = self.blocks[layer](x, x0, rotary, documents)
+            x = self.blocks[layer](x, x0, rotary, T, documents)
             skips.append(x)
         for i, layer in enumerate(visits[half:]):
             if skips:
                 x = x + self.skip_weights[i].to(x.dtype) * skips.pop()
-            x = self.blocks[layer](x, x0, rotary, documents)
+            is_end = half + i == len(visits) - 1
+            x = self.blocks[layer](x, x0, rotary, last if is_end else T, documents)
         return x
 
     def head(self, x: Tensor, *targets: Tensor) -> list[Tensor]:
@@ -695,10 +795,15 @@ class GPT(nn.Module):
             losses.append(torch.cat(nll).view_as(t))
         return losses
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Give the NLL of each target given its prefix: int64 (B, T) to fp32 (B, T)."""
-        x = self.embed(inputs)
-        x = self.trunk(x, self.visits)
+    def forward(
+        self, inputs: Tensor, targets: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        """Give the NLL of each target given its prefix: int64 (B, S) to fp32 (B, S).
+
+        They are those of the last S of the T positions of `inputs`, int64 (B, T).
+        """
+        x = self.embed(inputs, documents)
+        x = self.trunk(x, self.visits, targets.size(1), documents)
         (nll,) = self.head(x, targets)
         return nll
 
@@ -841,6 +946,7 @@ SHARD_HEADER_BYTES = 1024
 SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
 PART_TOKENS = 2**22  # read at once, of a whole split
 FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
+LOADED = 3  # batches ahead: a new shard takes a while to shuffle
 
 
 def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
@@ -858,14 +964,25 @@ def shard_size(path: Path) -> int:
     return count
 
 
+@functools.lru_cache(2)
+def random_order(count: int, *seed: int) -> np.ndarray:
+    """Draw an order of `count` things. No version of NumPy changes what this generator draws."""
+    return np.random.RandomState(seed).permutation(count)
+
+
 class TokenStream:
-    """The shards of a split as one endless sequence that starts over after its last token."""
+    """The shards of a split as one endless sequence that starts over after its last token.
+
+    With DATA_SHUFFLE the shards, and the documents of each, come in another order each time.
+    """
 
     def __init__(self, split: str, run: Run, ids: int = 0) -> None:
+        self.run = run
+        self.shuffle = run.hp.data_shuffle and split == "train"
         self.paths = shard_paths(run.hp, split)
         self.ids = ids or run.hp.vocab_size
-        self.sizes = [shard_size(path) for path in self.paths]
-        self.ends = np.cumsum(self.sizes)
+        self.sizes = np.array([shard_size(path) for path in self.paths])
+        self.ends = self.sizes.cumsum()
         self.total = int(self.ends[-1])
         scan = min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1
         for _ in self.parts(scan):
@@ -875,23 +992,48 @@ class TokenStream:
         """Read tokens [start, start + count), uint16 (count,). Raises UserError at a wrong id."""
         pieces = []
         while count:
-            piece = self.read_in_shard(start % self.total, count)
+            shard, place, left = self.find(start)
+            piece = self.read_in_shard(shard, place, min(count, left))
             pieces.append(piece)
             start += len(piece)
             count -= len(piece)
         return np.concatenate(pieces)
 
-    def read_in_shard(self, start: int, most: int) -> np.ndarray:
-        """Read up to `most` tokens from `start` on, as far as they lie in one shard."""
-        index = int(np.searchsorted(self.ends, start, "right"))
-        path = self.paths[index]
-        left = int(self.ends[index]) - start
-        offset = self.sizes[index] - left
-        count = min(most, left)
-        piece = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
+    def find(self, at: int) -> tuple[int, int, int]:
+        """Find a token: its shard, its place there, and how many to read from there on."""
+        epoch, place = divmod(at, self.total)
+        order = np.arange(len(self.sizes))
+        if self.shuffle:
+            order = random_order(len(order), self.run.hp.seed, epoch)
+        ends = self.sizes[order].cumsum()
+        index = int(np.searchsorted(ends, place, "right"))
+        shard = int(order[index])
+        left = int(ends[index]) - place
+        place = int(self.sizes[shard]) - left
+        if self.shuffle:
+            stops, ends = self.shuffled(shard, epoch)
+            index = int(np.searchsorted(ends, place, "right"))
+            left = int(ends[index]) - place
+            place = int(stops[index]) - left
+        return shard, place, left
+
+    @functools.lru_cache(2)  # noqa: B019
+    def shuffled(self, shard: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shuffle the documents of a shard: where each one ends there, and in the new order."""
+        tokens = self.read_in_shard(shard, 0, int(self.sizes[shard]))
+        starts = 1 + np.flatnonzero(tokens[1:] == self.run.hp.bos)
+        stops = np.append(starts, len(tokens))
+        order = random_order(len(stops), self.run.hp.seed, epoch, shard)
+        sizes = np.diff(stops, prepend=0)
+        return stops[order], sizes[order].cumsum()
+
+    def read_in_shard(self, shard: int, place: int, count: int) -> np.ndarray:
+        """Read `count` tokens of a shard, and check them."""
+        path = self.paths[shard]
+        piece = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * place)
         require(len(piece) == count, f"{path}: has become shorter; get it again")
         worst = int(piece.max())
-        where = f"{path}, token {offset + piece.argmax()}"
+        where = f"{path}, token {place + piece.argmax()}"
         require(worst < self.ids, f"{where}: id {worst}, VOCAB_SIZE={self.ids}")
         return piece
 
@@ -901,10 +1043,21 @@ class TokenStream:
             yield self.read(start, min(PART_TOKENS, count - start))
 
 
-def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tensor]]:
-    """Yield the micro-batches of each step from `first` on, int64 (2, rows, T), loaded ahead."""
-    step_tokens = run.hp.train_batch_tokens
-    T = run.hp.train_seq_len
+ROW = 8  # sequences in a row of isolated documents: its ends cut few
+Batch = tuple[Tensor, Tensor, Documents | None]  # inputs and targets, int64 (B, T)
+
+
+def row_length(hp: Hyperparameters) -> int:
+    """Choose the tokens of a row in training, whatever the ranks and micro-batches."""
+    T = hp.train_seq_len
+    return T * math.gcd(hp.train_batch_tokens // T, ROW) if hp.train_doc_isolated else T
+
+
+def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each step from `first` on, loaded ahead."""
+    hp = run.hp
+    step_tokens = hp.train_batch_tokens
+    T = row_length(hp)
     total = step_tokens // T
     # Each rank has a contiguous share of the tokens from s·TRAIN_BATCH_TOKENS on, for step s.
     start = total * run.rank // run.world_size
@@ -915,21 +1068,22 @@ def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tens
     rows = math.ceil(most / count)
     padding = (start - stop) % rows * T
 
-    def load(step: int) -> list[Tensor]:
+    def load(step: int) -> list[Batch]:
         span = stream.read(step * step_tokens + start * T, (stop - start) * T + 1)
         tokens = torch.from_numpy(span.astype(np.int64))
-        inputs = F.pad(tokens[:-1], (0, padding))
-        targets = F.pad(tokens[1:], (0, padding), value=IGNORE)
-        pairs = torch.stack((inputs.view(-1, rows, T), targets.view(-1, rows, T)), dim=1)
-        if run.device.type == "cuda":
-            pairs = pairs.pin_memory()
-        return list(pairs.to(run.device, non_blocking=True))
+        inputs = F.pad(tokens[:-1], (0, padding)).view(-1, rows, T)
+        targets = F.pad(tokens[1:], (0, padding), value=IGNORE).view(-1, rows, T)
+        documents: list[Documents | None] = [None] * len(inputs)
+        if hp.train_doc_isolated:
+            documents = [cut(x == hp.bos, hp.train_seq_len, run.device) for x in inputs]
+        pairs = send(torch.stack((inputs, targets), dim=1), run.device)
+        return [(*pair, d) for pair, d in zip(pairs, documents, strict=True)]
 
     with ThreadPoolExecutor(1) as worker:
-        ahead = worker.submit(load, first)
-        for step in itertools.count(first + 1):
-            ready = ahead.result()
-            ahead = worker.submit(load, step)
+        ahead = [worker.submit(load, first + i) for i in range(LOADED)]
+        for step in itertools.count(first + LOADED):
+            ready = ahead.pop(0).result()
+            ahead.append(worker.submit(load, step))
             yield ready
 
 
@@ -1052,7 +1206,7 @@ class Validation:
         if shard_paths(hp, "val_bytes"):
             sidecar = TokenStream("val_bytes", run, ids=2**16)
             first = sidecar.paths[0]
-            same = sidecar.sizes == stream.sizes
+            same = np.array_equal(sidecar.sizes, stream.sizes)
             require(same, f"{first}: the sidecars are not as long as their shards")
             sizes = np.concatenate([sidecar.read(*span) for span in spans])
             self.lost = int(sizes[is_unknown].sum(dtype=np.int64))
@@ -1088,39 +1242,68 @@ def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
     return np.array(spans, np.int64).reshape(-1, 3)
 
 
-def row_lengths(used: np.ndarray, hp: Hyperparameters) -> np.ndarray:
-    """Choose a row's length for each window, int64 (W,): one of four, as documents may be short."""
-    longest = hp.eval_seq_len or hp.train_seq_len
-    scaled = hp.rope_scaling != "none" and longest > hp.train_seq_len  # tells how long it is
-    short = hp.eval_doc_isolated or hp.score_streams
-    lengths = np.array([longest])
-    if short and not scaled:
-        lengths = np.unique(longest >> np.arange(4)).clip(1)
-    return lengths[np.searchsorted(lengths, used)]
+Scored = tuple[Batch, Tensor]  # and where the NLL of its targets go; the last place is for none
 
 
-def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield inputs, targets or IGNORE, and indices of their NLL or the last one: int64 (B, T)."""
+def fill_rows(spans: np.ndarray, most: int) -> list[np.ndarray]:
+    """Put windows into rows of at most `most` tokens: in each, the longest, then short ones."""
+    lengths = spans[:, 1] - spans[:, 0]
+    order = collections.deque(np.argsort(-lengths, kind="stable").tolist())
+    rows = []
+    while order:
+        row = []
+        left = most
+        for end in (0, -1):
+            while order and lengths[order[end]] <= left:
+                row.append(order[end])
+                left -= int(lengths[order[end]])
+                del order[end]
+        rows.append(spans[row])
+    return rows
+
+
+def lay(rows: list[np.ndarray], at: np.ndarray) -> Tensor:
+    """Lay rows of windows in a batch `at`, (B, T) of places; where they begin, bool (B, T)."""
+    begins = np.zeros(at.shape, bool)
+    for row, place, begin in zip(rows, at, begins, strict=False):
+        ends = (row[:, 1] - row[:, 0]).cumsum()
+        place[: ends[-1]] = np.concatenate([np.arange(first, stop) for first, stop, _ in row])
+        begin[ends[ends < len(begin)]] = True
+    return torch.from_numpy(begins)
+
+
+def scoring_batches(val: Validation, run: Run) -> Iterator[Scored]:
+    """Plan the windows of all streams, and yield those of this rank in batches."""
     hp = run.hp
+    length = hp.eval_seq_len or hp.train_seq_len
+    tokens = min(hp.val_batch_size // run.world_size, run.forward_rows * row_length(hp))
+    most = max(1, tokens // length)  # windows in a batch
+    isolated = hp.eval_doc_isolated or hp.score_streams
+    in_row = min(ROW, most) if isolated else 1
     last = len(val.tokens) - 1
-    tokens = torch.from_numpy(val.tokens.astype(np.int32))
-    tokens = F.pad(tokens, (0, 1), value=IGNORE).to(run.device)
+    tokens = np.append(val.tokens.astype(np.int64), IGNORE)
     streams = itertools.pairwise(val.starts)
     spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
-    lengths = row_lengths(spans[:, 1] - spans[:, 0], hp)
-    most = min(hp.val_batch_size // run.world_size, run.forward_rows * hp.train_seq_len)
-    for T in np.unique(lengths).tolist():
-        rows = max(1, most // T)
-        group = torch.from_numpy(spans[lengths == T])
-        group = F.pad(group, (0, 0, 0, -len(group) % rows)).to(run.device)
-        for part in group.split(rows)[run.rank :: run.world_size]:
-            first, stop, scored = part.T[..., None]
-            at = first + torch.arange(T, device=run.device)
-            ours = (at >= scored) & (at < stop)
-            inputs = tokens[at.clamp(max=last)].long()
-            indices = torch.where(ours, at, last)
-            targets = tokens[indices + 1].long()
-            yield inputs, targets, indices
+    is_whole = spans[:, 0] == spans[:, 2]
+
+    def batch(at: np.ndarray, places: np.ndarray, documents: Documents | None) -> Scored:
+        arrays = (tokens[at.clip(max=last)], tokens[places + 1], places)
+        inputs, targets, places = (send(torch.from_numpy(x), run.device) for x in arrays)
+        return (inputs, targets, documents), places
+
+    whole = fill_rows(spans[is_whole], in_row * length)
+    rows = most // in_row
+    for i in range(run.rank * rows, len(whole), run.world_size * rows):
+        at = np.full((rows, in_row * length), last)
+        begins = lay(whole[i : i + rows], at)
+        yield batch(at, at, cut(begins, length, run.device) if isolated else None)
+    tails = spans[~is_whole]  # windows that score their last tokens alone
+    tails = np.pad(tails, ((0, -len(tails) % most), (0, 0)))
+    for i in range(run.rank * most, len(tails), run.world_size * most):
+        first, stop, _ = tails[i : i + most].T[..., None]
+        at = first + np.arange(length)
+        places = np.where(at < stop, at, last)[:, -hp.eval_stride :]
+        yield batch(at, places, None)
 
 
 @torch.no_grad()
@@ -1128,8 +1311,8 @@ def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[s
     """Score each token but a stream's first: NLL in nats, float32 (N - 1,); its mean, and BPB."""
     # All NLL stays on the device until the end; the last one is for what is not scored.
     nll = torch.zeros(len(val.tokens), device=run.device)
-    for inputs, targets, indices in scoring_batches(val, run):
-        nll[indices] = model(inputs, targets).float()
+    for batch, places in scoring_batches(val, run):
+        nll[places] = model(*batch).float()
     if run.world_size > 1:
         dist.all_reduce(nll)  # each element is set on one rank and zero on the others
     nll = nll[:-1].cpu().numpy()
@@ -1510,7 +1693,7 @@ class Run:
         self.device = choose_device(hp, self.local_rank)
         self.dtype = choose_dtype(hp, self.device.type)
         tokens = hp.micro_batch_tokens or FORWARD_TOKENS[self.device.type]
-        self.forward_rows = max(1, tokens // hp.train_seq_len)
+        self.forward_rows = max(1, tokens // row_length(hp))
         self.compile = chooses_to_compile(hp, self.device.type)
         self.kernels = contextlib.ExitStack()  # what is set in PyTorch for this run
         self.signal = 0  # what this process was asked: a signal's number, FINISH or FAILED
@@ -1646,14 +1829,21 @@ def chooses_to_compile(hp: Hyperparameters, kind: str) -> bool:
     return bool(large and shutil.which("g++") and headers.exists())
 
 
-Forward = Callable[[Tensor, Tensor], Tensor]  # of a batch's inputs and targets: the NLL
+Forward = Callable[..., Tensor]  # of a batch: the NLL
 GRAPHS = 64  # shapes of a batch that a model may be compiled for; PyTorch's own limit is 8
 
 
 def compile_model(model: GPT) -> Forward:
     """Compile a model, for a batch of any shape when it first comes."""
     torch._dynamo.config.recompile_limit = GRAPHS
-    return torch.compile(model, dynamic=False, fullgraph=True)
+    compiled = torch.compile(model, dynamic=False, fullgraph=True)
+
+    def forward(inputs: Tensor, targets: Tensor, documents: Documents | None = None) -> Tensor:
+        if documents:  # one graph for any number
+            torch._dynamo.mark_dynamic(documents.offsets, 0)
+        return compiled(inputs, targets, documents)
+
+    return forward
 
 
 # PyTorch tries the kernel that is asked for, then these. FA 3 and 4 are packages in place of its 2.
@@ -1694,7 +1884,11 @@ def use_kernel(kernel: str, run: Run, undo: contextlib.ExitStack) -> None:
     """Let PyTorch use a kernel until `undo`. Raises an Exception if it does not."""
     if kernel == "amx":
         head_dim = run.hp.model_dim // run.hp.num_heads
-        importlib.import_module("amx_attention").activate(head_dim)
+        amx = importlib.import_module("amx_attention")
+        amx.activate(head_dim)
+        kernels = {"forward": amx.forward, "backward": amx.backward}
+        undo.callback(CPU_KERNEL.update, CPU_KERNEL.copy())
+        CPU_KERNEL.update(kernels)
     if kernel in ("fa3", "fa4"):
         torch.nn.attention.activate_flash_attention_impl(kernel.upper())
         undo.callback(torch.nn.attention.restore_flash_attention_impl)
@@ -1791,7 +1985,7 @@ class Trainer:
         self.owned = {n: p for n, p in self.params.items() if self.places[n][0] == run.rank}
         self.optimizers = build_optimizers(self.owned, run)
         self.bad_in_a_row = torch.zeros((), device=run.device)
-        self.late: list[tuple[int, Callable[[], float], list[Tensor]]] = []
+        self.late: list[tuple[int, Callable[[], float], list[Batch]]] = []
         self.feed_from(0)
 
     def within(self, name: str, share: Tensor) -> Tensor:
@@ -1818,7 +2012,7 @@ class Trainer:
     def feed_from(self, step: int) -> None:
         """Read the batches from a step on."""
         self.feed = batches(self.stream, self.run, step)
-        self.upcoming: list[Tensor] | None = None
+        self.upcoming: list[Batch] | None = None
 
     def fetch(self) -> None:
         """Have the next batch ready. If a shard cannot be read any more, all ranks will stop."""
@@ -1856,8 +2050,8 @@ class Trainer:
             self.fetch()
         require(self.upcoming is not None, self.run.problem)
         self.batch = self.upcoming
-        for inputs, targets in self.batch:
-            loss = self.forward(inputs, targets).sum() / self.run.hp.train_batch_tokens
+        for batch in self.batch:
+            loss = self.forward(*batch).sum() / self.run.hp.train_batch_tokens
             loss.backward()
             self.collect()
             self.grads[:, -1] += loss.detach()
