@@ -571,7 +571,7 @@ def how_to_go_on(run: core.Run) -> str:
     return f"RUN_ID={shlex.quote(run.dir.name)} RESUME=auto"
 
 
-def what_is_not_finite(trainer: core.Trainer, batch: list[Tensor]) -> str:
+def what_is_not_finite(trainer: core.Trainer, batch: list[core.Batch]) -> str:
     """Find what is not finite in a batch: a weight, or the first activation or gradient."""
     found = [f"weight {n}" for n, p in trainer.params.items() if not p.isfinite().all()]
 
@@ -582,8 +582,8 @@ def what_is_not_finite(trainer: core.Trainer, batch: list[Tensor]) -> str:
     for name, module in trainer.model.named_modules():
         module.register_forward_hook(functools.partial(look, name))
     trainer.grads.zero_()
-    for inputs, targets in batch:
-        trainer.model(inputs, targets).sum().backward()
+    for part in batch:
+        trainer.model(*part).sum().backward()
         trainer.collect()
     for name, p in reversed(trainer.params.items()):
         if not p.grad.isfinite().all():
@@ -799,7 +799,8 @@ class Keeper:
             trainer.feed_from(step)
             return
         self.halved = True
-        self.run.forward_rows = trainer.batch[0].size(1) // 2
+        inputs, *_ = trainer.batch[0]
+        self.run.forward_rows = len(inputs) // 2
         require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
         trainer.feed_from(step)
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
@@ -862,14 +863,16 @@ class Keeper:
             self.writing.result()
         self.writing = None
 
-    def skipped(self, trainer: core.Trainer, step: int, in_a_row: int, batch: list[Tensor]) -> None:
+    def skipped(
+        self, trainer: core.Trainer, step: int, in_a_row: int, batch: list[core.Batch]
+    ) -> None:
         """Log a step that was skipped. Raises UserError after MAX_BAD_STEPS in a row."""
         line = f"skipped_step:{step} loss or gradient not finite, {in_a_row} in a row"
         self.run.log(line, "skipped_step", step=step, in_a_row=in_a_row)
         if in_a_row >= self.run.hp.max_bad_steps:
             raise UserError(f"{line}; {self.diagnose(trainer, batch)}")
 
-    def diagnose(self, trainer: core.Trainer, batch: list[Tensor]) -> str:
+    def diagnose(self, trainer: core.Trainer, batch: list[core.Batch]) -> str:
         """Say what is not finite in a batch, the learning rates, and what to go on from."""
         rates = sorted({g["lr"] for o in trainer.optimizers for g in o.param_groups})
         last = next(iter(checkpoints(self.run)), "none")

@@ -457,8 +457,9 @@ def together(x: Tensor, *parts: Matrix) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device, without waiting for what it does."""
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device, without waiting for what it does."""
+    x = torch.from_numpy(array)
     x = x.pin_memory() if device.type == "cuda" else x
     return x.to(device, non_blocking=True)
 
@@ -470,18 +471,21 @@ class Documents(NamedTuple):
     longest: int  # tokens that one has at most
 
 
-def cut(begins: Tensor, longest: int, device: torch.device) -> Documents:
+Cuts = Documents | None  # None: each row is one piece
+
+
+def cut(begins: np.ndarray, longest: int, device: torch.device) -> Documents:
     """Cut a batch where rows and, by `begins`, bool (B, T), documents begin, and at `longest`."""
-    begins = begins.index_fill(1, torch.tensor(0), True).flatten()
-    at = torch.arange(len(begins))
-    last = torch.where(begins, at, 0).cummax(0).values
-    starts = torch.argwhere((at - last) % longest == 0).flatten()
-    offsets = F.pad(starts, (0, 1), value=len(at)).int()
+    begins[:, 0] = True
+    at = np.arange(begins.size)
+    last = np.maximum.accumulate(np.where(begins.ravel(), at, 0))
+    starts = np.flatnonzero((at - last) % longest == 0)
+    offsets = np.append(starts, at.size).astype(np.int32)
     return Documents(send(offsets, device), longest)
 
 
 def by_piece(kernel: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Call a causal kernel for each piece of tensors (1, H, N, ...); offsets are the last one."""
+    """Call a causal kernel for each piece of tensors (1, H, N, ...); offsets are the last input."""
     *tensors, offsets = inputs
     sizes = offsets.diff().tolist()
     pieces = zip(*(x.split(sizes, dim=2) for x in tensors), strict=True)
@@ -499,55 +503,48 @@ CPU_KERNEL = {  # ATTENTION=amx puts others in their place
 VARLEN = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def operator(name: str, inputs: str, outputs: int, like: Callable[..., Any]) -> Any:
-    """Make one operator, to the compiler, of a CPU_KERNEL; its results are as those of `like`."""
-    schema = f"(Tensor {inputs.replace(' ', ', Tensor ')}) -> ({', '.join(['Tensor'] * outputs)})"
-    function = lambda *tensors: CPU_KERNEL[name](*tensors)  # noqa: E731
-    made = torch.library.custom_op(f"birdie::{name}", function, mutates_args=(), schema=schema)
-    made.register_fake(lambda *tensors: like(*tensors[:-1], 0.0, True))
+def operator(name: str, schema: str, like: Callable[..., Any]) -> Any:
+    """Make a CPU_KERNEL one operator to the compiler, with results of the shapes of `like`."""
+    made = torch.library.custom_op(
+        f"birdie::{name}", lambda *x: CPU_KERNEL[name](*x), mutates_args=(), schema=schema
+    )
+    made.register_fake(lambda *x: like(*x[:-1], 0.0, True))
     return made
 
 
-packed = operator("forward", "q k v offsets", 2, FLASH)
-packed_backward = operator("backward", "dy q k v y lse offsets", 3, FLASH_BACKWARD)
+QKV = "Tensor q, Tensor k, Tensor v"
+packed = operator("forward", f"({QKV}, Tensor offsets) -> (Tensor, Tensor)", FLASH)
+schema = f"(Tensor dy, {QKV}, Tensor y, Tensor lse, Tensor offsets) -> (Tensor, Tensor, Tensor)"
+packed_backward = operator("backward", schema, FLASH_BACKWARD)
+packed.register_autograd(
+    lambda ctx, dy, _: (*packed_backward(dy, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(
+        *inputs[:3], *output, inputs[3]
+    ),
+)
 
 
-def keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep what `packed_backward` takes."""
-    *qkv, offsets = inputs
-    ctx.save_for_backward(*qkv, *output, offsets)
-
-
-def go_back(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    """Give the gradients of what `packed` took."""
-    return *packed_backward(dy, *ctx.saved_tensors), None
-
-
-packed.register_autograd(go_back, setup_context=keep)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Cuts = None) -> Tensor:
     """Attend causally from q (B, H, S, Dh), at the last S of T positions, to k and v: like q."""
-    S = q.size(2)
     T = k.size(2)
+    before = T - q.size(2)
     sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=q.size(1) != k.size(1))
-    if documents is None and S == T:
+    if documents is None and not before:
         return sdpa(q, k, v, is_causal=True)
     if documents is None:
-        mask = torch.ones(S, T, dtype=torch.bool, device=q.device)
-        return sdpa(q, k, v, attn_mask=mask.tril(T - S))
+        mask = q.new_ones(q.size(2), T, dtype=torch.bool).tril(before)
+        return sdpa(q, k, v, attn_mask=mask)
     offsets, longest = documents
-    tokens = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-    heads = [x.transpose(0, 1)[None] for x in tokens]
+    qkv = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     if q.is_cuda and q.dtype == torch.bfloat16:
         limits = (offsets, offsets, longest, longest)
-        y = varlen_attn(*tokens, *limits, window_size=(-1, 0), **VARLEN)
-        return y.unflatten(0, (-1, T)).transpose(1, 2)
-    if q.is_cpu:
-        y, _ = packed(*heads, offsets)
+        y = varlen_attn(*qkv, *limits, window_size=(-1, 0), **VARLEN)
     else:
-        (y,) = by_piece(lambda q, k, v, *_: [sdpa(q, k, v, is_causal=True)], *heads, offsets)
-    return y[0].transpose(0, 1).unflatten(0, (-1, T)).transpose(1, 2)
+        heads = [x.transpose(0, 1)[None] for x in qkv]
+        plain = functools.partial(by_piece, lambda *x: [sdpa(*x[:3], is_causal=True)])
+        y, *_ = (packed if q.is_cpu else plain)(*heads, offsets)
+        y = y[0].transpose(0, 1)
+    return y.unflatten(0, (-1, T)).transpose(1, 2)
 
 
 def exclude_own(y: Tensor, v: Tensor) -> Tensor:
@@ -572,7 +569,7 @@ class Attention(nn.Module):
         self.c_v = Matrix(dim, self.head_dim * hp.num_kv_heads)
         self.q_gain = parameter(hp.num_heads, 1, 1)
 
-    def heads(self, x: Tensor, rotary: Tensor, last: int, documents: Documents | None) -> Tensor:
+    def heads(self, x: Tensor, rotary: Tensor, last: int, documents: Cuts) -> Tensor:
         """Give the output of each head at the last S positions of x (B, T, D): (B, H, S, Dh)."""
         H = self.q_gain.size(0)
         K = self.c_k.out_features // self.head_dim
@@ -586,7 +583,7 @@ class Attention(nn.Module):
         return exclude_own(y, v[:, :, -last:]) if self.exclusive else y
 
     def forward(
-        self, x: Tensor, rotary: Tensor, gains: Tensor, last: int, documents: Documents | None
+        self, x: Tensor, rotary: Tensor, gains: Tensor, last: int, documents: Cuts
     ) -> Tensor:
         """Map x (B, T, D) to what the residual stream gets, (B, S, D), scaled by `gains` (D)."""
         y = self.heads(x, rotary, last, documents)
@@ -612,9 +609,7 @@ class Block(nn.Module):
         self.mlp_scale = parameter(dim)
         self.resid_mix = parameter(2, dim)
 
-    def forward(
-        self, x: Tensor, x0: Tensor, rotary: Tensor, last: int, documents: Documents | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, last: int, documents: Cuts) -> Tensor:
         """Map the residual stream x (B, T, D) to its `last` positions; x0 is what it started as."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
@@ -735,7 +730,7 @@ class GPT(nn.Module):
             table = rotary_table(hp, length, rows * length).to(dtype)
             self.register_buffer(name, table, persistent=False)
 
-    def starts(self, inputs: Tensor, documents: Documents | None) -> Tensor:
+    def starts(self, inputs: Tensor, documents: Cuts) -> Tensor:
         """Find where nothing comes before a token: at BOS, first in a row or piece. Bool (B, T)."""
         starts = (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
         if documents is None:
@@ -744,7 +739,7 @@ class GPT(nn.Module):
         marks = marks.index_fill(0, documents.offsets.long(), True)
         return marks[:-1].view_as(starts)
 
-    def embed(self, inputs: Tensor, documents: Documents | None = None) -> Tensor:
+    def embed(self, inputs: Tensor, documents: Cuts = None) -> Tensor:
         """Map tokens int64 (B, T) to the first residual stream (B, T, D)."""
         x = self.tok_emb(inputs)
         if self.bigram is not None or self.smear is not None:
@@ -758,10 +753,8 @@ class GPT(nn.Module):
             x = x + gate * inside * (x.roll(1, 1) - x)
         return x
 
-    def trunk(
-        self, x: Tensor, visits: list[int], last: int, documents: Documents | None = None
-    ) -> Tensor:
-        """Take x (B, T, D) through the visited blocks, the last of which gives `last` positions.
+    def trunk(self, x: Tensor, visits: list[int], last: int, documents: Cuts = None) -> Tensor:
+        """Take x (B, T, D) through the visited blocks, and on from there its `last` positions.
 
         The skips of the first half go to the second half, last first.
         """
@@ -795,13 +788,8 @@ class GPT(nn.Module):
             losses.append(torch.cat(nll).view_as(t))
         return losses
 
-    def forward(
-        self, inputs: Tensor, targets: Tensor, documents: Documents | None = None
-    ) -> Tensor:
-        """Give the NLL of each target given its prefix: int64 (B, S) to fp32 (B, S).
-
-        They are those of the last S of the T positions of `inputs`, int64 (B, T).
-        """
+    def forward(self, inputs: Tensor, targets: Tensor, documents: Cuts = None) -> Tensor:
+        """Give the NLL of targets, int64 (B, S), at the last S of T inputs (B, T): fp32 (B, S)."""
         x = self.embed(inputs, documents)
         x = self.trunk(x, self.visits, targets.size(1), documents)
         (nll,) = self.head(x, targets)
@@ -1044,7 +1032,7 @@ class TokenStream:
 
 
 ROW = 8  # sequences in a row of isolated documents: its ends cut few
-Batch = tuple[Tensor, Tensor, Documents | None]  # inputs and targets, int64 (B, T)
+Batch = tuple[Tensor, Tensor, Cuts]  # inputs and targets, int64 (B, T)
 
 
 def row_length(hp: Hyperparameters) -> int:
@@ -1070,14 +1058,14 @@ def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Batc
 
     def load(step: int) -> list[Batch]:
         span = stream.read(step * step_tokens + start * T, (stop - start) * T + 1)
-        tokens = torch.from_numpy(span.astype(np.int64))
-        inputs = F.pad(tokens[:-1], (0, padding)).view(-1, rows, T)
-        targets = F.pad(tokens[1:], (0, padding), value=IGNORE).view(-1, rows, T)
-        documents: list[Documents | None] = [None] * len(inputs)
+        inputs = np.pad(span[:-1].astype(np.int64), (0, padding))
+        targets = np.pad(span[1:].astype(np.int64), (0, padding), constant_values=IGNORE)
+        pairs = np.stack((inputs, targets)).reshape(2, -1, rows, T).swapaxes(0, 1)
+        documents: list[Cuts] = [None] * len(pairs)
         if hp.train_doc_isolated:
-            documents = [cut(x == hp.bos, hp.train_seq_len, run.device) for x in inputs]
-        pairs = send(torch.stack((inputs, targets), dim=1), run.device)
-        return [(*pair, d) for pair, d in zip(pairs, documents, strict=True)]
+            documents = [cut(x == hp.bos, hp.train_seq_len, run.device) for x, _ in pairs]
+        sent = send(pairs, run.device)
+        return [(*pair, cuts) for pair, cuts in zip(sent, documents, strict=True)]
 
     with ThreadPoolExecutor(1) as worker:
         ahead = [worker.submit(load, first + i) for i in range(LOADED)]
@@ -1242,9 +1230,6 @@ def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
     return np.array(spans, np.int64).reshape(-1, 3)
 
 
-Scored = tuple[Batch, Tensor]  # and where the NLL of its targets go; the last place is for none
-
-
 def fill_rows(spans: np.ndarray, most: int) -> list[np.ndarray]:
     """Put windows into rows of at most `most` tokens: in each, the longest, then short ones."""
     lengths = spans[:, 1] - spans[:, 0]
@@ -1252,54 +1237,53 @@ def fill_rows(spans: np.ndarray, most: int) -> list[np.ndarray]:
     rows = []
     while order:
         row = []
-        left = most
         for end in (0, -1):
-            while order and lengths[order[end]] <= left:
+            while order and lengths[[*row, order[end]]].sum() <= most:
                 row.append(order[end])
-                left -= int(lengths[order[end]])
                 del order[end]
         rows.append(spans[row])
     return rows
 
 
-def lay(rows: list[np.ndarray], at: np.ndarray) -> Tensor:
-    """Lay rows of windows in a batch `at`, (B, T) of places; where they begin, bool (B, T)."""
+def lay(rows: list[np.ndarray], at: np.ndarray) -> np.ndarray:
+    """Lay rows of windows in a batch of places `at`, (B, T); where they begin, bool (B, T)."""
     begins = np.zeros(at.shape, bool)
     for row, place, begin in zip(rows, at, begins, strict=False):
         ends = (row[:, 1] - row[:, 0]).cumsum()
         place[: ends[-1]] = np.concatenate([np.arange(first, stop) for first, stop, _ in row])
         begin[ends[ends < len(begin)]] = True
-    return torch.from_numpy(begins)
+    return begins
 
 
-def scoring_batches(val: Validation, run: Run) -> Iterator[Scored]:
-    """Plan the windows of all streams, and yield those of this rank in batches."""
+def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield this rank's batches, and where the NLL go: to the last place if for padding."""
     hp = run.hp
     length = hp.eval_seq_len or hp.train_seq_len
-    tokens = min(hp.val_batch_size // run.world_size, run.forward_rows * row_length(hp))
-    most = max(1, tokens // length)  # windows in a batch
+    share = min(hp.val_batch_size // run.world_size, run.forward_rows * row_length(hp))
+    most = max(1, share // length)  # windows in a batch
     isolated = hp.eval_doc_isolated or hp.score_streams
     in_row = min(ROW, most) if isolated else 1
-    last = len(val.tokens) - 1
-    tokens = np.append(val.tokens.astype(np.int64), IGNORE)
+    rows = most // in_row
     streams = itertools.pairwise(val.starts)
     spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
-    is_whole = spans[:, 0] == spans[:, 2]
+    tokens = np.append(val.tokens.astype(np.int64), IGNORE)
+    last = len(val.tokens) - 1
 
-    def batch(at: np.ndarray, places: np.ndarray, documents: Documents | None) -> Scored:
+    def batch(at: np.ndarray, places: np.ndarray, documents: Cuts) -> tuple[Batch, Tensor]:
         arrays = (tokens[at.clip(max=last)], tokens[places + 1], places)
-        inputs, targets, places = (send(torch.from_numpy(x), run.device) for x in arrays)
+        inputs, targets, places = (send(array, run.device) for array in arrays)
         return (inputs, targets, documents), places
 
+    is_whole = spans[:, 0] == spans[:, 2]
     whole = fill_rows(spans[is_whole], in_row * length)
-    rows = most // in_row
     for i in range(run.rank * rows, len(whole), run.world_size * rows):
         at = np.full((rows, in_row * length), last)
         begins = lay(whole[i : i + rows], at)
         yield batch(at, at, cut(begins, length, run.device) if isolated else None)
-    tails = spans[~is_whole]  # windows that score their last tokens alone
+    tails = spans[~is_whole]  # of them the last EVAL_STRIDE tokens are scored
     tails = np.pad(tails, ((0, -len(tails) % most), (0, 0)))
-    for i in range(run.rank * most, len(tails), run.world_size * most):
+    turn = (run.rank - math.ceil(len(whole) / rows)) % run.world_size
+    for i in range(turn * most, len(tails), run.world_size * most):
         first, stop, _ = tails[i : i + most].T[..., None]
         at = first + np.arange(length)
         places = np.where(at < stop, at, last)[:, -hp.eval_stride :]
@@ -1838,7 +1822,7 @@ def compile_model(model: GPT) -> Forward:
     torch._dynamo.config.recompile_limit = GRAPHS
     compiled = torch.compile(model, dynamic=False, fullgraph=True)
 
-    def forward(inputs: Tensor, targets: Tensor, documents: Documents | None = None) -> Tensor:
+    def forward(inputs: Tensor, targets: Tensor, documents: Cuts = None) -> Tensor:
         if documents:  # one graph for any number
             torch._dynamo.mark_dynamic(documents.offsets, 0)
         return compiled(inputs, targets, documents)

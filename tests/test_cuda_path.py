@@ -72,6 +72,7 @@ def cuda_run(tmp_path) -> tg.Run:
     settings = TECHNIQUES | {"DATA_PATH": tmp_path, "VOCAB_SIZE": 256, "NUM_LAYERS": 4}
     settings |= {"MODEL_DIM": 128, "NUM_HEADS": 4, "NUM_KV_HEADS": 2, "TRAIN_SEQ_LEN": 64}
     settings |= {"TRAIN_BATCH_TOKENS": 1024, "MICRO_BATCH_TOKENS": 512, "DTYPE": "bf16"}
+    settings |= {"TRAIN_DOC_ISOLATED": 1}
     run = new_run(settings, EVAL_SEQ_LEN=128, EVAL_DOC_ISOLATED=1)
     run.device = CUDA
     return run
@@ -100,7 +101,9 @@ def test_a_step_stays_on_the_device(trainer, fake_cuda):
 
 def test_batches_come_to_the_device(trainer):
     trainer.step(0, 0.0)
-    assert {(x.device, x.dtype) for x in trainer.batch} == {(CUDA, torch.int64)}
+    for inputs, targets, documents in trainer.batch:
+        assert {(x.device, x.dtype) for x in (inputs, targets)} == {(CUDA, torch.int64)}
+        assert (documents.offsets.device, documents.offsets.dtype) == (CUDA, torch.int32)
 
 
 def test_weights_gradients_and_state_are_fp32_on_the_device(trainer):

@@ -373,7 +373,7 @@ class CountedForward:
     def __init__(self):
         self.shapes, self.goals = [], 0
 
-    def __call__(self, inputs, targets):
+    def __call__(self, inputs, targets, documents=None):
         self.shapes.append(tuple(inputs.shape))
         self.goals += (targets != tg.IGNORE).sum().item()
         return torch.ones(targets.shape)

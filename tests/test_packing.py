@@ -1,0 +1,410 @@
+"""Documents in packed rows: attention, training, shuffled reading, against dense masks, brute force
+and documents alone."""
+
+import functools
+import itertools
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import new_run, resolve, run_main, shard_bytes
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import keeper
+import train_gpt as tg
+
+BOS = 1
+CPU = torch.device("cpu")
+TINY = {
+    "VOCAB_SIZE": 23,
+    "NUM_LAYERS": 3,
+    "MODEL_DIM": 32,
+    "NUM_HEADS": 2,
+    "NUM_KV_HEADS": 1,
+    "TRAIN_SEQ_LEN": 8,
+    "TRAIN_BATCH_TOKENS": 128,
+    "MICRO_BATCH_TOKENS": 64,
+    "TRAIN_DOC_ISOLATED": 1,
+    "DEVICE": "cpu",
+    "DTYPE": "fp32",
+}
+STACK = {
+    "XSA_LAST_N": 1,
+    "SMEAR_GATE": 1,
+    "BIGRAM_BUCKETS": 50,
+    "BIGRAM_DIM": 8,
+    "LN_SCALE": 1,
+    "ROPE_DIMS": 4,
+}
+settings = functools.partial(resolve, TINY)
+
+
+def brute_offsets(begins, longest):
+    """The same as `cut`, token by token."""
+    offsets, since = [], 0
+    for at, (place, begin) in enumerate(
+        (place, begin) for row in begins.tolist() for place, begin in enumerate(row)
+    ):
+        if place == 0 or begin or since == longest:
+            offsets.append(at)
+            since = 0
+        since += 1
+    return [*offsets, begins.size]
+
+
+@given(
+    rows=st.integers(1, 3),
+    marks=st.lists(st.booleans(), min_size=1, max_size=40),
+    longest=st.integers(1, 12),
+)
+def test_cuts_are_at_rows_documents_and_the_longest_piece(rows, marks, longest):
+    begins = np.array(marks * rows).reshape(rows, -1)
+    documents = tg.cut(begins.copy(), longest, CPU)
+    assert documents.offsets.tolist() == brute_offsets(begins, longest)
+    assert documents.offsets.dtype == torch.int32
+    assert documents.longest == longest
+
+
+# ---- attention
+
+STREAMS = {  # lengths of documents in two rows of 40, the first of which may go on from before
+    "one_token_each": [1] * 80,
+    "exactly_the_context": [10] * 8,
+    "many_contexts": [35, 45],
+    "one": [80],
+    "mixed": [1, 2, 17, 1, 30, 10, 19],
+}
+LONGEST = 10
+
+
+def documents_of(name, T=40):
+    begins = np.zeros(80, bool)
+    begins[np.cumsum(STREAMS[name])[:-1]] = True
+    return tg.cut(begins.reshape(2, T), LONGEST, CPU)
+
+
+def dense_attention(q, k, v, offsets):
+    """By the definition: a masked softmax over all pairs of the batch's tokens, in float64."""
+    B, H, T, D = q.shape
+    q, k, v = (x.double().transpose(0, 1).flatten(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(H // len(x), 0) for x in (k, v))
+    piece = torch.searchsorted(offsets.long(), torch.arange(B * T), right=True)
+    mask = (piece[:, None] == piece).tril()
+    scores = (q @ k.mT / D**0.5).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).unflatten(1, (B, T)).transpose(0, 1)
+
+
+def heads(dtype, T=40):
+    """q, k, v as the model has them: parts of one buffer, of which the heads of q are four."""
+    made = torch.randn(2, T, 4 + 2 + 2, 32, generator=torch.Generator().manual_seed(0))
+    return made.to(dtype).transpose(1, 2).requires_grad_()
+
+
+def with_gradient(attend, made, grad):
+    y = attend(*made.split((4, 2, 2), dim=1))
+    (given,) = torch.autograd.grad(y, made, grad)
+    return y.detach().double(), given.double()
+
+
+def fake_varlen(q, k, v, starts, same, longest, again, window_size, **_):
+    """PyTorch's varlen attention, by its documentation: tokens (N, H, Dh), pieces by offsets."""
+    assert (window_size, same is starts, again) == ((-1, 0), True, longest)
+    assert starts.diff().max() <= longest
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return dense_attention(q, k, v, starts).to(q.dtype)[0].transpose(0, 1)
+
+
+def on_cuda(*args):
+    """Attend as on CUDA."""
+    with (
+        mock.patch.object(torch.Tensor, "is_cuda", True),
+        mock.patch.object(tg, "varlen_attn", fake_varlen),
+    ):
+        return tg.attend(*args)
+
+
+def elsewhere(*args):
+    """Attend as on a device that has no such kernel."""
+    with mock.patch.object(torch.Tensor, "is_cpu", False):
+        return tg.attend(*args)
+
+
+@pytest.mark.parametrize("way", [tg.attend, on_cuda, elsewhere])
+@pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
+)
+@pytest.mark.parametrize("name", STREAMS)
+def test_attention_is_that_of_the_dense_mask(name, dtype, near, way):
+    documents, made = documents_of(name), heads(dtype)
+    grad = torch.randn(2, 4, 40, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours = with_gradient(lambda *qkv: way(*qkv, documents), made, grad)
+    exact = with_gradient(
+        lambda *qkv: dense_attention(*qkv, documents.offsets), made, grad.double()
+    )
+    for a, b in zip(ours, exact, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= near * b.abs().max()
+
+
+def test_nothing_crosses_a_start():
+    """Not even what is not finite."""
+    documents, made = documents_of("mixed"), heads(torch.float32).detach()
+    offsets = documents.offsets.tolist()
+    before = tg.attend(*made.split((4, 2, 2), dim=1), documents)
+    made[:, :, offsets[2] : offsets[3]] = torch.nan
+    after = tg.attend(*made.split((4, 2, 2), dim=1), documents)
+    changed = (before != after).any(dim=(1, 3))
+    assert changed[0].nonzero().flatten().tolist() == [*range(offsets[2], offsets[3])]
+
+
+@pytest.mark.parametrize("last", [1, 7, 39])
+def test_the_last_queries_alone_attend_as_all_do(last):
+    q, k, v = heads(torch.float64).detach().split((4, 2, 2), dim=1)
+    whole = tg.attend(q, k, v)[:, :, -last:]
+    torch.testing.assert_close(tg.attend(q[:, :, -last:], k, v), whole, atol=1e-12, rtol=0)
+
+
+# ---- the model
+
+
+def double_model(**values):
+    """A model in float64 (but for its logits) none of whose parameters is as initialized."""
+    hp = settings(**values)
+    torch.manual_seed(0)
+    model = tg.GPT(hp, torch.float64).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.2, 0.6)
+    return model, hp
+
+
+def stream(lengths, seed=0):
+    """Documents of these lengths, their BOS included, in a row."""
+    tokens = np.random.default_rng(seed).integers(2, 23, sum(lengths))
+    tokens[np.cumsum([0, *lengths[:-1]])] = BOS
+    return tokens
+
+
+def test_a_packed_row_has_the_loss_and_gradient_of_its_pieces_alone():
+    model, _ = double_model(**STACK)
+    tokens = stream([3, 1, 8, 20, 9, 23])
+    inputs, targets = torch.from_numpy(tokens)[None], torch.from_numpy(np.roll(tokens, -1))[None]
+    documents = tg.cut((inputs == BOS).numpy(), 8, CPU)
+    packed = model(inputs, targets, documents)
+    spans = [*itertools.pairwise(documents.offsets.tolist())]
+    alone = torch.cat([model(inputs[:, a:b], targets[:, a:b]) for a, b in spans], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+    parameters = [*model.parameters()]
+    together = torch.autograd.grad(packed.sum(), parameters)
+    apart = torch.autograd.grad(alone.sum(), parameters)
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5 * float(b.abs().max() + 1), rtol=0)
+
+
+@pytest.mark.parametrize("values", [{}, STACK | {"XSA_LAST_N": 3}], ids=["plain", "stack"])
+@pytest.mark.parametrize("last", [1, 3, 8])
+def test_the_last_targets_alone_have_the_same_nll(last, values):
+    model, _ = double_model(**values)
+    tokens = torch.from_numpy(stream([9, 7])).view(2, 8)
+    whole = model(tokens, tokens.roll(-1, 1))
+    some = model(tokens, tokens.roll(-1, 1)[:, -last:])
+    torch.testing.assert_close(some, whole[:, -last:], atol=1e-6, rtol=0)
+
+
+def test_the_last_layer_and_the_head_compute_the_last_targets_alone():
+    model, _ = double_model()
+    tokens = torch.from_numpy(stream([9, 7])).view(2, 8)
+    shapes = []
+    for block in model.blocks:
+        block.proj.register_forward_hook(lambda m, x, y: shapes.append(y.shape[1]))
+    model(tokens, tokens[:, -3:])
+    assert shapes == [8, 8, 3]
+
+
+def test_one_graph_serves_any_number_of_documents():
+    model, _ = double_model(**STACK)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=counter)):
+        compiled = tg.compile_model(model)
+    for lengths in ([64], [8, 56], [1] * 64, [3, 30, 31]):
+        tokens = torch.from_numpy(stream(lengths))[None]
+        documents = tg.cut((tokens == BOS).numpy(), 8, CPU)
+        loss = compiled(tokens, tokens.roll(-1, 1), documents)
+        expected = model(tokens, tokens.roll(-1, 1), documents)
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+        loss.sum().backward()
+    assert counter.frame_count == 1
+
+
+# ---- batches
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three shards of documents; the second and the third begin inside one."""
+    lengths = np.random.default_rng(1).integers(1, 60, 200).tolist()
+    tokens = stream(lengths)
+    for number, part in enumerate(np.split(tokens, [1500, 4001])):
+        (tmp_path / f"fineweb_train_{number:06d}.bin").write_bytes(shard_bytes(part))
+    return tmp_path
+
+
+def loaded(folder, steps, rank=0, world_size=1, **values):
+    """Micro-batches of some steps."""
+    run = new_run(TINY | {"DATA_PATH": folder}, **values)
+    run.rank, run.world_size = rank, world_size
+    made = tg.batches(tg.TokenStream("train", run), run)
+    return [next(made) for _ in range(steps)]
+
+
+def pieces(steps):
+    """All pieces of batches, with their targets, that have any."""
+    found = []
+    for inputs, targets, documents in itertools.chain(*steps):
+        for a, b in itertools.pairwise(documents.offsets.tolist()):
+            x, y = inputs.flatten()[a:b], targets.flatten()[a:b]
+            if (y != tg.IGNORE).any():
+                found.append((tuple(x.tolist()), tuple(y.tolist())))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("shuffle", [0, 1])
+@pytest.mark.parametrize("micro", [64, 128])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_pieces_depend_neither_on_ranks_nor_on_micro_batches(folder, ranks, micro, shuffle):
+    values = {"TRAIN_BATCH_TOKENS": 256, "DATA_SHUFFLE": shuffle}
+    alone = pieces(loaded(folder, 5, **values))
+    values["MICRO_BATCH_TOKENS"] = micro
+    shares = [pieces(loaded(folder, 5, rank, ranks, **values)) for rank in range(ranks)]
+    assert sorted(itertools.chain(*shares)) == alone
+
+
+def test_pieces_are_of_one_document_and_no_longer_than_a_sequence(folder):
+    for x, _ in pieces(loaded(folder, 9)):
+        assert BOS not in x[1:]
+        assert len(x) <= 8
+
+
+def test_few_documents_are_cut_by_rows(folder):
+    """Rows of eight sequences end inside a document as often as a row of 64 tokens does."""
+    (((inputs, _, documents),),) = loaded(folder, 1, TRAIN_BATCH_TOKENS=64)
+    assert inputs.shape == (1, 64)
+    inner = [a for a in documents.offsets.tolist()[1:-1] if inputs[0, a] != BOS]
+    begins = (inputs[0] == BOS).nonzero().flatten().tolist()
+    for a in inner:  # only where a document has had a whole sequence
+        since = a - max([0, *(b for b in begins if b < a)])
+        assert since % 8 == 0
+
+
+@pytest.mark.parametrize(("sequences", "row"), [(1, 8), (6, 16), (8, 64), (24, 64), (7, 8)])
+def test_rows_divide_a_batch(sequences, row):
+    assert tg.row_length(settings(TRAIN_BATCH_TOKENS=8 * sequences, MICRO_BATCH_TOKENS=0)) == row
+    dense = settings(TRAIN_BATCH_TOKENS=8 * sequences, MICRO_BATCH_TOKENS=0, TRAIN_DOC_ISOLATED=0)
+    assert tg.row_length(dense) == 8
+
+
+# ---- shuffled reading
+
+
+def shuffled_stream(folder, **values):
+    return tg.TokenStream("train", new_run(TINY | {"DATA_PATH": folder}, DATA_SHUFFLE=1, **values))
+
+
+def documents_in(tokens, at=()):
+    """The documents of a stream, each a tuple."""
+    starts = sorted({*np.flatnonzero(tokens == BOS).tolist(), *at} - {0})
+    return [tuple(part.tolist()) for part in np.split(tokens, starts)]
+
+
+def plain_documents(folder):
+    """The documents of each shard; what a shard begins with is one of them."""
+    parts = [np.fromfile(path, "<u2", offset=1024) for path in sorted(folder.glob("*_train_*.bin"))]
+    return [documents_in(part) for part in parts]
+
+
+def test_each_epoch_has_every_shard_and_every_document_once(folder):
+    """A shard's documents stay together, so that few are in memory at a time."""
+    stream_, orders = shuffled_stream(folder), []
+    contents = [sorted(itertools.chain(*documents)) for documents in plain_documents(folder)]
+    for epoch in range(3):
+        tokens = stream_.read(epoch * stream_.total, stream_.total)
+        for order in itertools.permutations(range(3)):
+            ends = stream_.sizes[[*order]].cumsum()[:-1]
+            parts = [sorted(part.tolist()) for part in np.split(tokens, ends)]
+            if parts == [contents[shard] for shard in order]:
+                orders.append(tuple(tokens.tolist()))
+    assert len({*orders}) == 3
+
+
+def test_documents_stay_whole(folder):
+    """But for those that go on in the next shard, which are read as two."""
+    stream_ = shuffled_stream(folder)
+    tokens = stream_.read(0, stream_.total)
+    text = "," + ",".join(map(str, tokens.tolist())) + ","
+    for document in itertools.chain(*plain_documents(folder)):
+        assert "," + ",".join(map(str, document)) + "," in text
+
+
+def test_the_order_is_not_that_of_the_shards(folder):
+    stream_ = shuffled_stream(folder)
+    plain = np.concatenate([np.fromfile(p, "<u2", offset=1024) for p in stream_.paths])
+    assert (stream_.read(0, stream_.total) != plain).mean() > 0.5
+
+
+@given(start=st.integers(0, 20_000), count=st.integers(1, 3000))
+def test_any_part_can_be_read_alone(shuffled, start, count):
+    """So that ranks and resumed runs read what one run reads in a row."""
+    stream_, tokens = shuffled
+    assert np.array_equal(stream_.read(start, count), tokens[start : start + count])
+
+
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shuffled")
+    lengths = np.random.default_rng(1).integers(1, 60, 200).tolist()
+    for number, part in enumerate(np.split(stream(lengths), [1500, 4001])):
+        (path / f"fineweb_train_{number:06d}.bin").write_bytes(shard_bytes(part))
+    stream_ = shuffled_stream(path)
+    return stream_, shuffled_stream(path).read(0, 25_000)
+
+
+def test_the_order_is_the_seeds(folder):
+    read = [shuffled_stream(folder, SEED=seed).read(0, 3000).tolist() for seed in (1, 1, 2)]
+    assert read[0] == read[1] != read[2]
+
+
+def test_validation_is_never_shuffled(folder):
+    for path in folder.glob("*.bin"):
+        path.rename(folder / path.name.replace("train", "val"))
+    run = new_run(TINY | {"DATA_PATH": folder}, DATA_SHUFFLE=1)
+    stream_ = tg.TokenStream("val", run)
+    plain = np.concatenate([np.fromfile(p, "<u2", offset=1024) for p in stream_.paths])
+    assert np.array_equal(stream_.read(0, stream_.total), plain)
+
+
+# ---- a whole run
+
+
+def test_a_run_resumes_with_the_same_bits(dataset, tiny_env, tmp_path):
+    values = {"TRAIN_DOC_ISOLATED": "1", "DATA_SHUFFLE": "1", "EVAL_DOC_ISOLATED": "1"}
+    env = {**tiny_env, **values, "ITERATIONS": "6", "SAVE_EVERY": "3", "RUN_ID": "whole"}
+    run_main(env)
+    folder = tmp_path / "logs" / "whole"
+    checkpoint = folder / keeper.checkpoint_name(3)
+    run_main({**env, "RUN_ID": "again", "RESUME": str(checkpoint)})
+    whole, again = (
+        tmp_path / "logs" / name / "final_model.artifact" for name in ("whole", "again")
+    )
+    assert whole.read_bytes() == again.read_bytes()
+
+
+def test_a_diagnosis_takes_packed_batches(dataset, tiny_env):
+    """keeper.py looks through a batch with its documents."""
+    run = new_run(tiny_env, TRAIN_DOC_ISOLATED=1)
+    model = tg.GPT(run.hp, run.dtype)
+    trainer = tg.Trainer(model, model, tg.TokenStream("train", run), run)
+    trainer.step(0, 0.0)
+    assert keeper.what_is_not_finite(trainer, trainer.batch) == "nothing in the batch of rank 0"
