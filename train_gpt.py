@@ -547,6 +547,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Cuts = None) -> Tensor:
     return y.unflatten(0, (-1, T)).transpose(1, 2)
 
 
+def tail(x: Tensor, last: int, dim: int) -> Tensor:
+    """Take the last positions; all of them as they are, for which a slice would cost traffic."""
+    return x if last == x.size(dim) else x.narrow(dim, x.size(dim) - last, last)
+
+
 def exclude_own(y: Tensor, v: Tensor) -> Tensor:
     """Take from y (B, H, T, Dh) its part along the own v: y - (y·v)v/|v|² (arXiv 2603.09078)."""
     own = F.normalize(v, dim=-1).unsqueeze(2)
@@ -579,8 +584,8 @@ class Attention(nn.Module):
         qk = Norm.apply(qk, gains, rotary)
         q, k = qk.transpose(1, 2).split((H, K), dim=1)
         v = v.transpose(1, 2)
-        y = attend(q[:, :, -last:], k, v, documents)
-        return exclude_own(y, v[:, :, -last:]) if self.exclusive else y
+        y = attend(tail(q, last, dim=2), k, v, documents)
+        return exclude_own(y, tail(v, last, dim=2)) if self.exclusive else y
 
     def forward(
         self, x: Tensor, rotary: Tensor, gains: Tensor, last: int, documents: Cuts
@@ -614,7 +619,7 @@ class Block(nn.Module):
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         y = rms_norm(x, self.scale)
-        x = x[:, -last:] + self.attn(y, rotary, self.attn_scale, last, documents)
+        x = tail(x, last, dim=1) + self.attn(y, rotary, self.attn_scale, last, documents)
         y = self.fc(rms_norm(x, self.scale))
         y = F.leaky_relu(y, self.slope).square() if self.slope else SquaredRelu.apply(y)
         return x + self.proj(y, self.mlp_scale)

@@ -258,7 +258,9 @@ def evaluation(
     with each document by itself, and, over 256 windows, a plain loop that reads a window at a time.
     `tell` gets what is known after each of them.
     """
-    run, val, forward, _ = prepare(hp, training=False)
+    # The model's table of positions is as long as packed documents need.
+    packing = dataclasses.replace(hp, eval_doc_isolated=1)
+    run, val, forward, _ = prepare(packing, training=False)
     hp = run.hp
     stride = hp.eval_stride or 64
     context = hp.eval_seq_len or hp.train_seq_len

@@ -1,0 +1,91 @@
+"""A validation split with documents as long as FineWeb's, and what that means for packed rows.
+
+    python benchmarks/document_lengths.py DATASET OUT [--mean 811] [--sigma 1.0] [--documents 2000]
+
+DATASET's validation tokens are cut anew, into documents of random lengths: log-normal, with the
+published mean for 8192 pieces (811 tokens). How widely FineWeb's lengths spread is not published;
+--sigma is the deviation of their logarithm. OUT gets validation shard and training shards, by link.
+Printed are, for rows of several sequences, the context that a token has within its piece, beside
+the one that it would have if no row ended, and how full the rows of scoring are.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_gpt as tg
+
+BOS = 1
+
+
+def draw_lengths(count: int, mean: float, sigma: float) -> np.ndarray:
+    """Draw the lengths of documents, BOS included, int64 (count,)."""
+    drawn = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
+    return np.maximum(2, drawn.round().astype(np.int64))
+
+
+def cut_anew(source: Path, lengths: np.ndarray) -> np.ndarray:
+    """Fill documents of these lengths with the validation tokens of a dataset, uint16."""
+    paths = sorted(source.glob("fineweb_val_[0-9]*.bin"))
+    text = np.concatenate([np.fromfile(path, "<u2", offset=1024) for path in paths])
+    text = np.resize(text[text != BOS], lengths.sum())
+    text[lengths.cumsum() - lengths] = BOS
+    return text
+
+
+def write_dataset(source: Path, out: Path, tokens: np.ndarray) -> None:
+    """Write the validation shard, and link the training shards."""
+    out.mkdir(parents=True, exist_ok=True)
+    header = np.zeros(256, "<i4")
+    header[:3] = (20240520, 1, len(tokens))
+    (out / "fineweb_val_000000.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    for path in source.resolve().glob("fineweb_train_*.bin"):
+        link = out / path.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+
+
+def mean_context(begins: np.ndarray, longest: int, row: int) -> float:
+    """Give the mean number of tokens before a token in its piece, in rows of `row` tokens."""
+    part = begins[: len(begins) // row * row].reshape(-1, row).copy()
+    offsets = tg.cut(part, longest, tg.torch.device("cpu")).offsets.numpy()
+    sizes = np.diff(offsets).astype(float)
+    return float((sizes * (sizes - 1) / 2).sum() / sizes.sum())
+
+
+def main() -> None:
+    """Make the dataset, and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--mean", type=float, default=811.0)
+    parser.add_argument("--sigma", type=float, default=1.0)
+    parser.add_argument("--documents", type=int, default=2000)
+    args = parser.parse_args()
+    lengths = draw_lengths(args.documents, args.mean, args.sigma)
+    tokens = cut_anew(args.dataset, lengths)
+    write_dataset(args.dataset, args.out, tokens)
+    middle = int(np.median(lengths))
+    print(
+        f"{len(lengths)} documents, {len(tokens)} tokens, median {middle}, longest {lengths.max()}"
+    )
+    begins = tokens == BOS
+    print("| sequence | " + " | ".join(f"rows of {n}" for n in (1, 2, 4, 8, 16)) + " | rows full |")
+    print("|---" * 7 + "|")
+    for longest in (1024, 2048):
+        whole = mean_context(begins, longest, len(begins))
+        kept = [mean_context(begins, longest, longest * n) / whole for n in (1, 2, 4, 8, 16)]
+        edges = [*(lengths.cumsum() - lengths), len(tokens)]
+        spans = [[a, min(b, a + longest), a] for a, b in itertools.pairwise(edges)]
+        rows = tg.fill_rows(np.array(spans), 8 * longest)
+        filled = sum(b - a for a, b, _ in spans) / (8 * longest * len(rows))
+        print(f"| {longest} | " + " | ".join(f"{k:.1%}" for k in kept) + f" | {filled:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
