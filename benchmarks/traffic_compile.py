@@ -159,7 +159,7 @@ def generate(module: Any, inputs: Sequence[Any], options: dict[str, Any], script
 
 
 def compile_functions(
-    function: Callable, inputs: Sequence[Tensor], script: str = "<string>"
+    function: Callable, inputs: Sequence[Any], script: str = "<string>"
 ) -> list[Graph]:
     """Compile a function of CPU tensors for an H100: its forward and, if needed, backward graph.
 
@@ -215,5 +215,9 @@ def compile_model(tg: ModuleType, hp: Any, tokens: int, forward_only: bool) -> l
         raise TrafficError(problem)
     model = model_in_training(tg, hp)
     inputs = torch.zeros(tokens // length, length, dtype=torch.int64)
+    arguments: list[Any] = [inputs, inputs.clone()]
+    if getattr(hp, "train_doc_isolated", 0):  # of which the compiler does not see the number
+        begins = torch.zeros(inputs.shape, dtype=torch.bool).numpy()
+        arguments.append(tg.cut(begins, length, inputs.device))
     with cuda_operators(), torch.set_grad_enabled(not forward_only):
-        return compile_functions(model, [inputs, inputs.clone()], tg.__file__)
+        return compile_functions(model, arguments, tg.__file__)
