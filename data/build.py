@@ -14,10 +14,10 @@ import platform
 import re
 import shutil
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
@@ -25,31 +25,44 @@ from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece as spm
-from checks import check_files, file_records, find_tokenizer, read_manifest
+from caseops import encode_case, invert_case
+from checks import check_files, file_records, find_tokenizer, read_manifest, validation_keys
 from console import name_text
+from digests import combined_digest, text_digest, text_key
 from shards import DataError, ProgressBar, ShardWriter, WorkerPool, replacing
 from vocabulary import (
     BYTE_LEVEL_SIZE,
-    TRAINER_OPTIONS,
+    NORMALIZATIONS,
+    SPACE,
+    Vocabulary,
     byte_level_model,
     concatenate,
     file_digest,
     fit_sidecar,
     load_vocabulary,
     train_tokenizer,
+    trainer_options,
 )
 
 CHUNK_CHARS = 2**21  # of text in one task of a process: bounds the memory, changes no result
 OWN_FILES = r"manifest\.json|fineweb_(train|val|val_bytes)_\d{6}\.bin"
 VAL_DOCS = 50_000  # in the challenge's split
-COUNTS = ("tokens", "bytes", "decoded_bytes", "unknown_tokens", "unknown_bytes")
+COUNTS = (
+    "tokens",
+    "bytes",
+    "decoded_bytes",
+    "unknown_tokens",
+    "unknown_bytes",
+    "changed_documents",
+)
 # One document: where its tokens lie, its UTF-8 bytes, what its tokens decode to, and a digest of
-# the tokens, by which training documents that also stand in validation are found; and how many of
-# the tokens are the unknown piece, for how many of the bytes.
+# the tokens, by which training documents that also stand in validation are found; digests of its
+# text, and of what of it any tokenizer keeps; how many of the tokens are the unknown piece, for how
+# many of the bytes; and whether CaseOps inverted gives another text (1) or the same (0).
 ENTRY = np.dtype(
     {
-        "names": ["chunk", "start", "digest", *COUNTS],
-        "formats": ["<u4", "<u8", "V16", *["<u4"] * len(COUNTS)],
+        "names": ["chunk", "start", "digest", "text", "key", *COUNTS],
+        "formats": ["<u4", "<u8", "V16", "V16", "V16", *["<u4"] * len(COUNTS)],
     }
 )
 
@@ -92,13 +105,25 @@ class Job:
     shard_tokens: int
     byte_sidecar: bool
     processes: int
+    case_ops: bool = False
+    normalization: str = NORMALIZATIONS[0]
+    exclude_val: Path | None = None  # a dataset whose validation is kept out of training
+
+    @property
+    def sidecar(self) -> bool:
+        """Whether the bytes of validation tokens are written: with CaseOps they must be."""
+        return self.byte_sidecar or self.case_ops
 
     def options(self) -> dict[str, Any]:
-        """What shapes the result, for the manifest."""
+        """What shapes the result, for the manifest. What is newer is named where it is used."""
         names = ("val_docs", "val_fraction", "shuffle_seed", "shard_tokens", "byte_sidecar")
         options = {name: getattr(self, name) for name in names}
+        options |= {"case_ops": True} if self.case_ops else {}
+        if self.exclude_val:
+            options["exclude_val"] = file_records(self.exclude_val, ("val",))
         if self.vocab_size:
-            trainer = {"vocab_size": self.vocab_size, **TRAINER_OPTIONS}
+            trainer = trainer_options(self.normalization, self.case_ops)
+            trainer = {"vocab_size": self.vocab_size, **trainer}
             options |= {"tokenizer": trainer, "tokenizer_bytes": self.tokenizer_bytes}
         elif self.byte_level:
             options["tokenizer"] = "byte-level"
@@ -128,41 +153,111 @@ def chunk_file(work: Path, number: int, kind: str) -> Path:
     return work / f"chunk_{number:06d}.{kind}"
 
 
-def encode_chunk(
-    work: Path, number: int, texts: list[str], tokenizer: Path, sidecar: bool
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Task:
+    """How the texts of a chunk become tokens."""
+
+    tokenizer: Path
+    sidecar: bool
+    case_ops: bool = False
+    keys: bool = False  # whether documents are compared with those of another dataset
+
+    def digest(self, texts: list[bytes]) -> bytes:
+        """Identify the task and the texts, so that what was made of them is known again."""
+        options = f"{self.sidecar} {self.case_ops} {self.keys} {ENTRY}"
+        key = hashlib.sha256(f"{file_digest(self.tokenizer)} {spm.__version__} {options}".encode())
+        lengths = np.array([len(text) for text in texts])
+        for part in (lengths.tobytes(), *texts):
+            key.update(part)
+        return key.digest()
+
+
+def encode_chunk(work: Path, number: int, texts: list[str], task: Task) -> np.ndarray:
     """Write the tokens of the texts to a chunk's files and return its ENTRY of each text. The index
     is written last and begins with a digest of what it was made from, so that an interrupted run
-    can be gone on with."""
+    can be gone on with. Raises DataError if CaseOps cannot be inverted."""
     encoded_texts = [text.encode() for text in texts]
-    lengths = np.array([len(text) for text in encoded_texts])
-    key = hashlib.sha256(f"{file_digest(tokenizer)} {spm.__version__} {sidecar} {ENTRY}".encode())
-    for part in (lengths.tobytes(), *encoded_texts):
-        key.update(part)
+    key = task.digest(encoded_texts)
     index = chunk_file(work, number, "index")
-    if index.exists() and (made := index.read_bytes()).startswith(key.digest()):
-        return np.frombuffer(made, ENTRY, offset=len(key.digest()))
-    vocabulary = load_vocabulary(tokenizer)
-    documents = vocabulary.encode(texts)
+    if index.exists() and (made := index.read_bytes()).startswith(key):
+        return np.frombuffer(made, ENTRY, offset=len(key))
+    vocabulary = load_vocabulary(task.tokenizer)
+    images = list(map(encode_case, texts)) if task.case_ops else texts
+    documents = vocabulary.encode(images)
     entries = np.zeros(len(texts), ENTRY)
-    entries["chunk"], entries["bytes"] = number, lengths
+    entries["chunk"] = number
+    entries["bytes"] = [len(text) for text in encoded_texts]
     entries["tokens"] = [len(ids) for ids in documents]
     entries["start"] = np.cumsum(entries["tokens"]) - entries["tokens"]
     entries["decoded_bytes"] = [vocabulary.lengths(ids).sum() for ids in documents]
     entries["unknown_tokens"] = [(ids == vocabulary.unknown).sum() for ids in documents]
-    entries["unknown_bytes"] = list(map(vocabulary.unknown_bytes, texts, documents))
+    entries["unknown_bytes"] = list(map(vocabulary.unknown_bytes, images, documents))
     digests = [hashlib.blake2b(ids, digest_size=16).digest() for ids in documents]
     entries["digest"] = np.frombuffer(b"".join(digests), "V16")
+    entries["text"] = np.frombuffer(b"".join(map(text_digest, texts)), "V16")
+    if task.keys:
+        entries["key"] = np.frombuffer(b"".join(map(text_key, texts)), "V16")
+    if task.case_ops:
+        entries["changed_documents"] = changed_texts(vocabulary, documents, images, texts)
     with replacing(chunk_file(work, number, "tokens")) as file:
         file.writelines(documents)
-    if sidecar:
+    if task.sidecar:
         with replacing(chunk_file(work, number, "bytes")) as file:
-            for text, ids in zip(texts, documents, strict=True):
-                if len(ids):
-                    file.write(fit_sidecar(vocabulary.original_bytes(text, len(ids))))
+            for text, image, ids in zip(encoded_texts, images, documents, strict=True):
+                file.write(sidecar_of(vocabulary, len(text), image, ids))
     with replacing(index) as file:
-        file.write(key.digest() + entries.tobytes())
+        file.write(key + entries.tobytes())
     return entries
+
+
+def sidecar_of(vocabulary: Vocabulary, size: int, image: str, ids: np.ndarray) -> np.ndarray:
+    """Give the original bytes of each of a document's tokens, uint16 (N,), which are `size` in all.
+
+    `image` is what was tokenized: the text, or its CaseOps image.
+    """
+    if not len(ids):
+        return np.zeros(0, np.uint16)
+    if vocabulary.lossless:
+        sizes = vocabulary.exact_lengths(ids)
+    else:
+        sizes = vocabulary.original_bytes(image, len(ids))
+        move_from_controls(sizes, vocabulary.acting(ids))
+    check_bytes(size, int(sizes.sum()))
+    return fit_sidecar(sizes)
+
+
+def move_from_controls(sizes: np.ndarray, acting: np.ndarray) -> None:
+    """Give the bytes that stand at acting controls to the tokens behind: blanks that a tokenizer's
+    normalization has taken from the start of a document. At the end there are none to move."""
+    for place in acting[acting < len(sizes) - 1]:
+        sizes[place + 1] += sizes[place]
+        sizes[place] = 0
+
+
+def changed_texts(
+    vocabulary: Vocabulary, documents: list[np.ndarray], images: list[str], texts: list[str]
+) -> list[bool]:
+    """Say of each document whether its tokens, decoded and inverted, give another text.
+
+    A lossless tokenizer must give the same, any other the inverse of the image as it normalizes
+    it. Raises DataError if one does not.
+    """
+    changed = []
+    decoded = vocabulary.decode(documents)
+    for ids, image, text, given in zip(documents, images, texts, decoded, strict=True):
+        if not vocabulary.lossless:
+            changed.append(invert_case(given) != text)
+            expected = vocabulary.sp.normalize(image).replace(SPACE, " ").strip(" ")
+            broken = not (ids == vocabulary.unknown).any() and given.strip(" ") != expected
+        else:
+            changed.append(False)
+            # That the image, of which no other text is the inverse, is decoded as it is.
+            broken = given != image or invert_case(image) != text
+        if broken:
+            raise DataError(
+                f"CaseOps: the tokens of a document do not give its text: {text[:60]!a}"
+            )
+    return changed
 
 
 def encode_chunks(
@@ -181,11 +276,12 @@ def encode_chunks(
         bar.update(read - bar.n)
         return entries
 
+    task = Task(tokenizer, job.sidecar, job.case_ops, job.exclude_val is not None)
     pool = WorkerPool(job.processes)
     try:
         for number, texts in enumerate(chunks):
-            task = pool.submit(encode_chunk, work, number, texts, tokenizer, job.byte_sidecar)
-            pending.append((task, source.read_bytes))
+            future = pool.submit(encode_chunk, work, number, texts, task)
+            pending.append((future, source.read_bytes))
             if len(pending) > 2 * job.processes:
                 yield first()
         while pending:
@@ -245,46 +341,75 @@ def tokenizer_texts(
     return islice(used, 0, None, every)
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """What a split must not hold: documents by the digest of their tokens, or by the key of their
+    text."""
+
+    digests: Collection[bytes] = frozenset()
+    keys: Collection[bytes] = frozenset()
+
+    def reason(self, entry: dict[str, Any]) -> str:
+        """Say why a document is left out, or nothing."""
+        if not entry["tokens"]:
+            return "no tokens"
+        if entry["digest"] in self.digests:
+            return "duplicate of validation"
+        return "duplicate of excluded validation" if entry["key"] in self.keys else ""
+
+
+@dataclass
+class Written:
+    """What was written as a split: counts, documents left out by reason, and digests."""
+
+    counts: Counter[str] = field(
+        default_factory=lambda: Counter(dict.fromkeys(("documents", *COUNTS), 0))
+    )
+    skipped: Counter[str] = field(default_factory=Counter)
+    digests: set[bytes] = field(default_factory=set)  # of validation documents' tokens
+    text_digest: str = ""  # of all texts in their order
+
+
 def write_split(
-    split: str, numbers: np.ndarray, index: np.ndarray, left_out: set[bytes], job: Job, work: Path
-) -> tuple[Counter[str], Counter[str], set[bytes]]:
+    split: str, numbers: np.ndarray, index: np.ndarray, left_out: LeftOut, job: Job, work: Path
+) -> Written:
     """Write the shards of a split, and the sidecars of validation, into work/dataset, without the
-    documents whose digest is in `left_out`. Returns counts of what was written, documents skipped
-    by reason, and the digests of validation documents."""
+    documents of `left_out`."""
     vocabulary = load_vocabulary(staged_tokenizer(job, work))
     mapped = lru_cache(256)(
         lambda chunk, kind: np.memmap(chunk_file(work, chunk, kind), "<u2", "r")
     )
-    counts: Counter[str] = Counter(dict.fromkeys(("documents", *COUNTS), 0))
-    skipped: Counter[str] = Counter()
-    digests: set[bytes] = set()
+    written = Written()
+    texts = combined_digest()
     with (
         ShardWriter(work / "dataset", split, job.shard_tokens) as shards,
         ShardWriter(work / "dataset", f"{split}_bytes", job.shard_tokens) as sidecars,
     ):
         for entry in ordered_entries(index, numbers):
-            chunk, start, digest, *own = entry
-            tokens, _, decoded, *_ = own
-            if not tokens or digest in left_out:
-                skipped["duplicate of validation" if tokens else "no tokens"] += 1
+            if reason := left_out.reason(entry):
+                written.skipped[reason] += 1
                 continue
-            ids = mapped(chunk, "tokens")[start : start + tokens]
+            chunk = entry["chunk"]
+            place = slice(entry["start"], entry["start"] + entry["tokens"])
+            ids = mapped(chunk, "tokens")[place]
             shards.write(concatenate([ids], vocabulary.bos))
-            counts.update(dict(zip(COUNTS, own, strict=True)))
-            counts.update(documents=1, tokens=1)  # BOS
+            written.counts.update({name: entry[name] for name in COUNTS})
+            written.counts.update(documents=1, tokens=1)  # BOS
+            texts.update(entry["text"])
             if split == "val":
-                check_bytes(vocabulary.decoded_bytes([ids]), decoded)
-                digests.add(digest)
-                if job.byte_sidecar:
-                    sizes = mapped(chunk, "bytes")[start : start + tokens]
-                    sidecars.write(np.append(np.uint16(0), sizes))
-    return counts, skipped, digests
+                check_bytes(vocabulary.decoded_bytes([ids]), entry["decoded_bytes"])
+                written.digests.add(entry["digest"])
+                if job.sidecar:
+                    sidecars.write(np.append(np.uint16(0), mapped(chunk, "bytes")[place]))
+    written.text_digest = texts.hexdigest()
+    return written
 
 
-def ordered_entries(index: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[Any, ...]]:
-    """The ENTRY of each of these documents, as a tuple."""
+def ordered_entries(index: np.ndarray, numbers: np.ndarray) -> Iterator[dict[str, Any]]:
+    """The ENTRY of each of these documents, by name."""
     for start in range(0, len(numbers), 2**16):
-        yield from index[numbers[start : start + 2**16]].tolist()
+        for entry in index[numbers[start : start + 2**16]].tolist():
+            yield dict(zip(ENTRY.names, entry, strict=True))
 
 
 def check_bytes(decoded: int, counted: int) -> None:
@@ -325,7 +450,8 @@ class Spool:
 def tokenizer_name(job: Job) -> str:
     """The file name of the tokenizer that the dataset is made with."""
     if job.vocab_size:
-        return f"{job.name}_{job.vocab_size}_bpe.model"
+        kind = "_caseops" if job.case_ops else ""
+        return f"{job.name}_{job.vocab_size}{kind}_bpe.model"
     if job.byte_level:
         return "byte_260.model"
     described = job.tokenizer.suffix == ".json"  # train_gpt.py loads models alone
@@ -348,7 +474,9 @@ def stage_tokenizer(job: Job, source: Source, work: Path, spool: Spool | None) -
         val, _ = split_order(job, source, spool.documents, work)
         print(f"training a tokenizer of {job.vocab_size} pieces ...", flush=True)
         texts = tokenizer_texts(spool.chunks(), val, spool.text_bytes, job.tokenizer_bytes)
-        model = train_tokenizer(texts, job.vocab_size)
+        texts = map(encode_case, texts) if job.case_ops else texts
+        options = trainer_options(job.normalization, job.case_ops)
+        model = train_tokenizer(texts, job.vocab_size, options)
     kept = job.out / "tokenizers" / tokenizer_name(job)
     own = not job.tokenizer and (dataset_folder(job) / "manifest.json").exists()
     if kept.exists() and not own and kept.read_bytes() != model:
@@ -370,6 +498,7 @@ def write_index(entries: Iterable[np.ndarray], work: Path) -> np.ndarray:
 
 def build(job: Job, source: Source, work: Path) -> dict[str, Any]:
     """Make tokenizer and shards in the folder `work`, and return the manifest."""
+    excluded = validation_keys(job.exclude_val) if job.exclude_val else frozenset()
     chunks, progress, spool = chunked(source.texts()), source, None
     if job.vocab_size:
         spool = progress = Spool(work / "texts", chunks, source)
@@ -382,15 +511,19 @@ def build(job: Job, source: Source, work: Path) -> dict[str, Any]:
         print(f"the end of the text, {share}, is for validation (--val-fraction)", flush=True)
     shutil.rmtree(work / "dataset", ignore_errors=True)
     (work / "dataset").mkdir()
-    val, empty, digests = write_split("val", for_val, index, set(), job, work)
-    train, skipped, _ = write_split("train", for_train, index, digests, job, work)
-    for split, counts in (("validation", val), ("training", train)):
-        if not counts["documents"]:
-            raise DataError(f"no {split} document is left: all are empty or duplicates")
+    val = write_split("val", for_val, index, LeftOut(), job, work)
+    train = write_split("train", for_train, index, LeftOut(val.digests, excluded), job, work)
+    splits = {"val": val, "train": train}
+    for split, written in splits.items():
+        if not written.counts["documents"]:
+            name = {"val": "validation", "train": "training"}[split]
+            raise DataError(f"no {name} document is left: all are empty or duplicates")
     return {
         **recipe(job, source),
-        "skipped": dict(sorted((source.skipped + empty + skipped).items())),
-        "splits": {"val": dict(val), "train": dict(train)},
+        "case_ops": job.case_ops,
+        "skipped": dict(sorted((source.skipped + val.skipped + train.skipped).items())),
+        "splits": {split: recorded_counts(job, written) for split, written in splits.items()},
+        "text_digests": {split: written.text_digest for split, written in splits.items()},
         "tokenizer": {
             "path": name_text(f"../../tokenizers/{tokenizer.name}"),
             "sha256": file_digest(tokenizer),
@@ -398,6 +531,12 @@ def build(job: Job, source: Source, work: Path) -> dict[str, Any]:
         },
         "files": file_records(work / "dataset"),
     }
+
+
+def recorded_counts(job: Job, written: Written) -> dict[str, int]:
+    """The counts of a split for the manifest."""
+    unused = () if job.case_ops else ("changed_documents",)
+    return {name: count for name, count in written.counts.items() if name not in unused}
 
 
 def all_options(job: Job, source: Source) -> dict[str, Any]:
@@ -420,6 +559,7 @@ def dataset_folder(job: Job) -> Path:
     """Where the dataset will be."""
     size = load_vocabulary(job.tokenizer).size if job.tokenizer else job.vocab_size
     kind = f"sp{size}" if size and size != BYTE_LEVEL_SIZE else "byte260"
+    kind += "_caseops" if job.case_ops else ""
     return job.out / "datasets" / f"{job.name}_{kind}"
 
 
@@ -436,6 +576,23 @@ def publish(job: Job, work: Path, manifest: dict[str, Any]) -> None:
         os.rename(folder, work / "replaced")
     os.rename(work / "dataset", folder)
     shutil.rmtree(work)
+
+
+def check_tokenizer(job: Job) -> None:
+    """Raise DataError unless a tokenizer to reuse is a CaseOps one just if CaseOps is asked for."""
+    if not job.tokenizer:
+        return
+    case_ops = load_vocabulary(job.tokenizer).case_ops
+    if job.case_ops and not case_ops:
+        raise DataError(
+            f"{job.tokenizer}: not a CaseOps tokenizer: it lacks pieces of the controls U+E001 to "
+            "U+E004; train one (--case-ops --vocab-size N), or leave --case-ops out"
+        )
+    if case_ops and not job.case_ops:
+        raise DataError(
+            f"{job.tokenizer}: a CaseOps tokenizer, by its pieces of U+E001 to U+E004; "
+            "add --case-ops, so that the text is written as it expects"
+        )
 
 
 def check_place(job: Job) -> None:

@@ -5,6 +5,7 @@
     python data/prepare.py corpus/ --name mine --tokenizer data/tokenizers/fineweb_1024_bpe.model
     python data/prepare.py --sample               the built-in sample, without a download
     python data/prepare.py --sample --vocab-size 8192
+    python data/prepare.py corpus.jsonl --name mine --vocab-size 8192 --case-ops
     python data/prepare.py --check data/datasets/mine_sp1024
 
 Below the data folder (--out) it writes tokenizers/ and datasets/<name>_sp<V>/ with the shards and
@@ -25,7 +26,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from build import Job, Source, build, check_place, dataset_folder, is_current, publish
+from build import (
+    Job,
+    Source,
+    build,
+    check_place,
+    check_tokenizer,
+    dataset_folder,
+    is_current,
+    publish,
+)
 from checks import check_dataset, find_tokenizer, read_manifest
 from console import name_text, steady_console, training_command
 from docstrings import PACKAGES, DocstringSource
@@ -34,7 +44,7 @@ from rendering import TEMPLATES, add_options, format_from
 from shards import DataError
 from sources import PIECE_BYTES, SPLIT_TEXT, Problems
 from sources import Source as InputSource
-from vocabulary import file_digest
+from vocabulary import NORMALIZATIONS, file_digest
 
 DATA = Path(__file__).resolve().parent
 SAMPLE_VOCAB = 1024
@@ -163,6 +173,14 @@ def parser() -> argparse.ArgumentParser:
     add("--shuffle-seed", type=whole_number(0, 2**63), metavar="N", help="shuffle the documents")
     add("--shard-tokens", type=count, default=100_000_000, metavar="N", help="(%(default)s)")
     add("--byte-sidecar", action="store_true", help="original bytes of each validation token")
+    add("--case-ops", action="store_true", help="capitals as control characters and lowercase")
+    add(
+        "--normalization",
+        **{"choices": NORMALIZATIONS, "metavar": "N"},
+        help="of a tokenizer that is trained: nmt_nfkc, as the challenge's, or identity, which "
+        "keeps the text as it is (default: nmt_nfkc; with --case-ops identity)",
+    )
+    add("--exclude-val", type=Path, metavar="DIR", help="no validation document of DIR in training")
     add("--tokenizer-bytes", type=count, default=2**28, metavar="N", help="of text to train it on")
     add("--processes", type=whole_number(1, 4096), default=CPUS, metavar="N", help="(%(default)s)")
     add("--force", action="store_true", help="make it again even if it is up to date")
@@ -194,13 +212,16 @@ def job_from(args: argparse.Namespace, **changes: Any) -> Job:
         **{"tokenizer_bytes": args.tokenizer_bytes, "val_docs": args.val_docs},
         **{"val_fraction": args.val_fraction, "shuffle_seed": args.shuffle_seed},
         **{"shard_tokens": args.shard_tokens, "byte_sidecar": args.byte_sidecar},
-        **{"processes": args.processes},
+        **{"processes": args.processes, "case_ops": args.case_ops},
+        **{"normalization": args.normalization or NORMALIZATIONS[0]},
+        **{"exclude_val": args.exclude_val},
     }
     return Job(**(options | changes))
 
 
 def make(job: Job, source: Source, force: bool) -> None:
     """Make a dataset unless it is there already, and print the outcome."""
+    check_tokenizer(job)
     check_place(job)
     folder, start = dataset_folder(job), time.perf_counter()
     work = folder.with_name(f".{folder.name}.work")
@@ -239,6 +260,9 @@ def print_summary(folder: Path, manifest: dict[str, Any], seconds: float) -> Non
     if decoded != known:
         rest = "text's" if known == total else "other"
         print(f"tokens decode to {decoded / max(1, known):.2%} of the {rest} bytes (normalization)")
+    for name, n in manifest["splits"].items():
+        if changed := n.get("changed_documents"):
+            print(f"{name}: {changed:,} documents are changed by the tokenizer's normalization")
     print(f"{total / 1e6:.1f} MB of text in {seconds:.1f} s: {total / 1e6 / seconds:.1f} MB/s")
     print_command(folder, manifest)
 
@@ -259,6 +283,12 @@ def usage_problems(args: argparse.Namespace) -> list[str]:
         (args.inputs and chosen != 1, "choose one of --tokenizer, --vocab-size and --byte-level"),
         (args.val_docs and args.val_fraction, "choose one of --val-docs and --val-fraction"),
         (args.sample and reused, "--sample trains a tokenizer of its own"),
+        (
+            args.byte_level and args.case_ops,
+            "--byte-level has no pieces for the --case-ops controls",
+        ),
+        (reused and args.normalization, "--normalization is for a tokenizer that is trained"),
+        (args.case_ops and args.normalization == "nmt_nfkc", "--case-ops keeps the text: identity"),
         (args.name != Path(args.name).name, f"--name {args.name}: must be a plain file name"),
         (args.tokenizer and not args.tokenizer.is_file(), f"{args.tokenizer}: no such tokenizer"),
     ]
@@ -273,7 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.error("\n  ".join(problems))
     try:
         if args.check:
-            return 0 if check_dataset(args.check, args.tokenizer, args.processes) else 1
+            options = (args.tokenizer, args.processes, args.exclude_val)
+            return 0 if check_dataset(args.check, *options) else 1
         job, source = sample_job(args) if args.sample else (job_from(args), TextSource(args))
         make(job, source, args.force)
     except (DataError, OSError) as error:

@@ -655,9 +655,10 @@ def test_chunks_on_disk_are_not_made_again(tmp_path, dataset, monkeypatch):
         "encode",
         lambda self, texts: made.append(texts) or encode(self, texts),
     )
-    first = build.encode_chunk(tmp_path, 3, texts, dataset.tokenizer, True)
+    task = build.Task(dataset.tokenizer, sidecar=True)
+    first = build.encode_chunk(tmp_path, 3, texts, task)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    again = build.encode_chunk(tmp_path, 3, texts, dataset.tokenizer, True)
+    again = build.encode_chunk(tmp_path, 3, texts, task)
     assert made == [texts]
     assert again.tobytes() == first.tobytes()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stamps
@@ -667,7 +668,7 @@ def test_chunks_on_disk_are_not_made_again(tmp_path, dataset, monkeypatch):
 @pytest.mark.parametrize("change", ["text", "border", "tokenizer", "sidecar"])
 def test_chunks_of_something_else_are_made_again(tmp_path, dataset, models_apart, change):
     texts, tokenizer, sidecar = ["the water", "a place"], dataset.tokenizer, False
-    build.encode_chunk(tmp_path, 0, texts, tokenizer, sidecar)
+    build.encode_chunk(tmp_path, 0, texts, build.Task(tokenizer, sidecar))
     if change == "text":
         texts = ["the water", "a plane"]
     elif change == "border":
@@ -676,7 +677,7 @@ def test_chunks_of_something_else_are_made_again(tmp_path, dataset, models_apart
         tokenizer = models_apart
     else:
         sidecar = True
-    entries = build.encode_chunk(tmp_path, 0, texts, tokenizer, sidecar)
+    entries = build.encode_chunk(tmp_path, 0, texts, build.Task(tokenizer, sidecar))
     sp = spm.SentencePieceProcessor(model_file=str(tokenizer))
     encoded = sp.encode(texts)
     assert entries["tokens"].tolist() == [len(ids) for ids in encoded]

@@ -101,6 +101,7 @@ def test_what_was_made_passes(tmp_path, capsys, options):
     assert (code, failed) == (0, set())
     rules = {"files", "shards", "val", "train", "leakage"}
     rules |= {"sidecars"} if "--byte-sidecar" in options else set()
+    rules |= {"val_text", "train_text"} if "--byte-level" in options else set()
     assert {line.split()[1] for line in text.splitlines() if line.startswith("ok ")} == rules
 
 
