@@ -2,6 +2,7 @@
 
     python data/download.py                                 variant sp1024, 80 train shards: 16 GB
     python data/download.py --variant sp8192 --train-shards 10
+    python data/download.py --variant sp8192_caseops        the published CaseOps data
     python data/download.py --list                          what there is, and what is here already
 
 Below the data folder (--out) it writes datasets/fineweb10B_<variant>/ and tokenizers/. A file gets
@@ -57,7 +58,12 @@ from vocabulary import byte_level_model, load_vocabulary
 
 DATA = Path(__file__).resolve().parent
 DEFAULT_REPO, DEFAULT_PREFIX = "willdepueoai/parameter-golf", "datasets"
-OTHER_REPOS = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
+CASEOPS = "sp8192_lossless_caps_caseops_v1_reserved"
+ALIASES = {"sp8192_caseops": CASEOPS}
+OTHER_REPOS = {
+    **{"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"},
+    CASEOPS: "romeerp/parameter-golf-caseops-v1",
+}
 TRAIN_SHARDS = 80
 DOCS, DOCS_SOURCE = "docs_selected.jsonl", "docs_selected.source_manifest.json"
 RECORD = "hub_manifest.json"  # manifest.json is prepare.py's
@@ -115,14 +121,36 @@ def train_shards(request: Request, variant: Variant) -> int:
     return request.train_shards
 
 
+def val_shards(catalog: Catalog, variant: Variant) -> list[str]:
+    """Name the validation shards and their sidecars, those that are absent as well.
+
+    With CaseOps every shard has a sidecar, since nothing else tells its original bytes. A manifest
+    that has counted fineweb_val_*.bin has counted the sidecars too; then the listing is right.
+    """
+    folder = f"datasets/{variant.dataset}/"
+
+    def listed(split: str) -> list[str]:
+        name = re.compile(re.escape(folder) + rf"fineweb_{split}_\d{{6}}\.bin")
+        return sorted(filter(name.fullmatch, catalog.files))
+
+    shards = listed("val")
+    sidecars = listed("val_bytes")
+    count = variant.val_shards
+    if sidecars and count == len(shards) + len(sidecars):
+        print(f"{variant.dataset}: its manifest counts sidecars among the {count} val shards")
+        count = len(shards)
+    if "caseops" in variant.dataset:
+        needed = [folder + shard_name("val_bytes", i) for i in range(count)]
+        sidecars = sorted({*sidecars, *needed})
+    return [folder + shard_name("val", i) for i in range(count)] + sidecars
+
+
 def plan(request: Request, catalog: Catalog, variant: Variant) -> tuple[list[Item], list[str]]:
     """The files to have, and the names of those that the repository should have but does not
     list. Raises DataError."""
     folder = f"datasets/{variant.dataset}/"
     names = [*variant.tokenizer_paths]
-    names += [folder + shard_name("val", i) for i in range(variant.val_shards)]
-    sidecar = re.compile(re.escape(folder) + r"fineweb_val_bytes_\d{6}\.bin")
-    names += sorted(filter(sidecar.fullmatch, catalog.files))
+    names += val_shards(catalog, variant)
     names += [folder + shard_name("train", i) for i in range(train_shards(request, variant))]
     if request.with_docs:
         names += [DOCS_SOURCE] if DOCS_SOURCE in catalog.files else []
@@ -579,10 +607,9 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         repo_ids = [chosen] if chosen else dict.fromkeys([DEFAULT_REPO, *OTHER_REPOS.values()])
         return print_list(list(repo_ids), prefix, out)
-    repo_id = chosen or OTHER_REPOS.get(args.variant, DEFAULT_REPO)
-    request = Request(
-        args.variant, args.train_shards, args.with_docs, repo_id, prefix, out, args.jobs
-    )
+    variant = ALIASES.get(args.variant, args.variant)
+    repo_id = chosen or OTHER_REPOS.get(variant, DEFAULT_REPO)
+    request = Request(variant, args.train_shards, args.with_docs, repo_id, prefix, out, args.jobs)
     with locked(out):
         return download(request)
 

@@ -443,12 +443,33 @@ def test_the_tokenizer_of_byte260_is_its_published_description(tmp_path, capsys)
 
 
 PUBLISHED = {"documents": 50_000, "tokens": 62_021_846, "decoded_bytes": 151_080_891}
+CASEOPS = "sp8192_lossless_caps_caseops_v1_reserved"
 
 
 @pytest.mark.parametrize("variant", ["sp1024", "byte260"])
 def test_the_published_totals_hold(variant):
     found = Findings(**PUBLISHED)
     assert checks.check_published(variant, found).endswith("as published")
+
+
+@pytest.mark.parametrize("shards", [1, 80])
+def test_the_published_caseops_totals_hold(shards):
+    found = Findings(**PUBLISHED | {"tokens": 47_851_520})
+    assert checks.check_published(CASEOPS, found, shards).endswith("as published")
+
+
+@pytest.mark.parametrize(
+    ("change", "shards", "message"),
+    [
+        ({}, 1499, "1,499 train shards; the export has 80"),
+        ({"documents": 10_000, "decoded_bytes": 30_200_000}, 80, "10,000 documents"),
+        ({"tokens": 40_540_160}, 80, "about 47,850,000 tokens"),
+    ],
+)
+def test_a_caseops_set_made_with_fewer_validation_documents_fails(change, shards, message):
+    found = Findings(**PUBLISHED | {"tokens": 47_851_520} | change)
+    with pytest.raises(DataError, match=message):
+        checks.check_published(CASEOPS, found, shards)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "data" / "download.py"
 TRAINER = SCRIPT.parent.parent / "train_gpt.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
+import checks  # noqa: E402
 import download  # noqa: E402
 import vocabulary  # noqa: E402
 
@@ -511,9 +512,64 @@ def test_the_environment_and_the_option_choose_the_repository(case):
     assert "there is no datasets/manifest.json" in case.fails("--repo-id", "me/option")
 
 
+CASEOPS = "sp8192_lossless_caps_caseops_v1_reserved"
+CASEOPS_FOLDER = f"datasets/fineweb10B_{CASEOPS}"
+CASEOPS_MODEL = f"tokenizers/fineweb_8192_bpe_{CASEOPS.removeprefix('sp8192_')}.model"
+
+
+def caseops_files(files_val: int = 1, shards: int = 1) -> dict[str, bytes]:
+    """The published CaseOps repository, below the prefix."""
+    name = f"sp_bpe_{CASEOPS}"
+    entry = {"name": f"fineweb10B_{CASEOPS}", "tokenizer_name": name}
+    entry["stats"] = {"files_train": 2, "files_val": files_val}
+    tokenizers = [{"name": name, "model_path": CASEOPS_MODEL}]
+    body = json.dumps({"datasets": [entry], "tokenizers": tokenizers}).encode()
+    files = {"manifest.json": body, CASEOPS_MODEL: b"model"}
+    for i in range(2):
+        files[f"{CASEOPS_FOLDER}/fineweb_train_{i:06d}.bin"] = tokens(i)
+    for i in range(shards):
+        files[f"{CASEOPS_FOLDER}/fineweb_val_{i:06d}.bin"] = tokens(100 + i)
+        files[f"{CASEOPS_FOLDER}/fineweb_val_bytes_{i:06d}.bin"] = tokens(200 + i)
+    return files
+
+
+@pytest.mark.parametrize("variant", ["sp8192_caseops", CASEOPS])
+def test_the_published_caseops_data_come_with_their_sidecars(case, variant):
+    case.publish(caseops_files(), "romeerp/parameter-golf-caseops-v1")
+    stdout = case.succeeds("--variant", variant)
+    expected = caseops_files()
+    del expected["manifest.json"]
+    assert case.here() == expected
+    assert "2 train shard(s) of 30,000 tokens and 1 val shard(s)" in stdout
+    assert f"DATA_PATH=out/{CASEOPS_FOLDER} TOKENIZER_PATH=out/{CASEOPS_MODEL}" in stdout
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_manifest_that_counted_sidecars_as_shards_is_understood(case, shards):
+    files = caseops_files(files_val=2 * shards, shards=shards)
+    case.publish(files, "romeerp/parameter-golf-caseops-v1")
+    assert f"{shards} val shard(s)" in case.succeeds("--variant", "sp8192_caseops")
+    assert len(case.here()) == len(files) - 1
+
+
+def test_a_missing_caseops_sidecar_is_reported(case):
+    files = caseops_files(files_val=2, shards=2)
+    del files[f"{CASEOPS_FOLDER}/fineweb_val_bytes_000001.bin"]
+    case.publish(files, "romeerp/parameter-golf-caseops-v1")
+    assert "fineweb_val_bytes_000001.bin: not in the repo" in case.fails("--variant", CASEOPS)
+
+
+def test_the_checked_folder_of_the_caseops_data_knows_its_tokenizer(case):
+    case.publish(caseops_files(), "romeerp/parameter-golf-caseops-v1")
+    case.succeeds("--variant", CASEOPS)
+    found = checks.find_tokenizer(case.out / CASEOPS_FOLDER, {})
+    assert found == case.out / CASEOPS_MODEL
+
+
 def test_list(case):
     case.publish({"manifest.json": b'{"datasets": [{"name": "fineweb10B_sp8192"}]}'}, "k/p")
     case.hub.repos["kevclark/parameter-golf"] = case.hub.repos.pop("k/p")
+    case.publish(caseops_files(), "romeerp/parameter-golf-caseops-v1")
     case.succeeds("--train-shards", "1")
     before = case.here()
     lines = [" ".join(line.split()) for line in case.succeeds("--list").splitlines()]
@@ -524,7 +580,11 @@ def test_list(case):
     ]
     assert lines[3] == "kevclark/parameter-golf:"
     assert "malformed" in lines[4]
-    assert lines[5:] == [f"here, in {case.out}/datasets:", "sp1024 1 train, 1 val shards"]
+    assert lines[5:7] == [
+        "romeerp/parameter-golf-caseops-v1:",
+        f"{CASEOPS} 2 train, 1 val shards",
+    ]
+    assert lines[7:] == [f"here, in {case.out}/datasets:", "sp1024 1 train, 1 val shards"]
     assert case.here() == before
     case.hub.close()
     done = case.run("--list")
