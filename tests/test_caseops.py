@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sys
+from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
 
@@ -268,6 +269,12 @@ def test_its_tokenizer_has_the_controls_as_pieces_of_their_own(original):
     assert {piece for piece in pieces if set(piece) & set(CONTROLS)} == set(CONTROLS)
 
 
+def test_its_tokenizer_is_trained_on_images(original):
+    sp = spm.SentencePieceProcessor(model_file=str(original.tokenizer))
+    voiced = [i for i in range(len(sp)) if not (sp.is_byte(i) or sp.is_control(i))]
+    assert not {c for i in voiced for c in sp.id_to_piece(i) if c.isascii() and c.isupper()}
+
+
 def test_its_documents_invert_to_the_texts(original):
     assert texts_of(original, "val") == DOCUMENTS[:20]
     assert texts_of(original, "train") == DOCUMENTS[20:]
@@ -407,6 +414,27 @@ def test_a_document_whose_tokens_do_not_give_it_stops_the_building(tmp_path, mon
     assert "do not give its text" in capsys.readouterr().err
 
 
+def test_an_image_that_does_not_invert_to_the_text_stops_the_building(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(build, "encode_case", str.lower)
+    source = jsonl(tmp_path / "in.jsonl", DOCUMENTS)
+    assert prepare_main(source, *NEW, "--out", tmp_path) == 1
+    assert "do not give its text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["sidecar", "case_ops", "keys"])
+def test_a_chunk_of_other_options_is_another_one(original, option):
+    task = build.Task(original.tokenizer, sidecar=False)
+    assert task.digest([b"a"]) != replace(task, **{option: True}).digest([b"a"])
+
+
+def test_an_escape_reaches_its_neighbour_alone():
+    escapes = np.array([True, False, True, True, True, False])
+    found = caseops.acting(np.array([0, 2, 5, 6, 7, 8]), escapes)
+    assert found.tolist() == [True, True, True, False, True, False]
+
+
 @pytest.fixture(scope="module")
 def identity() -> vocabulary.Vocabulary:
     """A lossless CaseOps tokenizer."""
@@ -474,13 +502,21 @@ def count_controls(sizes, tokens):
 
 
 @pytest.mark.parametrize(
-    "change", [move_between_documents, move_within_a_document, count_one_more, count_controls]
+    ("change", "words"),
+    [
+        (move_between_documents, "its sidecar counts 25 bytes, its text has 24"),
+        (move_within_a_document, "its sidecar is wrong at the document's token"),
+        (count_one_more, "its sidecar counts 25 bytes, its text has 24"),
+        (count_controls, "for CaseOps controls"),
+    ],
 )
-def test_one_byte_at_another_place_fails_sidecars(folder, capsys, change):
+def test_one_byte_at_another_place_fails_sidecars(folder, capsys, change, words):
+    assert len(DOCUMENTS[0]) == 24
     damage_sidecar(folder, change)
     _, failed, text = check(capsys, folder)
     assert failed == {"sidecars"}
     assert "fineweb_val_000000.bin, document 1 (at token 0)" in text
+    assert words in text
 
 
 @pytest.mark.parametrize("manifest", [True, False])
@@ -579,6 +615,16 @@ def test_what_normalization_changes_is_counted(tmp_path, normalizing, capsys):
     assert sum(made.stream("val_bytes")) == sum(len(text.encode()) for text in DOCUMENTS[:20])
 
 
+def test_controls_that_normalization_left_alone_are_told(tmp_path, normalizing, capsys):
+    """As many as here are no published set's, but a set of ours was compared as it was made."""
+    made = make(tmp_path, DOCUMENTS, "--tokenizer", normalizing, *NEW[2:])
+    code, _, text = check(capsys, made.folder)
+    assert code == 0
+    assert "1 documents have CaseOps controls that have nothing to act on" in text
+    forget(made.folder)
+    assert "val_text" in check(capsys, made.folder, "--tokenizer", normalizing)[1]
+
+
 def test_a_sidecar_of_a_normalizing_tokenizer_passes(tmp_path, normalizing, capsys):
     texts = with_capitals(compose_documents(80))
     made = make(tmp_path, texts, "--tokenizer", normalizing, *NEW[2:])
@@ -599,6 +645,28 @@ def test_a_sidecar_of_the_image_fails_without_a_manifest(tmp_path, normalizing, 
     write(path, sizes)
     forget(made.folder)
     assert check(capsys, made.folder, "--tokenizer", normalizing)[1] == {"sidecars"}
+
+
+def test_bytes_at_a_control_fail_where_the_tokenizer_normalizes_too(tmp_path, normalizing, capsys):
+    made = make(tmp_path, DOCUMENTS, "--tokenizer", normalizing, *NEW[2:])
+    damage_sidecar(made.folder, count_controls)
+    _, failed, text = check(capsys, made.folder)
+    assert failed == {"sidecars"}
+    assert "for CaseOps controls" in text
+
+
+def test_bytes_of_one_document_counted_for_another_fail(tmp_path, normalizing, capsys):
+    texts = with_capitals(compose_documents(80))
+    made = make(tmp_path, texts, "--tokenizer", normalizing, *NEW[2:])
+    sizes, path = made.stream("val_bytes"), made.folder / "fineweb_val_bytes_000000.bin"
+    first, second, third = documents_at(made.stream("val"))[:3]
+    half = [i for i in range(first, second) if sizes[i]][::2]
+    sizes[next(i for i in range(second, third) if sizes[i])] += sum(sizes[i] for i in half)
+    write(path, [0 if i in half else size for i, size in enumerate(sizes)])
+    forget(made.folder)
+    code, failed, text = check(capsys, made.folder, "--tokenizer", normalizing)
+    assert (code, failed) == (1, {"sidecars"})
+    assert "far from the text of" in text
 
 
 @given(TEXTS.filter(lambda text: text.strip()))
