@@ -126,7 +126,8 @@ def train_tokenizer(
     """Train a SentencePiece BPE with the challenge's options (techniques.md 1.5), but for those
     that are changed."""
     model = io.BytesIO()
-    ids = {"pad_id": 0, "bos_id": BOS, "eos_id": 2, "unk_id": 3}
+    usual = {"pad_id": 0, "bos_id": BOS, "eos_id": 2, "unk_id": 3}
+    usual |= {"normalization_rule_name": "nmt_nfkc", "add_dummy_prefix": False}
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(documents),
         model_writer=model,
@@ -135,12 +136,10 @@ def train_tokenizer(
         character_coverage=0.999,
         byte_fallback=True,
         split_digits=True,
-        normalization_rule_name="nmt_nfkc",
-        add_dummy_prefix=False,
         hard_vocab_limit=False,
         num_threads=1,
         minloglevel=2,
-        **ids | changed,
+        **usual | changed,
     )
     assert len(spm.SentencePieceProcessor(model_proto=model.getvalue())) == vocab_size
     path.write_bytes(model.getvalue())

@@ -1,7 +1,9 @@
 """records/dynamic_rules/claims.py: what logs claim, beside what comes out on the real data."""
 
+import contextlib
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ sys.path.insert(0, str(REPO / "records"))
 import dynamic_rules
 from dynamic_rules import Plan, claims
 from reading import Verdict
+from streams import ByteCounter, shard_size
 
 FINAL = "final_bigram_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}\n"
 PLAN = Plan(least=1000, plain=1500, dense=24, stream_tokens=20_000, fine=1.0)
@@ -71,6 +74,21 @@ class Folder:
 @pytest.fixture
 def folder(tmp_path, field, table, monkeypatch) -> Folder:
     return Folder(tmp_path, field, table, monkeypatch)
+
+
+@contextlib.contextmanager
+def sidecars(field: Field, sizes: np.ndarray) -> Iterator[None]:
+    """For a while, the field has sidecars of these sizes."""
+    counts = [shard_size(path) for path in sorted(field.data.glob("fineweb_val_0*.bin"))]
+    parts = np.split(sizes, np.cumsum(counts)[:-1])
+    paths = [field.data / f"fineweb_val_bytes_{i:06d}.bin" for i in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
+        path.write_bytes(shard_bytes(part))
+    try:
+        yield
+    finally:
+        for path in paths:
+            path.unlink()
 
 
 OURS = "val_tokens:{tokens} val_bytes:{size} byte_audit:ok\n{final}"
@@ -140,8 +158,23 @@ def test_running_scores_of_chunks_are_compared(folder, better):
 
 
 def test_a_claim_on_other_data_is_not_checked(folder):
-    folder.log(OURS.replace("{size}", "12345"))
+    folder.log(OURS.replace("{size}", "12345"), better=0.1)
     assert folder.audit().state == "NOT CHECKED"
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+@pytest.mark.parametrize("more", [0.0, 0.003])
+def test_a_claim_per_more_bytes_than_the_text_has_is_found(folder, share, more):
+    """The loss is right; its bits are of a sidecar that counted too much."""
+    text = folder.size
+    folder.size = round(text * (1 + more))
+    folder.log(OURS)
+    folder.size = text
+    sizes = ByteCounter(folder.field.tokenizer).sizes(folder.field.val)
+    with sidecars(folder.field, sizes):
+        verdict = folder.audit(share)
+    assert verdict.state == ("FAIL" if more else "PASS")
+    assert ("the text has" in verdict.evidence) == bool(more)
 
 
 def test_without_a_number_of_tokens_nothing_can_be_compared(folder):
@@ -153,21 +186,18 @@ def test_without_a_number_of_tokens_nothing_can_be_compared(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "state"), [(0, "PASS"), (0.006, "WARN"), (0.03, "FAIL"), (None, "FAIL")]
+    ("change", "state"), [(0, "PASS"), (0.004, "WARN"), (0.03, "FAIL"), (None, "FAIL")]
 )
 def test_a_sidecar_is_recounted(field, table, folder, change, state):
     counter = dynamic_rules.ByteCounter(field.tokenizer)
     sizes = np.array([0] + [counter.count(field.val[i : i + 2]) for i in range(len(field.val) - 1)])
-    added = np.random.default_rng(1).random(len(sizes)) < (change or 0) * sizes.mean()
-    sizes = sizes[:-50] if change is None else sizes + added
-    path = field.data / "fineweb_val_bytes_000000.bin"
-    path.write_bytes(shard_bytes(sizes))
-    try:
+    blank = counter.blank[field.val]  # where the tokenizer joins blanks
+    added = np.random.default_rng(1).random(len(sizes)) < (change or 0) * sizes.sum() / blank.sum()
+    sizes = sizes[:-50] if change is None else sizes + added * blank
+    with sidecars(field, sizes):
         found = dynamic_rules.check(
             folder.path, field.artifact, field.data, field.tokenizer, PLAN, 1
         )
-    finally:
-        path.unlink()
     print(found[4])
     assert (found[4].rule, found[4].state) == ("bytes", state)
 

@@ -8,7 +8,8 @@ replaced. What it must not do then shows in its NLLs, whatever the model inside:
     runs           it scores in EVAL_ONLY, with nothing beside it but the files of the protocol
     once           each token but a stream's first has one NLL: finite, not negative, not left out
     printed_score  the printed loss is the mean of the saved NLLs
-    bytes          the printed bits per byte are of the bytes that the tokens decode to
+    bytes          the printed bits per byte are of the bytes that the tokens decode to, or a
+                   sidecar counts, which agrees with the text document by document
     claim          a score in the record's logs comes out again on the real data, or can
     repeatability  two runs on the same tokens agree
     streams        a stream's NLLs do not depend on streams beside it, nor on SCORE_STREAMS
@@ -40,6 +41,7 @@ from dynamic_rules.memory import memory_run, read_unseen
 from dynamic_rules.plain import first_runs, with_another_end
 from dynamic_rules.plan import Plan
 from dynamic_rules.session import Session
+from dynamic_rules.sidecars import judge_sidecar
 from dynamic_rules.sums import sum_runs
 from dynamic_rules.writer import Writer
 
@@ -91,7 +93,9 @@ def check(
         other, name = read_unseen(data, unseen, CORPUS, counter.size)
     except (OSError, ValueError, RuntimeError) as error:
         return [Verdict(rule, NOT_CHECKED, " ".join(str(error).split())) for rule in RULES]
-    session = Session(script, counter, Writer(tokens, counter.size, counter.bos, seed), plan)
+    joints = counter.borders(tokens) if counter.case_ops else None
+    writer = Writer(tokens, counter.size, counter.bos, seed, joints)
+    session = Session(script, counter, writer, plan)
     session.shards = len(shards)
     session.note("isolation", PASS if isolated else WARN, script.apart)
     print(
@@ -99,6 +103,7 @@ def check(
         f"{max(plan.least, plan.most):.0f} s, the more the slower the script is",
         file=sys.stderr,
     )
+    judge_sidecar(session, data)
     all_runs(session, folder, data, whole, other, name)
     runs = f"{session.starts} starts, {session.tokens} tokens, {session.spent:.0f} s; seed {seed}"
     if counter.bos < 0:

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 from reading import Log, read_logs, to_number
 from static_rules.validation import implied_bytes, stated_bytes, val_tokens
-from streams import read_sizes, read_validation
+from streams import ByteCounter, read_sizes, read_validation
 
 from dynamic_rules.chance import Proposal
-from dynamic_rules.plan import ALARM, FOUND, NEGLIGIBLE, PRINTED
+from dynamic_rules.plan import ALARM, FOUND, NEGLIGIBLE
 from dynamic_rules.session import Session
 
 OTHER_MACHINE = 2e-3  # nats in a mean, by which a GPU's bf16 and a CPU may differ
-NORMAL_FORM = 0.01  # share of the bytes that normalization may change
+FIRST = 16  # bytes of the first token, that a log may count
+ANOTHER = 0.01  # share of the bytes by which a log's text is another text
 BLOCK = 1024  # tokens, whose losses count as independent
 COARSE = 0.1  # nats: a comparison that finds less than this only is no check
 CHUNK = re.compile(r"ttt_chunk\s{0,4}\[(\d{1,9})/(\d{1,9})\]\s{0,4}bpb=(\d{1,2}\.\d{1,12})")
@@ -24,11 +25,23 @@ CHUNK_TOKENS = re.compile(r"\b(?:ttt_)?chunk(?:_tokens)?\s{0,4}[=:]\s{0,4}(\d{2,
 
 @dataclass(frozen=True)
 class Scored:
-    """The beginning of the data as it was scored here, and its bytes."""
+    """The beginning of the data as it was scored here, with the sizes of a sidecar, if any."""
 
     text: np.ndarray
     nll: np.ndarray
-    size: int
+    sizes: np.ndarray | None
+    counter: ByteCounter
+
+    @property
+    def size(self) -> int:
+        """Count the bytes of all tokens but the first."""
+        return self.size_of(len(self.text))
+
+    def size_of(self, count: int) -> int:
+        """Count the bytes of the first `count` tokens but the first."""
+        if self.sizes is None:
+            return self.counter.count(self.text[:count])
+        return int(self.sizes[1:count].sum(dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -64,14 +77,15 @@ def claim_run(
     """
     claims = find_claims(folder)
     text = read_validation(data, tokens_to_score(session, claims, whole))
-    sizes = read_sizes(data, len(text))
-    if not sizes_agree(session, text, sizes):
-        sizes = None
+    text = session.counter.whole(text)
+    sizes = session.counter.sizes(text) if session.sidecar == "own" else None
+    if session.sidecar == "data":
+        sizes = read_sizes(data, len(text))
     nll = session.run_plain(text, sizes)
     if nll is None:
         return None
-    size = session.counter.count(text) if sizes is None else int(sizes[1:].sum())
-    judge_claim(session, claims, Scored(text, nll, size), folder, data, whole)
+    scored = Scored(text, nll, sizes, session.counter)
+    judge_claim(session, claims, scored, folder, data, whole)
     return text, nll
 
 
@@ -83,26 +97,6 @@ def tokens_to_score(session: Session, claims: list[Claim], whole: int) -> int:
     return min(whole, 2 * session.length)
 
 
-def sizes_agree(session: Session, text: np.ndarray, sizes: np.ndarray | None) -> bool:
-    """Judge whether a sidecar's bytes are those that the tokens decode to, or nearly.
-
-    Unicode's normal form, which most tokenizers apply, may have changed some characters' lengths.
-    """
-    if sizes is None:
-        return False
-    if len(sizes) < len(text):
-        session.say("bytes", False, f"the sidecar ends after {len(sizes)} of {len(text)} tokens")
-        return False
-    stated, decoded = int(sizes[1:].sum()), session.counter.count(text)
-    evidence = f"the sidecar counts {stated} bytes, the tokens decode to {decoded}"
-    apart = abs(stated / max(decoded, 1) - 1)
-    if apart > NORMAL_FORM:
-        return session.say("bytes", False, evidence)
-    if apart > PRINTED:
-        session.warn("bytes", f"{evidence}; the original text would tell which is right")
-    return True
-
-
 def judge_claim(
     session: Session, claims: list[Claim], scored: Scored, folder: Path, data: Path, whole: int
 ) -> None:
@@ -111,24 +105,52 @@ def judge_claim(
     if not claims:
         session.say("claim", None, "no log states a number of tokens and a final score")
         return
-    same = [c for c in claims if c.tokens == len(text) and abs(c.size / size - 1) < 1e-4]
+    same = [c for c in claims if c.tokens == len(text) and is_of(c, scored)]
     if same:
-        judge_whole(session, same, float(scored.nll.sum()) / math.log(2) / size)
+        judge_whole(session, same, float(scored.nll.sum()) / math.log(2) / size, size)
         return
     if all(c.tokens == len(text) for c in claims):
         why = f"{claims[0].size:.0f} bytes there, {size} here"
         session.say("claim", None, f"DATA is not what the logs scored: {why}")
         return
     claim = claims[0]
+    if not judge_size(session, claim, whole):
+        return
     if not judge_saved(session, claim, folder, scored) and not judge_chunks(session, claim, scored):
         judge_beginning(session, claim, scored, data, whole)
 
 
-def judge_whole(session: Session, claims: list[Claim], bpb: float) -> None:
+def is_of(claim: Claim, scored: Scored) -> bool:
+    """Tell whether a claim on as many tokens is of this text: by its bytes, or by its loss."""
+    loss = float(scored.nll.mean())
+    return abs(claim.size / scored.size - 1) < 1e-4 or abs(claim.loss - loss) <= NEGLIGIBLE
+
+
+def judge_size(session: Session, claim: Claim, whole: int) -> bool:
+    """Judge whether a claim on all of the data is per the bytes of its text; whether it can be.
+
+    Other data with as many tokens would have quite another number.
+    """
+    text = session.text_bytes
+    if claim.tokens != whole or not text:
+        return True
+    apart = claim.size / text - 1
+    if not max(1e-4, FIRST / text) < abs(apart) < ANOTHER:
+        return True
+    evidence = f"{claim.log.path.name} scores {claim.size:.0f} bytes, the text has {text}"
+    bpb = claim.loss * (claim.tokens - 1) / math.log(2) / text
+    evidence += f" ({apart:+.3%}): its loss is {bpb:.6f} bits per byte, it states {claim.bpb:.6f}"
+    session.say("claim", False, evidence)
+    return False
+
+
+def judge_whole(session: Session, claims: list[Claim], bpb: float, size: int) -> None:
     """Compare the score of all that the logs scored."""
     nearest = min(claims, key=lambda claim: abs(claim.bpb - bpb))
     good = abs(nearest.bpb - bpb) <= NEGLIGIBLE
     evidence = f"{bpb:.6f} bits per byte; {nearest.log.path.name} states {nearest.bpb:.6f}"
+    if not good:
+        evidence += f"; it is per {nearest.size:.0f} bytes, the text has {size}"
     session.say("claim", good, evidence)
 
 
@@ -167,7 +189,7 @@ def judge_chunks(session: Session, claim: Claim, scored: Scored) -> bool:
     if not within:
         return False
     end, stated = within[-1]
-    size = session.counter.count(scored.text[: end + 1])
+    size = scored.size_of(end + 1)
     bpb = float(scored.nll[:end].sum()) / math.log(2) / size
     good = abs(bpb - stated) <= OTHER_MACHINE
     evidence = (

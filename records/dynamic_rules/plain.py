@@ -11,16 +11,18 @@ def first_runs(session: Session) -> bool:
     The longer text becomes the anchor. Returns whether there is something to go on with.
     """
     plan, tokens = session.plan, session.writer.tokens
-    little = session.run_plain(tokens[: plan.little])
+    beginning = session.counter.whole(tokens[: plan.little])
+    little = session.run_plain(beginning)
     if little is None:
         return False
     session.per_start = session.took
     text = tokens[: int(plan.plain * min(1.0, max(0.05, 15 / session.took)))]
+    text = session.counter.whole(text)
     nll = session.run_plain(text)
     if nll is None:
         return False
     learn_speed(session, len(text))
-    session.compare(nll, little, min(plan.little, len(text)), "end of the data", False)
+    session.compare(nll, little, min(len(beginning), len(text)), "end of the data", False)
     again = session.run_plain(text)
     session.anchor = text, nll
     if again is None:
@@ -40,7 +42,12 @@ def learn_speed(session: Session, tokens: int) -> None:
 
 def with_another_end(session: Session, text: np.ndarray, nll: np.ndarray) -> None:
     """Score text once more with another end, from a random place in its second half on."""
-    t = int(session.writer.rng.integers(len(text) // 2, len(text)))
-    changed = session.run_plain(session.writer.with_future(text, t))
+    writer, borders = session.writer, session.counter.borders(text)
+    places = borders[(borders >= len(text) // 2) & (borders < len(text))]
+    if not len(places):
+        return
+    t = int(writer.rng.choice(places))
+    other = session.counter.whole(writer.with_future(text, t))
+    changed = session.run_plain(other)
     if changed is not None:
-        session.compare(nll, changed, t, "text, the whole data", True)
+        session.compare(nll, changed, t, "text, the whole data", len(other) == len(text))

@@ -56,6 +56,8 @@ class Session:
         self.noise = 0.0  # the largest difference between equal streams
         self.moves: list[Move] = []
         self.shards = 1  # of the validation data
+        self.sidecar = ""  # whose sizes a run is given: the auditor's "own", the "data"'s, or none
+        self.text_bytes = 0  # of all validation data after its first token, where they are counted
         self.anchor: tuple[np.ndarray, np.ndarray] | None = None  # a text and its NLLs, if known
         self.anchored = np.zeros(0)  # its NLLs among other streams, in the last start
         self.began = time.monotonic()
@@ -128,10 +130,13 @@ class Session:
     ) -> list[np.ndarray] | None:
         """Start the script once and judge what holds for every start.
 
-        `sizes` are the original bytes of each token, for a sidecar. Returns the NLLs in float64,
-        or None if they are not to be had; a rule has failed then.
+        `sizes` are the original bytes of each token, for a sidecar; the auditor's own by default,
+        where the data has one. Returns the NLLs in float64, or None if they are not to be had; a
+        rule has failed then.
         """
         tokens = sum(map(len, streams))
+        if sizes is None and self.sidecar:
+            sizes = self.own_sizes(streams, apart)
         limit = 3 * self.expected(tokens, len(streams)) + 60
         result = self.script.score(streams, apart, max(limit, self.plan.patience), sizes)
         self.took, self.last_tokens = result.seconds, tokens
@@ -150,6 +155,13 @@ class Session:
         if not apart:
             self.judge_bytes(whole[0], result, sizes)
         return [nll.astype(np.float64) for nll in result.nll]
+
+    def own_sizes(self, streams: list[np.ndarray], apart: bool) -> list[np.ndarray]:
+        """Count the bytes of each token of streams that are scored apart or as one."""
+        if apart:
+            return [self.counter.sizes(tokens) for tokens in streams]
+        sizes = self.counter.sizes(np.concatenate(streams))
+        return np.split(sizes, np.cumsum([len(tokens) for tokens in streams])[:-1])
 
     def run_plain(self, tokens: np.ndarray, sizes: np.ndarray | None = None) -> np.ndarray | None:
         """Score one stream as a real evaluation does, from as many shards; its NLLs, or None."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+TRIES = 100  # starts of other text
 KINDS = ("ids", "text", "shifted", "same", "border")
 
 
@@ -61,14 +62,23 @@ class Suite:
 class Writer:
     """Makes the auditor's text, from the data and from chance.
 
-    `bos` is what begins a document; -1 if nothing does.
+    `bos` is what begins a document; -1 if nothing does. `joints` are the places where text can
+    start behind other text, if it cannot do so everywhere.
     """
 
-    def __init__(self, tokens: np.ndarray, vocabulary: int, bos: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        vocabulary: int,
+        bos: int,
+        seed: int,
+        joints: np.ndarray | None = None,
+    ) -> None:
         self.tokens, self.vocabulary, self.bos = tokens, vocabulary, bos
         self.border = np.array([bos] if bos >= 0 else [], np.uint16)
         self.kinds = KINDS if bos >= 0 else [kind for kind in KINDS if kind != "border"]
         self.rng = np.random.default_rng(seed)
+        self.joints = np.zeros(0, np.int64) if joints is None else joints[joints < len(tokens)]
         self.borders = np.flatnonzero(tokens == bos)
 
     def text(self, length: int, start: int | None = None) -> np.ndarray:
@@ -109,5 +119,11 @@ class Writer:
         return new
 
     def with_future(self, base: np.ndarray, t: int) -> np.ndarray:
-        """Replace everything from t on by other text of the data."""
+        """Replace everything from t on by other text of the data.
+
+        Where that cannot start everywhere, it starts where it can and may be shorter.
+        """
+        for start in self.rng.permutation(self.joints)[:TRIES].tolist():
+            if self.tokens[start] != base[t]:
+                return np.append(base[:t], self.tokens[start : start + len(base) - t])
         return np.append(base[:t], self.future("text", base, t, len(base) - t))
