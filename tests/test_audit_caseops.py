@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(REPO / "records"))
 
 import case_ops
+import dynamic_rules
+import script
 from dynamic_rules import Plan
+from dynamic_rules.copies import judge_copies
 from dynamic_rules.session import Session
 from dynamic_rules.sidecars import judge_sidecar
 from dynamic_rules.writer import Writer
@@ -416,3 +419,78 @@ def test_bytes_that_form_no_character_are_refused(case):
     made.documents[2] += [lone]
     made.sizes[2] += [3]
     refused(made, "document 2 have .* form no character")
+
+
+# ------------------------------------ what training has seen ------------------------------------
+
+
+@pytest.mark.parametrize(("copied", "state"), [(0, ""), (2, "WARN"), (20, "FAIL")])
+def test_validation_documents_in_training_shards_are_found(case, copied, state):
+    made = case("case_ops")
+    made.judge()
+    other = [[BOS, *made.sp.encode(small_letters(text))] for text in compose_documents(90, seed=9)]
+    other[30:30] = made.documents[70 : 70 + copied]
+    for number, part in enumerate((other[:40], other[40:])):
+        path = made.data / f"fineweb_train_{number:06d}.bin"
+        path.write_bytes(shard_bytes(np.concatenate(part)))
+    judge_copies(made.session, made.data)
+    found = made.session.verdicts.get("paid_prefix", Verdict("", "", ""))
+    assert found.state == state
+    assert f"{copied} of " in found.evidence or not copied
+
+
+# ------------------------------------ a whole audit ------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["", "inflated", "missing"])
+def test_a_script_that_believes_the_sidecar_is_audited_with_the_right_one(
+    case, tmp_path, monkeypatch, fault
+):
+    """The script refuses what is no CaseOps text, and a sidecar that does not count it."""
+    made = case("case_ops")
+    if fault == "inflated":
+        made.sizes[7][np.flatnonzero(ByteCounter(made.tokenizer).blank[made.documents[7]])[0]] += 1
+    made.write(sidecar=fault != "missing")
+    table = np.full((VOCABULARY, VOCABULARY), 0.1)
+    stream = np.concatenate(made.documents)
+    np.add.at(table, (stream[:-1], stream[1:]), 1)
+    table = np.log(table / table.sum(1, keepdims=True))
+    seen = []
+
+    class Careful(InProcess):
+        def score(self, parts, apart, seconds, sizes=None) -> script.Result:
+            assert sizes is not None
+            if not apart:
+                whole = np.concatenate(parts)
+                documents = np.split(whole, 1 + np.flatnonzero(whole[1:] == BOS))
+                counts = np.split(np.concatenate(sizes), 1 + np.flatnonzero(whole[1:] == BOS))
+                for ids, stated in zip(documents, counts, strict=True):
+                    original = case_ops.invert(made.sp.decode(ids.tolist()))
+                    assert len(original.encode()) == stated.sum()
+                seen.append(len(whole))
+            return super().score(parts, apart, seconds, sizes)
+
+    careful = Careful(made, lambda tokens: -table[tokens[:-1], tokens[1:]])
+    monkeypatch.setattr(dynamic_rules, "Script", lambda *_, **__: careful)
+    found = dynamic_rules.check(tmp_path, tmp_path, made.data, made.tokenizer, PLAN, 1)
+    states = {verdict.rule: verdict.state for verdict in found}
+    print(*found, sep="\n")
+    expected = dict.fromkeys(dynamic_rules.RULES, "PASS") | {"bytes": "FAIL" if fault else "PASS"}
+    assert states == expected | dict.fromkeys(("claim", "paid_prefix"), "NOT CHECKED")
+    assert len(seen) == 5
+
+
+def test_an_audit_of_many_seeds_writes_only_case_ops_text(case):
+    """What replaces an end starts where text can start, and ends where it can end."""
+    made = case("case_ops")
+    counter = ByteCounter(made.tokenizer)
+    tokens = np.concatenate(made.documents).astype(np.uint16)
+    for seed in range(60):
+        writer = Writer(tokens, counter.size, BOS, seed, counter.borders(tokens))
+        text = counter.whole(tokens[: 3000 + 7 * seed])
+        t = int(writer.rng.choice(counter.borders(text)[1:-1]))
+        changed = counter.whole(writer.with_future(text, t))
+        assert changed[t] != text[t]
+        for ids in np.split(changed, 1 + np.flatnonzero(changed[1:] == BOS)):
+            original = case_ops.invert(made.sp.decode(ids.tolist()))
+            assert len(original.encode()) == counter.sizes(ids).sum()

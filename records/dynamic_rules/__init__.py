@@ -16,7 +16,8 @@ replaced. What it must not do then shows in its NLLs, whatever the model inside:
     causality      no NLL before position t moves when everything from t on is replaced
     normalization  the probabilities exp(-NLL) of all ids sum to 1, at every depth
     fixed          they still do when each of these ids is followed by something else
-    paid_prefix    validation text is not easier than unseen text of the same source
+    paid_prefix    validation text is not easier than unseen text of the same source, and is not
+                   in the training shards beside it
 
 A rule whose premise another rule found broken is NOT CHECKED: which of two runs to believe is
 not known if runs differ, and no sum means anything if predictions move with what follows.
@@ -37,6 +38,7 @@ from streams import ByteCounter, read_validation, shard_size, validation_shards
 from dynamic_rules.causality import judge_causality, stream_runs
 from dynamic_rules.chance import Proposal, chance_runs
 from dynamic_rules.claims import claim_run
+from dynamic_rules.copies import judge_copies
 from dynamic_rules.memory import memory_run, read_unseen
 from dynamic_rules.plain import first_runs, with_another_end
 from dynamic_rules.plan import Plan
@@ -104,6 +106,7 @@ def check(
         file=sys.stderr,
     )
     judge_sidecar(session, data)
+    judge_copies(session, data)
     all_runs(session, folder, data, whole, other, name)
     runs = f"{session.starts} starts, {session.tokens} tokens, {session.spent:.0f} s; seed {seed}"
     if counter.bos < 0:

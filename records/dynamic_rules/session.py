@@ -57,6 +57,7 @@ class Session:
         self.moves: list[Move] = []
         self.shards = 1  # of the validation data
         self.sidecar = ""  # whose sizes a run is given: the auditor's "own", the "data"'s, or none
+        self.recounted = "the tokens decode to"  # how the bytes of text became known
         self.text_bytes = 0  # of all validation data after its first token, where they are counted
         self.anchor: tuple[np.ndarray, np.ndarray] | None = None  # a text and its NLLs, if known
         self.anchored = np.zeros(0)  # its NLLs among other streams, in the last start
@@ -246,7 +247,7 @@ class Session:
         implied = [total / bpb if bpb else math.inf for total in sums]
         nearest = min(implied, key=lambda value: abs(value - size))
         good = bool(size) and abs(nearest / size - 1) <= PRINTED
-        evidence = f"the score counts {nearest:.1f} bytes, the tokens decode to {size}"
+        evidence = f"the score counts {nearest:.1f} bytes, {self.recounted} {size}"
         self.say("bytes", good, evidence)
 
     # ------------------------------------ changes ------------------------------------

@@ -94,8 +94,11 @@ def judge_sidecar(session: Session, data: Path) -> None:
     if counter.is_exact and not found.unknown:
         session.sidecar = "own"
         session.text_bytes = found.text - int(counter.sizes(tokens[:1])[0])
+        of = f"{found.documents} documents' {kind_of(counter)}"
+        session.recounted = f"by {of} there are"
     elif state:
         session.sidecar = "data"
+        session.recounted = "the sidecar has"
         session.text_bytes = found.stated - int(sizes[0])
 
 
