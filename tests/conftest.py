@@ -128,13 +128,13 @@ def train_tokenizer(
     model = io.BytesIO()
     usual = {"pad_id": 0, "bos_id": BOS, "eos_id": 2, "unk_id": 3}
     usual |= {"normalization_rule_name": "nmt_nfkc", "add_dummy_prefix": False}
+    usual |= {"byte_fallback": True}
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(documents),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
         character_coverage=0.999,
-        byte_fallback=True,
         split_digits=True,
         hard_vocab_limit=False,
         num_threads=1,

@@ -19,7 +19,7 @@ sys.path.insert(0, str(REPO / "records"))
 import case_ops
 import dynamic_rules
 import script
-from dynamic_rules import Plan
+from dynamic_rules import Plan, sidecars
 from dynamic_rules.copies import judge_copies
 from dynamic_rules.session import Session
 from dynamic_rules.sidecars import judge_sidecar
@@ -42,6 +42,7 @@ KINDS = {
     "case_ops_nfkc": {"user_defined_symbols": list(MARKS)},
     "plain": EXACT,
     "plain_nfkc": {},
+    "no_bytes": {**EXACT, "byte_fallback": False},
     "dummy_prefix": {**EXACT, "add_dummy_prefix": True},
     "three_marks": {**EXACT, "user_defined_symbols": list(MARKS[:3])},
 }
@@ -209,7 +210,7 @@ def test_a_models_file_tells_whether_it_keeps_text(tokenizers, kind):
         read_normalizer(tokenizers[kind].read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "nfkc" not in kind])
+@pytest.mark.parametrize("kind", ["case_ops", "plain", "dummy_prefix", "three_marks"])
 def test_the_auditors_own_sizes_are_those_of_the_text(case, kind):
     made = case(kind)
     counter = ByteCounter(made.tokenizer)
@@ -260,11 +261,37 @@ def test_text_with_joined_blank_lines_is_told_but_not_refused(case):
     assert re.search(r"\(\+0\.[45]\d+%\)", evidence), evidence
 
 
+def test_unknown_pieces_have_what_the_sidecar_says_and_it_is_told(case):
+    made = case("no_bytes")
+    state, evidence = made.judge()
+    unknown = sum(
+        size
+        for ids, sizes in zip(made.documents, made.sizes, strict=True)
+        for i, size in zip(ids, sizes, strict=True)
+        if i == made.sp.unk_id()
+    )
+    assert state == "WARN"
+    assert f"{unknown} are of unknown pieces" in evidence
+    assert made.session.sidecar == "data"
+    place = int(np.flatnonzero(np.array(made.documents[3]) != made.sp.unk_id())[3])
+    made.sizes[3][place] += 1
+    refused(made, "document 3 counts")
+
+
 def test_without_a_sidecar_plain_text_is_what_tokens_decode_to(case):
     made = case("plain")
     made.write(sidecar=False)
     assert made.judge_written() == ("", "")
     assert made.session.sidecar == ""
+
+
+def test_large_data_is_counted_in_parts(case, monkeypatch):
+    monkeypatch.setattr(sidecars, "BATCH", 300)
+    made = case("case_ops")
+    assert made.judge() == ("", "")
+    assert made.session.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    made.sizes[77][0] += 1
+    refused(made, "document 77 counts 1 bytes for a control token.*document 77 counts .* 1 of 183")
 
 
 # ------------------------------------ attacks ------------------------------------
@@ -382,10 +409,13 @@ def test_dangling_marks_of_a_tokenizer_that_changes_text_are_refused(case):
     refused(made, "document 5 is no CaseOps text")
 
 
-def test_marks_of_a_tokenizer_that_has_only_three_are_no_text(case):
+@pytest.mark.parametrize("has_sidecar", [False, True])
+def test_marks_of_a_tokenizer_that_has_only_three_are_no_text(case, has_sidecar):
     """It is a plain one, whose marks count as text: three bytes for each capital."""
     made = case("three_marks")
-    made.write(sidecar=False)
+    counter = ByteCounter(made.tokenizer)
+    made.sizes = [counter.sizes(np.array(ids)).tolist() for ids in made.documents]
+    made.write(sidecar=has_sidecar)
     state, evidence = made.judge_written()
     assert state == "FAIL"
     assert "a tokenizer of its data has four as pieces" in evidence

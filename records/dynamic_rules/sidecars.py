@@ -76,12 +76,12 @@ def judge_sidecar(session: Session, data: Path) -> None:
     counter, whole = session.counter, sum(map(shard_size, shards_of(data)))
     if counter.case_ops:
         session.sidecar = "own"
+    else:
+        judge_private(session)
     if not sidecar_shards(data):
         if counter.case_ops:
             why = f"{data} has no fineweb_val_bytes_*.bin: CaseOps data needs the original bytes"
             session.say("bytes", False, f"no sidecar: {why} of each token")
-        else:
-            judge_private(session)
         return
     problem = shape_problem(data)
     if problem:
@@ -214,7 +214,7 @@ def check_documents(found: Recount, counter: ByteCounter, part: Part) -> None:
         if text is not None and text != natural[i] and not starts_inside:
             what = f"the tokens of document {part.number + i} have {natural[i]} bytes, "
             found.fault("letters", f"{what}but decode to {text}: some form no character")
-        if counter.is_exact and not unknown[i] and abs(off) > CUT * starts_inside:
+        if counter.is_exact and abs(off - int(unknown[i])) > CUT * starts_inside:
             transformed = size + case_ops.MARK_BYTES * int(counter.acting(documents[i]).sum())
             why = ", as many as with the marks of CaseOps" * bool(stated[i] == transformed)
             what = f"document {part.number + i} counts {stated[i]} bytes{why}, its text has {size}"
