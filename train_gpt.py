@@ -297,11 +297,11 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
 # One forward pass serves training and scoring. Its own gradients move fewer bytes than autograd's.
 
 
-def rotary_table(hp: Hyperparameters, length: int, positions: int) -> Tensor:
+def rotary_table(hp: Hyperparameters, length: int, rows: int = 1) -> Tensor:
     """Tabulate cos and ±sin of t·f for positions t and frequencies f: double (2, T, r).
 
-    f_i = base^(-2i/r) (arXiv 2104.09864). Where `length` is s times the trained one, linear divides
-    f by s, ntk takes base·s^(r/(r-2)), and yarn divides slow f by s, not fast ones (2309.00071).
+    f_i = base^(-2i/r) (arXiv 2104.09864). T is `rows` contexts. Where one is s times as long as in
+    training, linear divides f by s, ntk takes base·s^(r/(r-2)), yarn divides slow f (2309.00071).
     """
     r = hp.rope_dims or hp.model_dim // hp.num_heads
     s = max(1.0, length / hp.train_seq_len)
@@ -314,7 +314,7 @@ def rotary_table(hp: Hyperparameters, length: int, positions: int) -> Tensor:
         f /= s
     elif hp.rope_scaling == "yarn":
         f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
-    angles = torch.outer(torch.arange(positions).double(), f)
+    angles = torch.outer(torch.arange(rows * length).double(), f)
     cos = angles.cos().repeat(1, 2)
     sin = torch.cat((angles.sin(), -angles.sin()), dim=1)
     return torch.stack((cos, sin))
@@ -732,7 +732,7 @@ class GPT(nn.Module):
             initialize(p, row_of(name, hp).start)
         rows = ROW if hp.train_doc_isolated or hp.eval_doc_isolated or hp.score_streams else 1
         for name, length in (("short", hp.train_seq_len), ("long", hp.eval_seq_len)):
-            table = rotary_table(hp, length, rows * length).to(dtype)
+            table = rotary_table(hp, length, rows).to(dtype)
             self.register_buffer(name, table, persistent=False)
 
     def starts(self, inputs: Tensor, documents: Cuts) -> Tensor:

@@ -84,11 +84,11 @@ def bad_batch(patch: Patch, module: str, step: int) -> None:
     def spoil(_, __, output):
         return output * float("nan") if reading.it else output
 
-    def look(self, inputs, targets):
+    def look(self, inputs, targets, documents=None):
         if NOW.step == step and torch.is_grad_enabled():
             bad.append(inputs)
         reading.it = any(inputs.shape == b.shape and torch.equal(inputs, b) for b in bad)
-        return forward(self, inputs, targets)
+        return forward(self, inputs, targets, documents)
 
     def hook(trainer, _):
         if not hooked:
@@ -102,14 +102,14 @@ def little_memory(patch: Patch, rows: int, message: str = "", calls: int = 10**9
     """The first forward passes with more than so many rows run out of memory."""
     forward, seen = train_gpt.GPT.forward, []
 
-    def limited(self, inputs, targets):
+    def limited(self, inputs, targets, documents=None):
         if self.training and torch.is_grad_enabled() and inputs.size(0) > rows:
             seen.append(1)
             if len(seen) <= calls:
                 if message:
                     raise RuntimeError(message)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, inputs, targets)
+        return forward(self, inputs, targets, documents)
 
     patch(train_gpt.GPT, "forward", limited)
 

@@ -632,7 +632,7 @@ def test_forward_passes_hold_no_more_than_asked_for(models, tmp_path):
     run = make_run(tmp_path, models["bpe"], sample_tokens(models, 90), VAL_BATCH_SIZE=24)
     run.forward_rows, shapes = 100, []
 
-    def forward(inputs, targets):
+    def forward(inputs, targets, documents=None):
         shapes.append(tuple(inputs.shape))
         return torch.ones(targets.shape)
 
