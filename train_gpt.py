@@ -1827,10 +1827,10 @@ def compile_model(model: GPT) -> Forward:
     torch._dynamo.config.recompile_limit = GRAPHS
     compiled = torch.compile(model, dynamic=False, fullgraph=True)
 
-    def forward(inputs: Tensor, targets: Tensor, documents: Cuts = None) -> Tensor:
-        if documents:  # one graph for any number
-            torch._dynamo.mark_dynamic(documents.offsets, 0)
-        return compiled(inputs, targets, documents)
+    def forward(*batch: Any) -> Tensor:
+        if isinstance(batch[-1], Documents):  # one graph for any number of them
+            torch._dynamo.mark_dynamic(batch[-1].offsets, 0)
+        return compiled(*batch)
 
     return forward
 

@@ -145,20 +145,23 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_a_run_makes_a_graph_for_training_and_one_for_each_length_of_scored_rows(run, graphs):
-    """Documents of 4 to 300 tokens are scored in rows of 4 lengths; 3 validations use the same."""
-    settings = {"VAL_LOSS_EVERY": 2, "WARMUP_STEPS": 2, "EVAL_DOC_ISOLATED": 1, "EVAL_SEQ_LEN": 128}
+@pytest.mark.parametrize(
+    ("stride", "count"),
+    [({}, 2), ({"EVAL_STRIDE": 16}, 3)],
+    ids=["plain", "stride"],
+)
+@pytest.mark.parametrize("isolated", [0, 1])
+def test_a_run_makes_one_graph_for_each_kind_of_batch(run, graphs, isolated, stride, count):
+    """Those of training, of windows that are scored whole, and of overlapping ones; for documents
+    of any number and length, and in 3 validations."""
+    settings = {"VAL_LOSS_EVERY": 2, "WARMUP_STEPS": 2, "EVAL_SEQ_LEN": 128, **stride}
+    settings |= {"TRAIN_DOC_ISOLATED": isolated, "EVAL_DOC_ISOLATED": isolated}
     run(COMPILE=1, SMEAR_GATE=1, BIGRAM_BUCKETS=64, XSA_LAST_N=1, **settings)
-    assert graphs() == 1 + 4
-
-
-def test_a_run_of_plain_passes_makes_two_graphs(run, graphs):
-    run(COMPILE=1, VAL_LOSS_EVERY=2, WARMUP_STEPS=2, EVAL_STRIDE=16)
-    assert graphs() == 2
+    assert graphs() == count
 
 
 def test_many_shapes_do_not_pass_the_limit(graphs):
-    """PyTorch's own is 8: micro-batches that were halved and documents of four lengths pass it."""
+    """PyTorch's own is 8: micro-batches that are halved again and again may pass it."""
     model = Compiled(torch.nn.Linear(2, 2), Run(Hyperparameters(device="cpu", compile="1")))
     for rows in range(2, 22):
         model(torch.zeros(rows, 2))

@@ -16,6 +16,9 @@ import train_gpt
 
 # All techniques, an untied head, and a large epsilon: see SUMMED in test_run.py.
 ALL = {
+    "TRAIN_DOC_ISOLATED": 1,
+    "DATA_SHUFFLE": 1,
+    "EVAL_DOC_ISOLATED": 1,
     "NUM_LAYERS": 3,
     "TIE_EMBEDDINGS": 0,
     "SMEAR_GATE": 1,
