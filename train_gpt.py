@@ -740,8 +740,7 @@ class GPT(nn.Module):
         starts = (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
         if documents is None:
             return starts
-        marks = F.pad(starts.flatten(), (0, 1))
-        marks = marks.index_fill(0, documents.offsets.long(), True)
+        marks = F.pad(starts.flatten(), (0, 1)).index_fill(0, documents.offsets.long(), True)
         return marks[:-1].view_as(starts)
 
     def embed(self, inputs: Tensor, documents: Cuts = None) -> Tensor:
@@ -770,14 +769,13 @@ class GPT(nn.Module):
         half = len(visits) // 2
         x0 = x
         skips = []
-        for layer in visits[:half]:
-            x = self.blocks[layer](x, x0, rotary, T, documents)
-            skips.append(x)
-        for i, layer in enumerate(visits[half:]):
-            if skips:
-                x = x + self.skip_weights[i].to(x.dtype) * skips.pop()
-            is_end = half + i == len(visits) - 1
-            x = self.blocks[layer](x, x0, rotary, last if is_end else T, documents)
+        for i, layer in enumerate(visits):
+            if skips and i >= half:
+                x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
+            needed = T if i < len(visits) - 1 else last
+            x = self.blocks[layer](x, x0, rotary, needed, documents)
+            if i < half:
+                skips.append(x)
         return x
 
     def head(self, x: Tensor, *targets: Tensor) -> list[Tensor]:
