@@ -591,11 +591,32 @@ def what_is_not_finite(trainer: core.Trainer, batch: list[core.Batch]) -> str:
     return found[0] if found else f"nothing in the batch of rank {trainer.run.rank}"
 
 
+def attention_inputs(run: core.Run) -> list[Tensor]:
+    """Make random q, k, v, (1, H, T, Dh), and a gradient of their result, as the model's."""
+    hp = run.hp
+    random = torch.Generator().manual_seed(0)
+    T = min(max(hp.train_seq_len, 2), 2048)
+    H = hp.num_heads
+    K = hp.num_kv_heads
+    sizes = (H + K, H + 2 * K, H)
+    made = [torch.randn(1, T, n, hp.model_dim // H, generator=random) for n in sizes]
+    qk, qkv, grad = (x.to(run.device, run.dtype).transpose(1, 2) for x in made)
+    q, k = qk.split((H, K), dim=1)
+    return [q, k, qkv[:, H + K :], grad]
+
+
+def attention_backend(run: core.Run) -> str:
+    """Ask PyTorch which of its kernels it takes for the model's attention in training."""
+    q, k, v = (x.requires_grad_() for x in attention_inputs(run)[:3])
+    gqa = q.size(1) != k.size(1)
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=gqa)).name
+
+
 def attention_problem(run: core.Run) -> str:
     """Compare attention and its gradients with plain products in fp32: say what is wrong."""
     if run.dtype == torch.float32:
         return ""  # there is nothing faster than plain products
-    *inputs, grad = core.attention_inputs(run)
+    *inputs, grad = attention_inputs(run)
 
     def results(dtype: torch.dtype) -> list[Tensor]:
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
@@ -640,6 +661,7 @@ class Keeper:
         self.writing: Future[None] | None = None
         self.noted = 0.0  # when the first signal came
         self.halved = False  # whether a micro-batch did not fit
+        self.warnings: list[str] = []  # from before the log is open
 
     @staticmethod
     def say(line: str) -> None:
@@ -698,6 +720,8 @@ class Keeper:
 
     def explain_validation(self, val: core.Validation) -> None:
         """Tell for how much text unknown pieces stand. Raises UserError if documents are needed."""
+        for warning in self.warnings:
+            self.run.log(f"warning: {warning}")
         hp = self.run.hp
         if val.unknown:
             self.run.log(unknown_note(Path(hp.data_path), val.unknown, val.lost))
@@ -705,6 +729,18 @@ class Keeper:
         what = "EVAL_DOC_ISOLATED, SMEAR_GATE and BIGRAM_BUCKETS need documents that begin with BOS"
         where = f"the tokenizer's is id {val.bos}, and the validation tokens have none"
         require(val.parted or not needed, f"{hp.data_path}: {what}; {where}")
+
+    def check_attention(self, kernel: str) -> str:
+        """Name a kernel that is in use for the log. Raises UserError if it is not, or is wrong."""
+        run = self.run
+        on_cuda = run.device.type == "cuda"
+        taken = attention_backend(run) if on_cuda else ""
+        wanted = core.KERNELS.get(kernel, taken)
+        require(taken == wanted, f"PyTorch takes {taken} for this model")
+        if problem := attention_problem(run):
+            self.warnings.append(f"ATTENTION={kernel}: {problem}")
+            raise UserError(problem)
+        return f"sdpa:{taken}" if kernel == "sdpa" and on_cuda else kernel
 
     def compiled(self, model: core.GPT) -> core.Forward:
         """Compile a model, and go on without where that does not work."""

@@ -1676,7 +1676,6 @@ class Run:
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
         self.text: IO[str] | None = None  # the text log, once it is open
         self.metrics: IO[str] | None = None
-        self.warnings: list[str] = []  # from before that
         self.device = choose_device(hp, self.local_rank)
         self.dtype = choose_dtype(hp, self.device.type)
         tokens = hp.micro_batch_tokens or FORWARD_TOKENS[self.device.type]
@@ -1702,8 +1701,6 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
-        if attention == "sdpa" and self.device.type == "cuda":  # PyTorch's own choice
-            attention = f"sdpa:{attention_backend(self)}"
         if self.world_size > 1:
             self.meet()
         if self.rank == 0:
@@ -1726,8 +1723,6 @@ class Run:
         line += f"attention:{attention}"
         settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
         self.log(line, "start", versions=line, settings=settings)
-        for warning in self.warnings:
-            self.log(f"warning: {warning}")
 
     def meet(self) -> None:
         """Form a group with the other ranks: gloo for what is on the CPU, NCCL on CUDA."""
@@ -1840,7 +1835,7 @@ FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", 
 
 
 def choose_attention(run: Run) -> str:
-    """Use the kernel that ATTENTION names, or the fastest one that is right; return its name."""
+    """Use the kernel that ATTENTION names, or the fastest one that is right; its name for the log."""
     place = run.device.type if run.dtype == torch.bfloat16 else "fp32"
     names = [run.hp.attention]
     if run.hp.attention == "auto":
@@ -1853,61 +1848,33 @@ def choose_attention(run: Run) -> str:
             try:
                 require(place == needs, f"needs DEVICE={needs} and DTYPE=bf16")
                 use_kernel(kernel, run, undo)
+                name = run.keeper.check_attention(kernel) if run.keeper else kernel
             except Exception as error:  # a missing package, or one built for another machine
                 problem = str(error)
                 continue
-            keeper = find_keeper()
-            problem = keeper.attention_problem(run) if keeper else ""
-            if not problem:
-                run.kernels = undo.pop_all()
-                # A compiled model holds its kernel, of which the compiler's cache knows nothing.
-                torch.compiler.config.cache_key_tag = kernel
-                return kernel
-            run.warnings.append(f"ATTENTION={kernel}: {problem}")
+            run.kernels = undo.pop_all()
+            # A compiled model holds its kernel, of which the compiler's cache knows nothing.
+            torch.compiler.config.cache_key_tag = kernel
+            return name
     raise UserError(f"ATTENTION={run.hp.attention}: {problem}")
 
 
 def use_kernel(kernel: str, run: Run, undo: contextlib.ExitStack) -> None:
-    """Let PyTorch use a kernel until `undo`. Raises an Exception if it does not."""
+    """Let PyTorch use a kernel until `undo`. Raises an Exception if it is not there."""
     if kernel == "amx":
         head_dim = run.hp.model_dim // run.hp.num_heads
         amx = importlib.import_module("amx_attention")
         amx.activate(head_dim)
-        kernels = {"forward": amx.forward, "backward": amx.backward}
         undo.callback(CPU_KERNEL.update, CPU_KERNEL.copy())
-        CPU_KERNEL.update(kernels)
+        CPU_KERNEL.update(forward=amx.forward, backward=amx.backward)
     if kernel in ("fa3", "fa4"):
         torch.nn.attention.activate_flash_attention_impl(kernel.upper())
         undo.callback(torch.nn.attention.restore_flash_attention_impl)
     if kernel in KERNELS:
-        attention_backend(run)  # PyTorch sets its own order at the first question, over any other
-        wanted = KERNELS[kernel]
-        order = [wanted, *(name for name in BACKENDS if name != wanted)]
-        backends = [getattr(SDPBackend, name) for name in order]
-        undo.enter_context(sdpa_kernel(backends, set_priority=True))
-        taken = attention_backend(run)
-        require(taken == wanted, f"PyTorch takes {taken} for this model")
-
-
-def attention_inputs(run: Run) -> list[Tensor]:
-    """Make random q, k, v, (1, H, T, Dh), and a gradient of their result, as the model's."""
-    hp = run.hp
-    random = torch.Generator().manual_seed(0)
-    T = min(max(hp.train_seq_len, 2), 2048)
-    H = hp.num_heads
-    K = hp.num_kv_heads
-    sizes = (H + K, H + 2 * K, H)
-    made = [torch.randn(1, T, n, hp.model_dim // H, generator=random) for n in sizes]
-    qk, qkv, grad = (x.to(run.device, run.dtype).transpose(1, 2) for x in made)
-    q, k = qk.split((H, K), dim=1)
-    return [q, k, qkv[:, H + K :], grad]
-
-
-def attention_backend(run: Run) -> str:
-    """Ask PyTorch which of its kernels it takes for the model's attention in training."""
-    q, k, v = (x.requires_grad_() for x in attention_inputs(run)[:3])
-    gqa = q.size(1) != k.size(1)
-    return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=gqa)).name
+        x = torch.zeros(1, 1, 1, 8, device=run.device)
+        torch._fused_sdp_choice(x, x, x)  # at the first question, PyTorch sets its own order
+        order = [getattr(SDPBackend, name) for name in (KERNELS[kernel], *BACKENDS)]
+        undo.enter_context(sdpa_kernel(order, set_priority=True))
 
 
 # ===================================== TRAINING =====================================

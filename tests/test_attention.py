@@ -59,12 +59,14 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch) -> Machine:
     made = Machine()
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(shape))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (made.capability, 0))
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", made.activate)
     monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", made.restore)
     monkeypatch.setattr(torch, "_fused_sdp_choice", made.choose)
     monkeypatch.setattr(tg, "sdpa_kernel", made.sdpa_kernel)
-    monkeypatch.setattr(tg, "attention_inputs", lambda _: [torch.zeros(1, 2, 4, 8)] * 4)
+    monkeypatch.setattr(keeper, "attention_inputs", lambda _: [zeros(1, 2, 4, 8)] * 4)
     monkeypatch.setattr(keeper, "attention_problem", made.problem)
     return made
 
@@ -130,7 +132,7 @@ def test_auto_goes_on_from_a_kernel_that_pytorch_does_not_take(machine):
     machine.able = ALL[1:]
     run = cuda_run()
     assert tg.choose_attention(run) == "fa2"
-    assert run.warnings == []
+    assert run.keeper.warnings == []
 
 
 def test_auto_goes_on_from_a_kernel_that_is_wrong_and_warns(machine):
@@ -138,7 +140,7 @@ def test_auto_goes_on_from_a_kernel_that_is_wrong_and_warns(machine):
     run = cuda_run()
     assert tg.choose_attention(run) == "fa2"
     assert (machine.active, machine.taken) == ("", "FLASH_ATTENTION")
-    assert run.warnings == ["ATTENTION=fa3: wrong here", "ATTENTION=cudnn: wrong here"]
+    assert run.keeper.warnings == ["ATTENTION=fa3: wrong here", "ATTENTION=cudnn: wrong here"]
 
 
 @pytest.mark.parametrize("name", ["sdpa", "cudnn", "fa2", "fa3"])
@@ -150,7 +152,7 @@ def test_a_named_kernel_that_is_wrong_is_an_error(machine, name):
 
 
 def test_fp32_has_no_kernel_of_its_own(machine):
-    assert tg.choose_attention(cuda_run(dtype=torch.float32)) == "sdpa"
+    assert tg.choose_attention(cuda_run(dtype=torch.float32)) == "sdpa:CUDNN_ATTENTION"
 
 
 @pytest.mark.parametrize("name", ["fa3", "fa4"])
@@ -177,12 +179,12 @@ def test_a_cpu_uses_what_pytorch_has_without_the_folder_of_the_kernel(monkeypatc
     monkeypatch.setitem(sys.modules, "amx_attention", None)
     run = cpu_run()
     assert tg.choose_attention(run) == "sdpa"
-    assert run.warnings == []
+    assert run.keeper.warnings == []
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_pytorch_is_asked_with_tensors_like_the_models(dtype):
-    assert tg.attention_backend(cpu_run(DTYPE=dtype)) == "FLASH_ATTENTION"
+    assert keeper.attention_backend(cpu_run(DTYPE=dtype)) == "FLASH_ATTENTION"
 
 
 # ---- attention is compared with plain products before it is used
@@ -276,4 +278,4 @@ def test_the_check_leaves_the_random_numbers_alone():
 
 def test_long_sequences_are_checked_in_part():
     run = cpu_run(TRAIN_SEQ_LEN=16384, TRAIN_BATCH_TOKENS=16384, VAL_BATCH_SIZE=16384)
-    assert {x.size(2) for x in tg.attention_inputs(run)} == {2048}
+    assert {x.size(2) for x in keeper.attention_inputs(run)} == {2048}
