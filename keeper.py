@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_gpt as core
-from train_gpt import FAILED, FINISH, UserError, require
+from train_gpt import UserError, require
 
 # ===================================== SETTINGS =====================================
 
@@ -155,11 +155,14 @@ def flush_console() -> None:
             os.close(nothing)
 
 
-def run_program(main: Callable[[list[str]], int]) -> int:
+def run_program(main: Callable[[list[str]], None]) -> int:
     """Run a program, with its errors in one line. Returns its exit code, or exits."""
     any_console(sys.argv[1:])
     try:
-        return main(sys.argv[1:])
+        main(sys.argv[1:])
+        return 0
+    except SystemExit as end:  # of `Keeper.trained`
+        return end.code
     except (UserError, OSError) as problem:
         flush_console()
         if isinstance(problem, BrokenPipeError):
@@ -641,7 +644,9 @@ def attention_problem(run: core.Run) -> str:
 
 # ===================================== THE KEEPER =====================================
 ATTENTION_ERROR = 0.03  # at any position, of its norm; rounding to bf16 makes up to 0.008
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # save, and stop; SIGUSR1: stop, and export
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # save, and stop
+FINISH = 10  # what SIGUSR1 asks for: train no further, and export
+FAILED = 1000  # over the numbers of all signals: a rank cannot go on
 PATIENCE = 5.0  # seconds after which a wait for other ranks is told
 
 
@@ -660,6 +665,7 @@ class Keeper:
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
         self.noted = 0.0  # when the first signal came
+        self.problem = ""  # why this process cannot go on
         self.halved = False  # whether a micro-batch did not fit
         self.warnings: list[str] = []  # from before the log is open
 
@@ -750,7 +756,7 @@ class Keeper:
         """Listen to signals, forecast the size, find the checkpoint, and take room on the disk."""
         self.listen()
         log_data(trainer.stream, self.run)
-        self.run.on_first(lambda: self.prepare_first(trainer))
+        self.on_first(lambda: self.prepare_first(trainer))
 
     def prepare_first(self, trainer: core.Trainer) -> None:
         """Do what rank 0 does of `prepare`."""
@@ -795,6 +801,32 @@ class Keeper:
         self.noted = self.noted or now
         if not self.run.signal:
             self.run.signal = FINISH if number == signal.SIGUSR1 else number
+
+    @property
+    def stopped(self) -> bool:
+        """Tell whether what one rank was asked, or found, ends the run without a result."""
+        return self.run.stop not in (0, FINISH)
+
+    def fail(self, problem: str) -> None:
+        """Let all ranks stop, since this one cannot go on."""
+        self.problem = problem
+        self.run.signal = FAILED
+
+    def recover(self) -> None:
+        """Take back `fail`, on whichever rank it was."""
+        if self.run.signal == FAILED:
+            self.run.signal = 0
+        self.run.stop = 0
+
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Call a function on rank 0 alone. If it raises there, all ranks raise UserError."""
+        try:
+            if self.run.rank == 0:
+                action()
+        except (OSError, UserError) as error:
+            self.fail(str(error))  # only rank 0 has a message
+        self.run.clock()
+        require(self.run.stop != FAILED, self.problem)
 
     def take_room(self, model: core.GPT) -> Path:
         """Take room on the disk for artifact and raw weights, until they are written.
@@ -873,24 +905,36 @@ class Keeper:
         every = self.run.hp.save_every
         return step > self.saved and bool(every) and step % every == 0
 
-    def save(self, trainer: core.Trainer, step: int, elapsed: float, last: bool) -> None:
+    def fetch(self, feed: Iterator[list[core.Batch]]) -> list[core.Batch] | None:
+        """Take the next batch. If a shard cannot be read any more, all ranks will stop."""
+        require(not self.problem, self.problem)
+        try:
+            return next(feed)
+        except (OSError, UserError) as error:
+            self.fail(f"the training data cannot be read any more: {error}")
+        return None
+
+    def save(self, trainer: core.Trainer, step: int, elapsed: float, done: bool) -> None:
         """Copy the state, and write it beside the next steps.
 
         With SAVE_EVERY=0 the end of training is kept too, without the optimizers' state: if what
         follows fails, RESUME=auto repeats that alone.
         """
         run = self.run
+        if done and run.stop == FAILED:
+            self.recover()  # no more data is needed
+        last = done or run.stop == FINISH
         if step > self.saved:
             self.saved = step
             whole = bool(run.hp.save_every) or not last
             self.end = None if whole else run.dir / checkpoint_name(step)
             state = gather_state(trainer, step, elapsed, whole)
             if run.rank == 0:
-                known = self.data.text if run.stopped else self.data.wait()
+                known = self.data.text if self.stopped else self.data.wait()
                 state["settings"]["DATA"] = known
                 self.wait()
                 self.writing = self.writer.submit(write_checkpoint, state, run)
-        if last or run.stopped:
+        if last or self.stopped:
             self.wait()
 
     def wait(self) -> None:
@@ -918,7 +962,10 @@ class Keeper:
     # ---- after training
 
     def trained(self, trainer: core.Trainer, step: int, elapsed: float) -> None:
-        """Log why training ended, how often the data was read, and the memory of a GPU."""
+        """Log why training ended, how often the data was read, and the memory of a GPU.
+
+        Exits after a signal that asks to stop. Raises UserError if a rank cannot go on.
+        """
         run = self.run
         if why := why_ended(run, step):
             run.log(f"stopping_early: {why} train_time:{1e3 * elapsed:.0f}ms step:{step}")
@@ -929,9 +976,12 @@ class Keeper:
             allocated = torch.cuda.max_memory_allocated() >> 20
             reserved = torch.cuda.max_memory_reserved() >> 20
             run.log(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
-        if run.stopped:
-            run.log(f"to go on: {how_to_go_on(run)}")
-            run.clock()  # no rank leaves, and lets a launcher end the others, before all is written
+        if not self.stopped:
+            return
+        run.log(f"to go on: {how_to_go_on(run)}")
+        run.clock()  # no rank leaves, and lets a launcher end the others, before all is written
+        require(run.stop != FAILED, self.problem)
+        sys.exit(128 + run.stop)
 
     def write(self, files: dict[Path, Callable[[IO[bytes]], Any]]) -> None:
         """Write each file even if another cannot be. Raises UserError that says how to go on."""

@@ -1618,10 +1618,8 @@ def fit_artifact(state: Mapping[str, Tensor], run: Run) -> bytes:
 
 
 # ===================================== DISTRIBUTED RUN =====================================
-# Every rank runs the same program. Rank 0's clock alone decides when training ends. What a rank is
-# asked, as by a signal, or finds, as that it cannot go on, all ranks learn when they ask the clock.
-FINISH = 10  # as SIGUSR1 asks: train no further, and export
-FAILED = 1000  # over the numbers of all signals: a rank cannot go on
+# Every rank runs the same program. Rank 0's clock alone decides when training ends. What the keeper
+# of a rank asks for, as when a signal came, all ranks learn when they ask the clock.
 
 
 def launched(name: str, default: int) -> int:
@@ -1682,10 +1680,8 @@ class Run:
         self.forward_rows = max(1, tokens // row_length(hp))
         self.compile = chooses_to_compile(hp, self.device.type)
         self.kernels = contextlib.ExitStack()  # what is set in PyTorch for this run
-        self.signal = 0  # what this process was asked: a signal's number, FINISH or FAILED
-        self.stop = 0  # what one of all processes was asked
-        self.stopped = False  # whether that ends the run without a result
-        self.problem = ""  # why this process cannot go on
+        self.signal = 0  # that the keeper sets, to end training
+        self.stop = 0  # the largest one of all ranks
         keeper = find_keeper()
         self.keeper = keeper.Keeper(self) if keeper else None
 
@@ -1745,7 +1741,7 @@ class Run:
                 print(json.dumps({"event": event, **fields}), file=self.metrics)
 
     def clock(self, synchronize: bool = False) -> float:
-        """Tell rank 0's seconds, and all ranks, which call it together, what one was asked."""
+        """Tell rank 0's seconds to all ranks, which call it together, and set `stop`."""
         if synchronize and self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
         seconds = time.perf_counter() if self.rank == 0 else 0.0
@@ -1753,31 +1749,7 @@ class Run:
         if self.world_size > 1:
             dist.all_reduce(now, dist.ReduceOp.MAX)
         self.stop = int(now[1])
-        self.stopped = self.stop not in (0, FINISH)
         return now[0].item()
-
-    def fail(self, problem: str) -> None:
-        """Let all ranks stop, since this one cannot go on."""
-        self.problem = problem
-        self.signal = FAILED
-
-    def recover(self) -> None:
-        """Take back `fail`, on whichever rank it was."""
-        if self.signal == FAILED:
-            self.signal = 0
-        self.stop = 0
-        self.stopped = False
-
-    def on_first(self, action: Callable[[], None]) -> None:
-        """Call a function on rank 0 alone. If it raises there, all ranks raise UserError."""
-        try:
-            if self.rank == 0:
-                action()
-        except (OSError, UserError) as error:
-            self.fail(str(error))  # only rank 0 has a message
-        self.clock()
-        require(self.stop != FAILED, self.problem)
-        self.stopped = False  # a signal is not for what must be done whole
 
 
 def choose_device(hp: Hyperparameters, local_rank: int) -> torch.device:
@@ -1835,7 +1807,7 @@ FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", 
 
 
 def choose_attention(run: Run) -> str:
-    """Use the kernel that ATTENTION names, or the fastest one that is right; its name for the log."""
+    """Use the kernel that ATTENTION names, or the fastest right one; its name for the log."""
     place = run.device.type if run.dtype == torch.bfloat16 else "fp32"
     names = [run.hp.attention]
     if run.hp.attention == "auto":
@@ -1969,12 +1941,9 @@ class Trainer:
         self.upcoming: list[Batch] | None = None
 
     def fetch(self) -> None:
-        """Have the next batch ready. If a shard cannot be read any more, all ranks will stop."""
-        self.upcoming = None
-        try:
-            self.upcoming = next(self.feed, None)  # it ends after an error
-        except (OSError, UserError) as error:
-            self.run.fail(f"the training data cannot be read any more: {error}")
+        """Have the next batch ready."""
+        keeper = self.run.keeper
+        self.upcoming = keeper.fetch(self.feed) if keeper else next(self.feed)
 
     def step(self, step: int, elapsed: float, dry: bool = False) -> Tensor:
         """Update the weights, unless `dry` or not finite, from a batch; its mean loss, fp32 ()."""
@@ -2000,9 +1969,8 @@ class Trainer:
     def accumulate(self) -> None:
         """Add up loss and gradients over the micro-batches of this rank."""
         self.grads.zero_()
-        if self.upcoming is None:
+        while self.upcoming is None:
             self.fetch()
-        require(self.upcoming is not None, self.run.problem)
         self.batch = self.upcoming
         for batch in self.batch:
             loss = self.forward(*batch).sum() / self.run.hp.train_batch_tokens
@@ -2091,22 +2059,20 @@ def report(event: str, losses: dict[str, float], step: int, elapsed: float, run:
 def train(
     trainer: Trainer, val: Validation, run: Run, step: int, elapsed: float
 ) -> tuple[int, float]:
-    """Train until ITERATIONS, the wallclock cap, or a signal; the last step, and the seconds."""
+    """Train until ITERATIONS, the wallclock cap, or `stop`; the last step, and the seconds."""
     hp = run.hp
     keeper = run.keeper
     start = run.clock(synchronize=True) - elapsed
     while True:
-        capped = 0 < hp.max_wallclock_seconds <= elapsed
-        last = capped or step >= hp.iterations or run.stop == FINISH
-        if last and run.stop == FAILED:
-            run.recover()  # no more data is needed
-        if last or run.stopped or (keeper and keeper.is_due(step)):
+        done = step >= hp.iterations or 0 < hp.max_wallclock_seconds <= elapsed
+        last = done or run.stop
+        if last or (keeper and keeper.is_due(step)):
             elapsed = run.clock(synchronize=True) - start
             trainer.look_back(0)
             if keeper:
-                keeper.save(trainer, step, elapsed, last)
+                keeper.save(trainer, step, elapsed, done)
             start = run.clock() - elapsed
-        if last or run.stopped:
+        if last:
             return step, elapsed
         if hp.val_loss_every and step % hp.val_loss_every == 0:
             elapsed = run.clock(synchronize=True) - start
@@ -2126,7 +2092,7 @@ def train(
 
 
 def export(params: Mapping[str, Tensor], run: Run) -> None:
-    """Write the artifact and the raw weights. Raises UserError or OSError."""
+    """Write the artifact and the raw weights, on rank 0. Raises UserError or OSError."""
     weights = {name: w.cpu().clone() for name, w in params.items()}  # no views of one buffer
     raw = io.BytesIO()  # torch.save would hide what the disk says
     torch.save(weights, raw)
@@ -2142,7 +2108,7 @@ def export(params: Mapping[str, Tensor], run: Run) -> None:
 
 
 def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
-    """Train, and write artifact and raw weights; if a signal asks for it, a checkpoint instead."""
+    """Train, and write artifact and raw weights. The keeper may exit after a checkpoint instead."""
     keeper = run.keeper
     if keeper:
         keeper.prepare(trainer)
@@ -2151,11 +2117,11 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
     step, elapsed = train(trainer, val, run, *start)
     if keeper:
         keeper.trained(trainer, step, elapsed)
-    require(run.stop != FAILED, run.problem)
-    if run.stopped:
-        return
     trainer.finish()
-    run.on_first(lambda: export(trainer.params, run))
+    if keeper:
+        keeper.on_first(lambda: export(trainer.params, run))
+    elif run.rank == 0:
+        export(trainer.params, run)
     _, losses = score(trainer.forward, val, run)
     report("val", losses, step, elapsed, run)
 
@@ -2189,31 +2155,31 @@ def score_artifact(path: Path, model: GPT, forward: Forward, val: Validation, ru
     require(code + size <= cap, f"{line}, over ARTIFACT_MAX_BYTES={cap}; all is saved")
 
 
-def main(arguments: list[str]) -> int:
-    """Train, export and score a model, or only score one; 0, or the exit code after a signal."""
+def main(arguments: list[str]) -> None:
+    """Train, export and score a model, or only score one."""
     require(arguments in ([], ["--help"], ["--settings"]), f"{arguments}: see --help")
     if arguments == ["--help"]:
         keeper = find_keeper()
         table = keeper.settings_table() if keeper else "keeper.py, beside it, has the table."
         print(__doc__, table, sep="\n", flush=True)
-        return 0
+        return
     hp = load_settings(os.environ, check_places=not arguments)
     if arguments == ["--settings"]:
         print(settings_dotenv(hp), flush=True)
-        return 0
+        return
     artifact = Path(hp.artifact)
     if hp.eval_only:
         hp, _ = load_artifact(artifact, hp)
     run = Run(hp)
     try:
-        return do_run(run, artifact)
+        do_run(run, artifact)
     finally:
         if run.keeper:
             run.keeper.close()
 
 
-def do_run(run: Run, artifact: Path) -> int:
-    """Do what a run's settings ask for; its exit code."""
+def do_run(run: Run, artifact: Path) -> None:
+    """Do what a run's settings ask for."""
     stream = None if run.hp.eval_only else TokenStream("train", run)
     val = Validation(run)
     if stream:  # an artifact tells what it was trained with
@@ -2229,11 +2195,8 @@ def do_run(run: Run, artifact: Path) -> int:
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     if stream:
         train_and_export(Trainer(model, forward, stream, run), val, run)
-        if run.stopped:
-            return 128 + run.stop
         artifact = run.dir / "final_model.artifact"
     score_artifact(artifact, model, forward, val, run)
-    return 0
 
 
 if __name__ == "__main__":
@@ -2244,5 +2207,5 @@ if __name__ == "__main__":
         sys.exit(f"{Path(__file__).name}: error: {problem}")
     if dist.is_initialized():
         dist.barrier()
-        os._exit(code)  # gloo's threads now and then abort a regular exit
+        os._exit(code or 0)  # gloo's threads now and then abort a regular exit
     sys.exit(code)
