@@ -854,6 +854,23 @@ class Keeper:
 
     # ---- priming
 
+    def prime(self, trainer: core.Trainer) -> None:
+        """Take the priming steps, and let all ranks take micro-batches that fit everywhere."""
+        run = self.run
+        step = 0
+        while step < run.hp.warmup_steps:
+            try:
+                trainer.step(step, 0.0, dry=True)
+                step += 1
+            except RuntimeError as error:
+                self.retry(trainer, step, error)
+        rows = torch.tensor(run.forward_rows)
+        if run.world_size > 1:  # validation, too, is divided by it
+            dist.all_reduce(rows, dist.ReduceOp.MIN)
+        if self.halved or rows < run.forward_rows:
+            run.log(f"out of memory: going on with {rows} sequences at a time")
+        run.forward_rows = int(rows)
+
     def retry(self, trainer: core.Trainer, step: int, error: RuntimeError) -> None:
         """Go on from a priming step that failed: without the compiler, or in smaller parts.
 
@@ -867,22 +884,11 @@ class Keeper:
             trainer.feed_from(step)
             return
         self.halved = True
-        inputs, *_ = trainer.batch[0]
-        self.run.forward_rows = len(inputs) // 2
+        self.run.forward_rows = len(trainer.batch[0][0]) // 2
         require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
         trainer.feed_from(step)
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
         free_memory(self.run.device)
-
-    def primed(self) -> None:
-        """Let all ranks take micro-batches of the size that fits everywhere."""
-        run = self.run
-        rows = torch.tensor(run.forward_rows)
-        if run.world_size > 1:  # validation, too, is divided by it
-            dist.all_reduce(rows, dist.ReduceOp.MIN)
-        if self.halved or rows < run.forward_rows:
-            run.log(f"out of memory: going on with {rows} sequences at a time")
-        run.forward_rows = int(rows)
 
     def resume(self, trainer: core.Trainer) -> tuple[int, float]:
         """Go on from rank 0's checkpoint, if it has one."""

@@ -2029,18 +2029,12 @@ class Trainer:
 
     def prime(self) -> None:
         """Take WARMUP_STEPS steps that compile every kernel and change nothing."""
-        step = 0
         with torch.random.fork_rng(devices=[]):
-            while step < self.run.hp.warmup_steps:
-                try:
+            if self.run.keeper:
+                self.run.keeper.prime(self)
+            else:
+                for step in range(self.run.hp.warmup_steps):
                     self.step(step, 0.0, dry=True)
-                    step += 1
-                except RuntimeError as error:
-                    if not self.run.keeper:
-                        raise
-                    self.run.keeper.retry(self, step, error)
-        if self.run.keeper:
-            self.run.keeper.primed()
         self.bad_in_a_row.zero_()
         self.late.clear()
         self.feed_from(0)
