@@ -244,6 +244,7 @@ class Compiled:
 # ===================================== CHECKPOINTS =====================================
 # SHA-256, then what torch.save makes of tensors and plain values: loading runs no code.
 GONE = {"ZERO_LEVEL"}  # settings that there were, and that changed no result
+PART_TOKENS = 2**22  # read at once, of a whole split
 
 
 def checkpoint_name(step: int) -> str:
@@ -427,6 +428,12 @@ def restore_optimizer(trainer: core.Trainer, p: Tensor, kept: dict[str, Any]) ->
             state[key] = value.to(p.device) if isinstance(value, Tensor) else value
 
 
+def parts(stream: core.TokenStream, count: int) -> Iterator[np.ndarray]:
+    """Read the first `count` tokens of a split, in parts that take little memory."""
+    for start in range(0, count, PART_TOKENS):
+        yield stream.read(start, min(PART_TOKENS, count - start))
+
+
 class Identity:
     """Find out what all the training data is, however it lies in shards, beside what follows.
 
@@ -443,7 +450,7 @@ class Identity:
         """Set the text, unless the data cannot be read: training will tell."""
         digest = hashlib.sha256()
         with contextlib.suppress(OSError, UserError):
-            for part in self.stream.parts(self.stream.total):
+            for part in parts(self.stream, self.stream.total):
                 digest.update(part)
             self.text = f"{self.stream.total} tokens, sha256 {digest.hexdigest()}"
 
@@ -647,6 +654,7 @@ ATTENTION_ERROR = 0.03  # at any position, of its norm; rounding to bf16 makes u
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # save, and stop
 FINISH = 10  # what SIGUSR1 asks for: train no further, and export
 FAILED = 1000  # over the numbers of all signals: a rank cannot go on
+SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
 PATIENCE = 5.0  # seconds after which a wait for other ranks is told
 
 
@@ -677,6 +685,12 @@ class Keeper:
         flush_console()
 
     # ---- before training
+
+    def scan(self, stream: core.TokenStream) -> None:
+        """Check the first ids of a split, once a node. Raises UserError at a wrong one."""
+        count = min(stream.total, SCAN_TOKENS) if self.run.local_rank == 0 else 1
+        for _ in parts(stream, count):
+            pass  # reading has checked them
 
     def begin(self) -> None:
         """Make the run's folder this process's own. Raises UserError if a live process has it."""

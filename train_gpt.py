@@ -934,8 +934,6 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16 tokens.
 SHARD_MAGIC = (20240520, 1)
 SHARD_HEADER_BYTES = 1024
-SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
-PART_TOKENS = 2**22  # read at once, of a whole split
 FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
 LOADED = 3  # batches ahead: a new shard takes a while to shuffle
 
@@ -975,9 +973,8 @@ class TokenStream:
         self.sizes = np.array([shard_size(path) for path in self.paths])
         self.ends = self.sizes.cumsum()
         self.total = int(self.ends[-1])
-        scan = min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1
-        for _ in self.parts(scan):
-            pass  # reading has checked the ids
+        if run.keeper:
+            run.keeper.scan(self)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Read tokens [start, start + count), uint16 (count,). Raises UserError at a wrong id."""
@@ -1027,11 +1024,6 @@ class TokenStream:
         where = f"{path}, token {place + piece.argmax()}"
         require(worst < self.ids, f"{where}: id {worst}, VOCAB_SIZE={self.ids}")
         return piece
-
-    def parts(self, count: int) -> Iterator[np.ndarray]:
-        """Read the first `count` tokens, in parts that take little memory."""
-        for start in range(0, count, PART_TOKENS):
-            yield self.read(start, min(PART_TOKENS, count - start))
 
 
 ROW = 8  # sequences in a row of isolated documents: its ends cut few

@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
+import keeper
 import train_gpt as tg
 
 
@@ -187,7 +188,7 @@ def test_largest_id_of_the_vocabulary_is_accepted(tmp_path):
 
 
 def test_foreign_id_beyond_the_scan_is_reported_when_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tg, "SCAN_TOKENS", 8)
+    monkeypatch.setattr(keeper, "SCAN_TOKENS", 8)
     write_shard(tmp_path / "fineweb_train_000000.bin", [0] * 20 + [4321] + [0] * 9)
     stream = tg.TokenStream("train", make_run(tmp_path))
     assert stream.read(0, 20).tolist() == [0] * 20
@@ -197,7 +198,7 @@ def test_foreign_id_beyond_the_scan_is_reported_when_read(tmp_path, monkeypatch)
 
 def test_foreign_id_stops_the_batches(tmp_path, monkeypatch):
     """The reader works ahead in a thread: its error must reach the training loop."""
-    monkeypatch.setattr(tg, "SCAN_TOKENS", 8)
+    monkeypatch.setattr(keeper, "SCAN_TOKENS", 8)
     write_shard(tmp_path / "fineweb_train_000000.bin", [0] * 60 + [4321] + [0] * 40)
     run = make_run(tmp_path)
     feed = tg.batches(tg.TokenStream("train", run), run)
