@@ -486,7 +486,7 @@ def words(tokenizer: core.Tokenizer, tokens: np.ndarray) -> Iterator[tuple[bool,
         if space[word].all():  # at the end of a text, decoding leaves them out
             continue
         before = tokens[begin - 1] if begin else None
-        unknown = before == tokenizer.unknown
+        unknown = before == tokenizer.sp.unk_id()
         if unknown and not space[word[0]]:
             continue
         begins_text = begin > 0 and tokenizer.silent[before] and not unknown
@@ -740,15 +740,20 @@ class Keeper:
 
     def explain_validation(self, val: core.Validation) -> None:
         """Tell for how much text unknown pieces stand. Raises UserError if documents are needed."""
+        hp = self.run.hp
         for warning in self.warnings:
             self.run.log(f"warning: {warning}")
-        hp = self.run.hp
-        if val.unknown:
-            self.run.log(unknown_note(Path(hp.data_path), val.unknown, val.lost))
+        is_unknown = val.tokens == val.tokenizer.sp.unk_id()
+        if count := int(is_unknown.sum()):
+            val.note += f" unknown_tokens:{count}"
+            sizes = val.sizes
+            lost = None if sizes is None else int(sizes[is_unknown].sum(dtype=np.int64))
+            self.run.log(unknown_note(Path(hp.data_path), count, lost))
+        parted = hp.score_streams or (val.tokens == val.bos).any()  # into documents or streams
         needed = hp.eval_doc_isolated or hp.smear_gate or hp.bigram_buckets
         what = "EVAL_DOC_ISOLATED, SMEAR_GATE and BIGRAM_BUCKETS need documents that begin with BOS"
         where = f"the tokenizer's is id {val.bos}, and the validation tokens have none"
-        require(val.parted or not needed, f"{hp.data_path}: {what}; {where}")
+        require(parted or not needed, f"{hp.data_path}: {what}; {where}")
 
     def check_attention(self, kernel: str) -> str:
         """Name a kernel that is in use for the log. Raises UserError if it is not, or is wrong."""

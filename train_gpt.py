@@ -1116,7 +1116,6 @@ class Tokenizer(ByteTable):
         require(len(self.sp) == hp.vocab_size, f"{path}: {len(self.sp)} pieces, not VOCAB_SIZE")
         super().__init__(self.sp)
         self.bos = self.sp.bos_id()
-        self.unknown = self.sp.unk_id()
         self.byte_level = (self.byte | self.silent).all()  # no piece is more than a byte
         # Decoding strips spaces from the start of a text, so a plain word goes there first.
         plain = [i for i, piece in enumerate(self.pieces) if piece.isalpha() and self.base[i]]
@@ -1167,7 +1166,7 @@ class Validation:
 
     def __init__(self, run: Run) -> None:
         hp = run.hp
-        tokenizer = Tokenizer(hp)
+        tokenizer = self.tokenizer = Tokenizer(hp)
         stream = TokenStream("val", run)
         limit = hp.val_tokens or stream.total
         ends = stream.ends.tolist() if hp.score_streams else [stream.total]
@@ -1176,33 +1175,24 @@ class Validation:
         self.paths = stream.paths
         self.starts = np.cumsum([0, *(count for _, count in spans)])
         self.tokens = np.concatenate([stream.read(*span) for span in spans])
-        unscored = self.starts[:-1]
-        sizes = np.append(0, tokenizer.lengths(self.tokens))
-        sizes[unscored] = 0
-        self.text_bytes = int(sizes.sum())
+        is_scored = np.ones(len(self.tokens), bool)
+        is_scored[self.starts[:-1]] = False
+        self.text_bytes = int(tokenizer.lengths(self.tokens)[is_scored[1:]].sum())
         if run.rank == 0:
             tokenizer.audit(self.tokens, prose=not hp.score_streams)
         self.note = f"val_tokens:{len(self.tokens)} val_bytes:{self.text_bytes} byte_audit:ok"
-        is_bos = self.tokens == self.bos
-        is_unknown = self.tokens == tokenizer.unknown
-        self.lost: int | None = None  # bytes of that text, if known
+        self.sizes: np.ndarray | None = None  # of the original text of each token, if known
         if shard_paths(hp, "val_bytes"):
             sidecar = TokenStream("val_bytes", run, ids=2**16)
             first = sidecar.paths[0]
             same = np.array_equal(sidecar.sizes, stream.sizes)
             require(same, f"{first}: the sidecars are not as long as their shards")
-            sizes = np.concatenate([sidecar.read(*span) for span in spans])
-            self.lost = int(sizes[is_unknown].sum(dtype=np.int64))
-            counts_bos = sizes[is_bos].any()
-            sizes[unscored] = 0
-            sound = sizes.any() and not counts_bos
+            self.sizes = np.concatenate([sidecar.read(*span) for span in spans])
+            self.text_bytes = int(self.sizes[is_scored].sum(dtype=np.int64))
+            counts_bos = self.sizes[self.tokens == self.bos].any()
+            sound = self.text_bytes and not counts_bos
             require(sound, f"{first}: counts bytes for BOS, or none at all")
-            self.text_bytes = int(sizes.sum(dtype=np.int64))
             self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
-        self.unknown = int(is_unknown.sum())  # pieces that stand for text that is lost
-        if self.unknown:
-            self.note += f" unknown_tokens:{self.unknown}"
-        self.parted = hp.score_streams or is_bos.any()  # into documents or streams
 
 
 def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
@@ -2175,9 +2165,9 @@ def do_run(run: Run, artifact: Path) -> None:
     forward = model
     if run.compile:
         forward = run.keeper.compiled(model) if run.keeper else compile_model(model)
-    run.log(val.note)
     if run.keeper:
         run.keeper.explain_validation(val)
+    run.log(val.note)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     if stream:
         train_and_export(Trainer(model, forward, stream, run), val, run)
