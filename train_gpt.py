@@ -1574,25 +1574,19 @@ def fit_artifact(state: Mapping[str, Tensor], run: Run) -> bytes:
     code = len(read_once(__file__))
     most = cap - code
     slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
-    low = 2.0
-    high = 12.0
-    x = min(max(math.log2(hp.quant_sigma), low), high)
+    x = math.log2(hp.quant_sigma)
     made: dict[float, bytes] = {}
-    while len(made) < 16 and x not in made:
-        made[x] = pack_artifact(state, dataclasses.replace(hp, quant_sigma=2**x))
-        size = len(made[x])
-        if size > most:
-            low = x
-        elif size >= 0.997 * most or x == low:
-            break
-        else:
-            high = x
-        x = min(max(x + (size - 0.9985 * most) / slope, low), high)
+    sizes: dict[float, int] = {}
+    while len(made) < 16:
+        x = min(max(x, 2.0), 12.0)
         if x in made:
-            x = (low + high) / 2
-    sizes = {x: len(data) for x, data in made.items()}
-    fitting = [x for x in sizes if sizes[x] <= most]
-    x = max(fitting, key=sizes.get) if fitting else min(sizes, key=sizes.get)
+            break
+        made[x] = pack_artifact(state, dataclasses.replace(hp, quant_sigma=2**x))
+        sizes[x] = len(made[x])
+        if 0.997 * most <= sizes[x] <= most:
+            break
+        x += (sizes[x] - 0.9985 * most) / slope
+    x = max(sizes, key=lambda x: sizes[x] if sizes[x] <= most else -sizes[x])
     fill = (code + len(made[x])) / cap
     further = "" if 0.997 <= fill <= 1 else " (it cannot do more)"
     run.log(f"fit_budget:sigma quant_sigma:{2**x:.4f} tries:{len(made)} fill:{fill:.4f}{further}")
