@@ -1077,50 +1077,37 @@ SPACE = "\u2581"  # SentencePiece's marker of a space
 ADVICE = "TOKENIZER_PATH must be the tokenizer of the shards, and have a piece for a single space"
 
 
-class ByteTable:
-    """The UTF-8 bytes of text that each token of a SentencePiece model stands for."""
-
-    def __init__(self, sp: SentencePieceProcessor) -> None:
-        size = len(sp)
-        self.pieces = [sp.id_to_piece(i) for i in range(size)]
-        self.base = np.zeros(size, np.int64)
-        self.byte = np.zeros(size, bool)
-        self.lead = np.zeros(size, bool)  # begins with a space
-        self.silent = np.zeros(size, bool)  # holds no text; a space behind it does not count
-        for i, piece in enumerate(self.pieces):
-            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
-                self.silent[i] = True
-            elif sp.is_byte(i):
-                self.byte[i] = True
-                self.base[i] = 1
-            else:
-                text = piece.removeprefix(SPACE).replace(SPACE, " ")
-                self.base[i] = len(text.encode())
-                self.lead[i] = piece.startswith(SPACE)
-
-    def lengths(self, tokens: np.ndarray) -> np.ndarray:
-        """Count the bytes of tokens[1:], each given the one before: (N,) to int64 (N - 1,)."""
-        spaces = self.lead[tokens[1:]] & ~self.silent[tokens[:-1]]
-        return self.base[tokens[1:]] + spaces
-
-
-class Tokenizer(ByteTable):
-    """A SentencePiece model of VOCAB_SIZE pieces, whose byte table can be audited."""
+class Tokenizer:
+    """A SentencePiece model, and the UTF-8 bytes of text that each of its pieces stands for."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         path = hp.tokenizer_path
         try:
-            self.sp = SentencePieceProcessor(model_proto=read_once(path))
+            self.sp = sp = SentencePieceProcessor(model_proto=read_once(path))
         except Exception as error:
             raise UserError(f"{path}: not a SentencePiece model: {error}") from None
-        require(len(self.sp) == hp.vocab_size, f"{path}: {len(self.sp)} pieces, not VOCAB_SIZE")
-        super().__init__(self.sp)
-        self.bos = self.sp.bos_id()
+        require(len(sp) == hp.vocab_size, f"{path}: {len(sp)} pieces, not VOCAB_SIZE")
+        self.bos = sp.bos_id()
+        ids = range(len(sp))
+        self.pieces = [sp.id_to_piece(i) for i in ids]
+        texts = [piece.removeprefix(SPACE).replace(SPACE, " ") for piece in self.pieces]
+        silent = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
+        self.silent = np.array(silent)  # holds no text; a space behind it does not count
+        self.byte = np.array([sp.is_byte(i) for i in ids])
+        sizes = np.array([len(text.encode()) for text in texts])
+        self.base = np.where(self.byte, 1, sizes) * ~self.silent
+        lead = np.array([piece.startswith(SPACE) for piece in self.pieces])
+        self.lead = lead & ~self.silent  # begins with a space
         self.byte_level = (self.byte | self.silent).all()  # no piece is more than a byte
         # Decoding strips spaces from the start of a text, so a plain word goes there first.
         plain = [i for i, piece in enumerate(self.pieces) if piece.isalpha() and self.base[i]]
         self.plain = plain[:1]
         self.plain_text = "".join(self.pieces[i] for i in self.plain)
+
+    def lengths(self, tokens: np.ndarray) -> np.ndarray:
+        """Count the bytes of tokens[1:], each given the one before: (N,) to int64 (N - 1,)."""
+        spaces = self.lead[tokens[1:]] & ~self.silent[tokens[:-1]]
+        return self.base[tokens[1:]] + spaces
 
     def audit(self, tokens: np.ndarray, prose: bool = True) -> None:
         """Compare `lengths` with the text of each document; the keeper encodes prose again."""

@@ -1,11 +1,13 @@
 """data/vocabulary.py and data/shards.py: tokens, their bytes, tokenizers, and the file format."""
 
+import functools
 import io
 import json
 import os
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,13 +133,21 @@ def test_lengths_of_any_tokens_follow_the_rule(models, ids):
     assert model.lengths(np.array(ids, np.uint16)).tolist() == bytes_by_the_rule(model.sp, ids)
 
 
+@functools.cache
+def script_tokenizer(model):
+    """train_gpt's tokenizer of the same model."""
+    path = Path("script.model").absolute()
+    path.write_bytes(model.sp.serialized_model_proto())
+    return train_gpt.Tokenizer(SimpleNamespace(tokenizer_path=path, vocab_size=model.size))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_lengths_are_those_that_the_script_counts_behind_a_bos(models, kind, data):
     model = models[kind]
     token = st.integers(0, model.size - 1) | st.integers(0, 3)
     ids = data.draw(st.lists(token, max_size=30))
-    counted = train_gpt.ByteTable(model.sp).lengths(np.array([model.bos, *ids]))
+    counted = script_tokenizer(model).lengths(np.array([model.bos, *ids]))
     assert model.lengths(np.array(ids, np.uint16)).tolist() == counted.tolist()
 
 
