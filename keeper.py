@@ -71,6 +71,26 @@ def launcher_problems(environ: Mapping[str, str]) -> list[str]:
     return [f"{text}; {advice}" for broken, text in rules if broken][:1]
 
 
+def value_rules(hp: core.Hyperparameters, context: int) -> list[tuple[Any, str]]:
+    """List rules between settings whose breach fails late, or does not what was asked for."""
+    batch = hp.train_batch_tokens
+    micro = hp.micro_batch_tokens
+    rotated = hp.rope_dims or hp.model_dim // hp.num_heads
+    least = context * core.launched("WORLD_SIZE", 1)
+    unfit = hp.fit_budget == "sigma" and hp.quant_clip != "sigma"
+    return [
+        (hp.rope_scaling == "ntk" and rotated == 2, "{ROPE_SCALING}: ntk needs over 2 channels"),
+        (hp.mlp_mult * hp.model_dim < 1, "{MLP_MULT}: under one channel at {MODEL_DIM}"),
+        (hp.xsa_last_n > hp.num_layers, "{XSA_LAST_N}: over {NUM_LAYERS}"),
+        (micro % hp.train_seq_len, "{MICRO_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
+        (micro and batch % micro, "{TRAIN_BATCH_TOKENS}: not divisible by {MICRO_BATCH_TOKENS}"),
+        (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {CONTEXT} a rank"),
+        (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
+        (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
+        (unfit, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
+    ]
+
+
 def device_problems(hp: core.Hyperparameters) -> list[str]:
     """Say what is wrong with the device that the settings ask for."""
     if not getattr(torch, hp.device, torch.cpu).is_available():

@@ -239,34 +239,23 @@ def read_dotenv(path: str) -> dict[str, str]:
 
 def value_problems(hp: Hyperparameters) -> list[str]:
     """Say what is wrong between settings that are each valid."""
-    batch = hp.train_batch_tokens
-    micro = hp.micro_batch_tokens
     context = hp.eval_seq_len or hp.train_seq_len
-    least = context * launched("WORLD_SIZE", 1)
     uneven = hp.model_dim % hp.num_heads
     head_dim = hp.model_dim // hp.num_heads
-    rotated = hp.rope_dims or head_dim
     odd_rope = hp.rope_dims % 2 or hp.rope_dims > head_dim
-    unfit = hp.fit_budget == "sigma" and hp.quant_clip != "sigma"
+    uneven_batch = hp.train_batch_tokens % hp.train_seq_len
     width = f"heads of {head_dim} channels; rotary positions need an even number"
     rules = [
         (uneven, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
         (head_dim % 2 and not uneven, f"{{MODEL_DIM}}: over {{NUM_HEADS}} makes {width}"),
         (odd_rope, f"{{ROPE_DIMS}}: must be even, and at most a head's {head_dim} channels"),
-        (hp.rope_scaling == "ntk" and rotated == 2, "{ROPE_SCALING}: ntk needs over 2 channels"),
-        (hp.mlp_mult * hp.model_dim < 1, "{MLP_MULT}: under one channel at {MODEL_DIM}"),
         (hp.bigram_buckets == 1, "{BIGRAM_BUCKETS}: use 0, or 2 and more"),
-        (hp.xsa_last_n > hp.num_layers, "{XSA_LAST_N}: over {NUM_LAYERS}"),
         (hp.eval_stride > context, "{EVAL_STRIDE}: over {CONTEXT}"),
         (hp.num_heads % hp.num_kv_heads, "{NUM_HEADS}: not divisible by {NUM_KV_HEADS}"),
-        (batch % hp.train_seq_len, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
-        (micro % hp.train_seq_len, "{MICRO_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
-        (micro and batch % micro, "{TRAIN_BATCH_TOKENS}: not divisible by {MICRO_BATCH_TOKENS}"),
-        (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {CONTEXT} a rank"),
-        (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
-        (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
-        (unfit, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
+        (uneven_batch, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
     ]
+    if keeper := find_keeper():
+        rules += keeper.value_rules(hp, context)
     shown = {name: f"{name}={text}" for name, text in setting_texts(hp).items()}
     shown["CONTEXT"] = shown["EVAL_SEQ_LEN" if hp.eval_seq_len else "TRAIN_SEQ_LEN"]
     return [text.format_map(shown) for broken, text in rules if broken]
@@ -1660,8 +1649,9 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
-        if self.world_size > 1:
-            self.meet()
+        if self.world_size > 1:  # gloo for what is on the CPU
+            meet = self.keeper.meet if self.keeper else dist.init_process_group
+            meet("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         if self.rank == 0:
             self.open_logs(attention)
 
@@ -1682,14 +1672,6 @@ class Run:
         line += f"attention:{attention}"
         settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
         self.log(line, "start", versions=line, settings=settings)
-
-    def meet(self) -> None:
-        """Form a group with the other ranks: gloo for what is on the CPU, NCCL on CUDA."""
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        if self.keeper:
-            self.keeper.meet(backend)
-        else:
-            dist.init_process_group(backend)
 
     def log(self, line: str, event: str = "", **fields: Any) -> None:
         """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
