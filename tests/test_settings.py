@@ -576,8 +576,8 @@ def test_an_artifact_alone_scores_as_the_run_that_made_it(group, dataset, tmp_pa
 
 def test_a_setting_of_the_model_is_carried_wherever_it_is_declared(dataset, tmp_path, monkeypatch):
     source = SCRIPT.read_text(encoding="utf-8")
-    last = re.findall(r"^    \w+: .* = setting\(.*\)$", source, re.M)[-1]
-    line = '    brand_new: int = setting(0, "[0, 9]", "declared last", MODEL)'
+    last = re.findall(r"^    \w+: .* = \w+_setting\(.*\)$", source, re.M)[-1]
+    line = '    brand_new: int = model_setting(0, "[0, 9]", "declared last")'
     path = tmp_path / "changed.py"
     path.write_text(source.replace(last, f"{last}\n{line}"), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("changed", path)
