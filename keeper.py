@@ -75,13 +75,22 @@ def value_rules(hp: core.Hyperparameters, context: int) -> list[tuple[Any, str]]
     """List rules between settings whose breach fails late, or does not what was asked for."""
     batch = hp.train_batch_tokens
     micro = hp.micro_batch_tokens
-    rotated = hp.rope_dims or hp.model_dim // hp.num_heads
+    uneven = hp.model_dim % hp.num_heads
+    head_dim = hp.model_dim // hp.num_heads
+    rotated = hp.rope_dims or head_dim
+    odd_rope = hp.rope_dims % 2 or hp.rope_dims > head_dim
+    width = f"heads of {head_dim} channels; rotary positions need an even number"
     least = context * core.launched("WORLD_SIZE", 1)
     unfit = hp.fit_budget == "sigma" and hp.quant_clip != "sigma"
     return [
+        (uneven, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
+        (head_dim % 2 and not uneven, f"{{MODEL_DIM}}: over {{NUM_HEADS}} makes {width}"),
+        (odd_rope, f"{{ROPE_DIMS}}: must be even, and at most a head's {head_dim} channels"),
         (hp.rope_scaling == "ntk" and rotated == 2, "{ROPE_SCALING}: ntk needs over 2 channels"),
         (hp.mlp_mult * hp.model_dim < 1, "{MLP_MULT}: under one channel at {MODEL_DIM}"),
+        (hp.bigram_buckets == 1, "{BIGRAM_BUCKETS}: use 0, or 2 and more"),
         (hp.xsa_last_n > hp.num_layers, "{XSA_LAST_N}: over {NUM_LAYERS}"),
+        (hp.num_heads % hp.num_kv_heads, "{NUM_HEADS}: not divisible by {NUM_KV_HEADS}"),
         (micro % hp.train_seq_len, "{MICRO_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
         (micro and batch % micro, "{TRAIN_BATCH_TOKENS}: not divisible by {MICRO_BATCH_TOKENS}"),
         (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {CONTEXT} a rank"),
@@ -542,6 +551,55 @@ def audit_words(tokenizer: core.Tokenizer, tokens: np.ndarray) -> None:
 # ===================================== SAYING WHY =====================================
 
 
+# CaseOps text marks capitals (parameter-golf, 2026-04-18): a mark and what it acts on, or, alone,
+# what no text can become.
+CASE_OPS = "[\ue001\ue003][a-z]|\ue002[a-z]+|\ue004[\ue001-\ue004]|[\ue001-\ue004A-Z]"
+# Normalization joins letters with accents, and makes capitals of symbols.
+NORMAL_CASE_OPS = CASE_OPS.replace("[a-z]", r"[^\W\d_]").replace("A-Z", "")
+NORMALIZED = "  \ufb01\xa0 "  # each normalization changes one of these
+MOST_NORMALIZED = 0.01  # of the bytes: FineWeb has 0.0001, text with many blank lines 0.006
+
+
+def invert_case(text: str, pattern: str) -> str:
+    """Restore the text before CaseOps. Raises UserError if there is none."""
+
+    def act(found: re.Match) -> str:
+        what = f"{found[0]!r} at character {found.start()} is not of CaseOps text"
+        require(len(found[0]) > 1, f"byte audit: {what}: {text[:40]!r}")
+        return found[0][1:].upper()
+
+    return re.sub(pattern, act, text)
+
+
+def audit_sidecar(val: core.Validation, is_cut: bool) -> str:
+    """Compare a sidecar with each document's text before CaseOps; say how far it is off.
+
+    It must agree to the byte, unless the tokenizer normalizes text. Raises UserError.
+    """
+    tokenizer = val.tokenizer
+    exact = tokenizer.sp.normalize(NORMALIZED) == NORMALIZED.replace(" ", core.SPACE)
+    pattern = CASE_OPS if exact else NORMAL_CASE_OPS
+    starts = 1 + np.flatnonzero(val.tokens[1:] == val.bos)
+    documents = np.split(val.tokens, starts)
+    counts = [int(part.sum(dtype=np.int64)) for part in np.split(val.sizes, starts)]
+    apart = 0
+    for number, (ids, count) in enumerate(zip(documents, counts, strict=True)):
+        text = tokenizer.sp.decode(tokenizer.plain + ids.tolist())
+        text = text.removeprefix(tokenizer.plain_text)
+        ends_early = is_cut and number == len(starts)
+        if ends_early:
+            text = text.rstrip(core.CASE_MARKS)
+        size = len(invert_case(text, pattern).encode())
+        apart += abs(count - size)
+        same = abs(count - size) <= 9 * ends_early  # if cut inside a character
+        what = f"document {number}: {count} bytes by the sidecar, {size} by its text"
+        require(same or not exact, f"byte audit: {what}")
+    total = sum(counts)
+    what = f"sidecars and text differ by {apart} bytes, more than normalization explains"
+    require(apart <= MOST_NORMALIZED * total + 1000, f"byte audit: {what}")
+    return f" sidecar_apart:{apart / max(1, total):.6f}"
+
+
 def forecast(params: Mapping[str, Tensor], run: core.Run) -> None:
     """Log the artifact's size for the initial weights, with Gaussian ones where they are zero."""
     noise = torch.Generator().manual_seed(0)
@@ -689,6 +747,8 @@ class Keeper:
         self.saved = -1  # the step of the newest checkpoint
         self.end: Path | None = None  # a checkpoint for as long as there is no score
         self.lock: IO[str] | None = None  # of the run's folder
+        self.text: IO[str] | None = None  # the text log, once the run has started
+        self.metrics: IO[str] | None = None
         self.room: Path | None = None  # on the disk, for what is exported
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
@@ -703,6 +763,33 @@ class Keeper:
         with contextlib.suppress(OSError):
             print(line)
         flush_console()
+
+    def open_logs(self) -> None:
+        """Open the logs, and begin them with what a rerun needs: sources, settings, versions."""
+        run = self.run
+        options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}  # of any bytes
+        self.text = open(f"{run.dir}.txt", "a", **options)  # noqa: SIM115
+        self.metrics = open(run.dir / "metrics.jsonl", "a", **options)  # noqa: SIM115
+        code = core.read_once(core.__file__).decode()
+        parts = [code, self.source, core.settings_dotenv(run.hp)]
+        print(f"\n{'=' * 100}\n".join(parts), file=self.text)
+        device = run.device.type
+        if device == "cuda":
+            device = torch.cuda.get_device_name()
+        line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
+        line += f"dtype:{run.dtype} compile:{run.compile:d} world_size:{run.world_size} "
+        line += f"attention:{run.attention}"
+        settings = {name.lower(): getattr(run.hp, name.lower()) for name in core.FIELDS}
+        run.log(line, "start", versions=line, settings=settings)
+
+    def log(self, line: str, event: str, fields: dict[str, Any]) -> None:
+        """Write a line to console and text log, and an event to metrics.jsonl."""
+        self.say(line)
+        with contextlib.suppress(OSError):  # a full disk
+            if self.text:
+                print(line, file=self.text)
+            if self.metrics and event:
+                print(json.dumps({"event": event, **fields}), file=self.metrics)
 
     # ---- before training
 
@@ -770,10 +857,15 @@ class Keeper:
             lost = None if sizes is None else int(sizes[is_unknown].sum(dtype=np.int64))
             self.run.log(unknown_note(Path(hp.data_path), count, lost))
         parted = hp.score_streams or (val.tokens == val.bos).any()  # into documents or streams
-        needed = hp.eval_doc_isolated or hp.smear_gate or hp.bigram_buckets
-        what = "EVAL_DOC_ISOLATED, SMEAR_GATE and BIGRAM_BUCKETS need documents that begin with BOS"
+        isolated = hp.eval_doc_isolated or (hp.train_doc_isolated and not hp.eval_only)
+        needed = isolated or hp.smear_gate or hp.bigram_buckets
+        what = "*_DOC_ISOLATED, SMEAR_GATE and BIGRAM_BUCKETS need documents that begin with BOS"
         where = f"the tokenizer's is id {val.bos}, and the validation tokens have none"
         require(parted or not needed, f"{hp.data_path}: {what}; {where}")
+
+    def audit_case_ops(self, val: core.Validation, total: int) -> str:
+        """Check the sidecar of CaseOps data of `total` tokens; a note. Raises UserError."""
+        return audit_sidecar(val, is_cut=len(val.tokens) < total)
 
     def check_attention(self, kernel: str) -> str:
         """Name a kernel that is in use for the log. Raises UserError if it is not, or is wrong."""

@@ -1,8 +1,7 @@
 """Birdie: train, export and validate a language model that fits in 16,000,000 bytes.
 
-The parameter-golf game: the lowest bits per byte (BPB) on FineWeb validation text, with the code
-plus the compressed weights in 16 MB and ten minutes of training on 8xH100. This one file is the
-whole submission; it runs on CUDA, Apple MPS and plain CPUs, on one process or many.
+The parameter-golf game: the lowest bits per byte (BPB) on FineWeb validation text, with code and
+weights in 16 MB, after ten minutes on 8xH100. It runs on CUDA, MPS and CPUs, in many processes.
 
     python train_gpt.py                                   one device, the baseline configuration
     torchrun --nproc_per_node=8 train_gpt.py              eight GPUs
@@ -16,12 +15,9 @@ Shapes: B batch, T time, D model dim, H heads, K kv heads, Dh head dim, V vocabu
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import difflib
 import fnmatch
-import functools
-import hashlib
 import importlib.util
 import inspect
 import io
@@ -39,6 +35,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache, partial
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple
@@ -47,6 +48,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy import ndarray
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -73,17 +75,16 @@ def setting(role: str, default: Any, valid: str, doc: str) -> Any:
         low, high = map(float, valid[1:-1].split(","))
         about["least"] = math.nextafter(low, math.inf) if valid.startswith("(") else low
         about["most"] = math.nextafter(high, -math.inf) if valid.endswith(")") else high
-    return dataclasses.field(default=default, metadata=about)
+    return field(default=default, metadata=about)
 
 
-# Their roles are what they change: the model or its score (the artifact carries them); what
-# training gives; speed, logs or safety alone (they may differ when a run is resumed).
-model_setting = functools.partial(setting, "model")
-result_setting = functools.partial(setting, "result")
-run_setting = functools.partial(setting, "run")
+# Roles: the model or its score (in the artifact); what training gives; speed, logs, safety alone.
+model_setting = partial(setting, "model")
+result_setting = partial(setting, "result")
+run_setting = partial(setting, "run")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Hyperparameters:
     """The resolved settings of one run. A field's environment variable is its name in capitals."""
 
@@ -134,7 +135,7 @@ class Hyperparameters:
     tie_embeddings: int = model_setting(1, "0, 1", "the output head is the token embedding")
     rope_base: float = model_setting(10000.0, "(0, inf)", "base of the rotary frequencies")
     rope_dims: int = model_setting(0, "[0, 65536]", "rotated channels of each head; 0: all")
-    rope_scaling: str = model_setting("none", "none, linear, ntk, yarn", "past the trained length")
+    rope_scaling: str = model_setting("none", "none, ntk", "past the trained length")
     eval_seq_len: int = model_setting(0, "[0, 1048576]", "context in validation; 0: TRAIN_SEQ_LEN")
     eval_stride: int = model_setting(0, "[0, inf)", "tokens that a window moves; 0: no overlap")
     eval_doc_isolated: int = model_setting(0, "0, 1", "validate without attention over documents")
@@ -171,14 +172,13 @@ class Hyperparameters:
     adam_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, gains, scales and head")
     embed_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, embeddings")
     grad_clip_norm: float = result_setting(0.0, "[0, inf)", "cap on the gradient norm; 0: off")
-    # No settings: the names of those that were given, and the id that begins a document.
-    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
-    bos: int = dataclasses.field(default=1, compare=False)
+    given: frozenset[str] = field(default=frozenset(), compare=False)  # names, no setting
+    bos: int = field(default=1, compare=False)  # the id that begins a document, no setting
 
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters) if "role" in f.metadata}
-MODEL_SETTINGS = [name for name, field in FIELDS.items() if field.metadata["role"] == "model"]
-RUN_SETTINGS = [name for name, field in FIELDS.items() if field.metadata["role"] == "run"]
+MODEL_SETTINGS = [name for name, f in FIELDS.items() if f.metadata["role"] == "model"]
+RUN_SETTINGS = [name for name, f in FIELDS.items() if f.metadata["role"] == "run"]
 
 
 def typo_of(name: str) -> str:
@@ -204,7 +204,7 @@ def parse_setting(name: str, text: str) -> Any:
         if text not in about["choices"]:
             raise ValueError(f"expected one of {about['valid']}")
         return int(text) if whole else text
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         number = int(text) if whole else float(text)
         if about["least"] <= number <= about["most"]:
             return number
@@ -225,7 +225,6 @@ def settings_dotenv(hp: Hyperparameters) -> str:
 def read_dotenv(path: str) -> dict[str, str]:
     """Read NAME=VALUE words in the quoting of a shell, with # comments. Raises UserError."""
     try:
-        # Editors on Windows put a byte-order mark first; a path may be of any bytes.
         content = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
         if "\0" in content:
             raise ValueError("it has NUL characters; save it as UTF-8")
@@ -240,20 +239,11 @@ def read_dotenv(path: str) -> dict[str, str]:
 
 
 def value_problems(hp: Hyperparameters) -> list[str]:
-    """Say what is wrong between settings that are each valid."""
+    """Say what is wrong between settings that are each valid; the keeper has more to say."""
     context = hp.eval_seq_len or hp.train_seq_len
-    uneven = hp.model_dim % hp.num_heads
-    head_dim = hp.model_dim // hp.num_heads
-    odd_rope = hp.rope_dims % 2 or hp.rope_dims > head_dim
     uneven_batch = hp.train_batch_tokens % hp.train_seq_len
-    width = f"heads of {head_dim} channels; rotary positions need an even number"
     rules = [
-        (uneven, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
-        (head_dim % 2 and not uneven, f"{{MODEL_DIM}}: over {{NUM_HEADS}} makes {width}"),
-        (odd_rope, f"{{ROPE_DIMS}}: must be even, and at most a head's {head_dim} channels"),
-        (hp.bigram_buckets == 1, "{BIGRAM_BUCKETS}: use 0, or 2 and more"),
         (hp.eval_stride > context, "{EVAL_STRIDE}: over {CONTEXT}"),
-        (hp.num_heads % hp.num_kv_heads, "{NUM_HEADS}: not divisible by {NUM_KV_HEADS}"),
         (uneven_batch, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
     ]
     if keeper := find_keeper():
@@ -285,26 +275,18 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
 
 
 # ===================================== MODEL =====================================
-# One forward pass serves training and scoring. Its own gradients move fewer bytes than autograd's.
 
 
 def rotary_table(hp: Hyperparameters, length: int, rows: int = 1) -> Tensor:
     """Tabulate cos and ±sin of t·f for positions t and frequencies f: double (2, T, r).
 
-    f_i = base^(-2i/r) (arXiv 2104.09864). T is `rows` contexts. Where one is s times as long as in
-    training, linear divides f by s, ntk takes base·s^(r/(r-2)), yarn divides slow f (2309.00071).
+    f_i = base^(-2i/r) (arXiv 2104.09864); NTK: base·s^(r/(r-2)), s contexts over trained length.
     """
     r = hp.rope_dims or hp.model_dim // hp.num_heads
-    s = max(1.0, length / hp.train_seq_len)
     base = hp.rope_base
     if hp.rope_scaling == "ntk":
-        base *= s ** (r / (r - 2))
-    part = torch.arange(r // 2).double() / (r // 2)
-    f = base**-part
-    if hp.rope_scaling == "linear":
-        f /= s
-    elif hp.rope_scaling == "yarn":
-        f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
+        base *= max(1.0, length / hp.train_seq_len) ** (r / (r - 2))
+    f = base ** -(torch.arange(r // 2).double() / (r // 2))
     angles = torch.outer(torch.arange(rows * length).double(), f)
     cos = angles.cos().repeat(1, 2)
     sin = torch.cat((angles.sin(), -angles.sin()), dim=1)
@@ -384,7 +366,13 @@ class CappedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, c: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        c: float,
+    ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         capped = torch.tanh(F.linear(x, weight).to(wide) / c)
         logits = c * capped
@@ -448,7 +436,7 @@ def together(x: Tensor, *parts: Matrix) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
-def send(array: np.ndarray, device: torch.device) -> Tensor:
+def send(array: ndarray, device: torch.device) -> Tensor:
     """Copy an array to a device, without waiting for what it does."""
     x = torch.from_numpy(array)
     x = x.pin_memory() if device.type == "cuda" else x
@@ -463,9 +451,11 @@ class Documents(NamedTuple):
 
 
 Cuts = Documents | None  # None: each row is one piece
+PACKED = {}  # kernels for pieces, by the type of device
+VARLEN = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def cut(begins: np.ndarray, longest: int, device: torch.device) -> Documents:
+def cut(begins: ndarray, longest: int, device: torch.device) -> Documents:
     """Cut a batch where rows and, by `begins`, bool (B, T), documents begin, and at `longest`."""
     begins[:, 0] = True
     at = np.arange(begins.size)
@@ -475,56 +465,24 @@ def cut(begins: np.ndarray, longest: int, device: torch.device) -> Documents:
     return Documents(send(offsets, device), longest)
 
 
-def by_piece(kernel: Callable[..., Any], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Call a causal kernel for each piece of tensors (1, H, N, ...); offsets are the last input."""
-    *tensors, offsets = inputs
+def attend_by_piece(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+    """Attend within each piece of N tokens, from q (1, H, N, Dh) to k and v: like q."""
     sizes = offsets.diff().tolist()
-    pieces = zip(*(x.split(sizes, dim=2) for x in tensors), strict=True)
-    results = zip(*(kernel(*piece, 0.0, True) for piece in pieces), strict=True)
-    joined = [torch.cat([y.transpose(1, 2) for y in parts], dim=1) for parts in results]
-    return tuple(y.transpose(1, 2) for y in joined)
-
-
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-CPU_KERNEL = {  # ATTENTION=amx puts others in their place
-    "forward": functools.partial(by_piece, FLASH),
-    "backward": functools.partial(by_piece, FLASH_BACKWARD),
-}
-VARLEN = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-def operator(name: str, schema: str, like: Callable[..., Any]) -> Any:
-    """Make a CPU_KERNEL one operator to the compiler, with results of the shapes of `like`."""
-    made = torch.library.custom_op(
-        f"birdie::{name}", lambda *x: CPU_KERNEL[name](*x), mutates_args=(), schema=schema
-    )
-    made.register_fake(lambda *x: like(*x[:-1], 0.0, True))
-    return made
-
-
-QKV = "Tensor q, Tensor k, Tensor v"
-packed = operator("forward", f"({QKV}, Tensor offsets) -> (Tensor, Tensor)", FLASH)
-schema = f"(Tensor dy, {QKV}, Tensor y, Tensor lse, Tensor offsets) -> (Tensor, Tensor, Tensor)"
-packed_backward = operator("backward", schema, FLASH_BACKWARD)
-packed.register_autograd(
-    lambda ctx, dy, _: (*packed_backward(dy, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(
-        *inputs[:3], *output, inputs[3]
-    ),
-)
+    pieces = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(*piece) for piece in pieces], dim=2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Cuts = None) -> Tensor:
     """Attend causally from q (B, H, S, Dh), at the last S of T positions, to k and v: like q."""
+    sdpa = F.scaled_dot_product_attention
+    gqa = q.size(1) != k.size(1)
+    S = q.size(2)
     T = k.size(2)
-    before = T - q.size(2)
-    sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=q.size(1) != k.size(1))
-    if documents is None and not before:
-        return sdpa(q, k, v, is_causal=True)
+    if documents is None and S == T:
+        return sdpa(q, k, v, is_causal=True, enable_gqa=gqa)
     if documents is None:
-        mask = q.new_ones(q.size(2), T, dtype=torch.bool).tril(before)
-        return sdpa(q, k, v, attn_mask=mask)
+        mask = q.new_ones(S, T, dtype=torch.bool).tril(T - S)
+        return sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa)
     offsets, longest = documents
     qkv = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     if q.is_cuda and q.dtype == torch.bfloat16:
@@ -532,9 +490,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Cuts = None) -> Tensor:
         y = varlen_attn(*qkv, *limits, window_size=(-1, 0), **VARLEN)
     else:
         heads = [x.transpose(0, 1)[None] for x in qkv]
-        plain = functools.partial(by_piece, lambda *x: [sdpa(*x[:3], is_causal=True)])
-        y, *_ = (packed if q.is_cpu else plain)(*heads, offsets)
-        y = y[0].transpose(0, 1)
+        kernel = PACKED.get(q.device.type, attend_by_piece)
+        y = kernel(*heads, offsets)[0].transpose(0, 1)
     return y.unflatten(0, (-1, T)).transpose(1, 2)
 
 
@@ -605,7 +562,14 @@ class Block(nn.Module):
         self.mlp_scale = parameter(dim)
         self.resid_mix = parameter(2, dim)
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, last: int, documents: Cuts) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        rotary: Tensor,
+        last: int,
+        documents: Cuts,
+    ) -> Tensor:
         """Map the residual stream x (B, T, D) to its `last` positions; x0 is what it started as."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
@@ -663,10 +627,10 @@ def parameter_table(hp: Hyperparameters) -> list[Row]:
     writes = 0.0  # what writes to the residual stream starts silent
     if hp.tie_embeddings:
         embed = ("adam", hp.tied_embed_lr, hp.embed_wd)
-        token = functools.partial(nn.init.normal_, std=hp.tied_embed_init_std)
+        token = partial(nn.init.normal_, std=hp.tied_embed_init_std)
     if hp.ortho_init:
         reads = nn.init.orthogonal_
-        writes = functools.partial(nn.init.orthogonal_, gain=(2 * hp.num_layers) ** -0.5)
+        writes = partial(nn.init.orthogonal_, gain=(2 * hp.num_layers) ** -0.5)
     return [
         Row("tok_emb.weight", *embed, token, hp.quant_bits_embed),
         Row("lm_head.weight", *head, 0.0, hp.quant_bits_embed),
@@ -749,10 +713,7 @@ class GPT(nn.Module):
         return x
 
     def trunk(self, x: Tensor, visits: list[int], last: int, documents: Cuts = None) -> Tensor:
-        """Take x (B, T, D) through the visited blocks, and on from there its `last` positions.
-
-        The skips of the first half go to the second half, last first.
-        """
+        """Take x (B, T, D) through blocks to its `last` positions; skips go to the second half."""
         T = x.size(1)
         longest = documents.longest if documents else T
         rotary = self.short if longest <= self.trained else self.long
@@ -791,9 +752,8 @@ class GPT(nn.Module):
 
 
 # ===================================== OPTIMIZERS =====================================
-# An optimizer keeps its state in `optimizer.state`, where checkpoints find it; it may make it as
-# late as in its first step. If `found_inf`, a number on the device, is not 0, gradients are 0, and
-# its step changes nothing. It takes the learning rate from its groups at each step.
+# An optimizer keeps its state in `optimizer.state`, which it may make late, and its step changes
+# nothing if `found_inf`, a number on the device, is not 0: all gradients are 0 then.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -944,17 +904,14 @@ def shard_size(path: Path) -> int:
     return count
 
 
-@functools.lru_cache(2)
-def random_order(count: int, *seed: int) -> np.ndarray:
+@lru_cache(2)
+def random_order(count: int, *seed: int) -> ndarray:
     """Draw an order of `count` things. No version of NumPy changes what this generator draws."""
     return np.random.RandomState(seed).permutation(count)
 
 
 class TokenStream:
-    """The shards of a split as one endless sequence that starts over after its last token.
-
-    With DATA_SHUFFLE the shards, and the documents of each, come in another order each time.
-    """
+    """The shards of a split in an endless sequence; DATA_SHUFFLE orders it anew each time."""
 
     def __init__(self, split: str, run: Run, ids: int = 0) -> None:
         self.run = run
@@ -967,7 +924,7 @@ class TokenStream:
         if run.keeper:
             run.keeper.scan(self)
 
-    def read(self, start: int, count: int) -> np.ndarray:
+    def read(self, start: int, count: int) -> ndarray:
         """Read tokens [start, start + count), uint16 (count,). Raises UserError at a wrong id."""
         pieces = []
         while count:
@@ -996,8 +953,8 @@ class TokenStream:
             place = int(stops[index]) - left
         return shard, place, left
 
-    @functools.lru_cache(2)  # noqa: B019
-    def shuffled(self, shard: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    @lru_cache(2)  # noqa: B019
+    def shuffled(self, shard: int, epoch: int) -> tuple[ndarray, ndarray]:
         """Shuffle the documents of a shard: where each one ends there, and in the new order."""
         tokens = self.read_in_shard(shard, 0, int(self.sizes[shard]))
         starts = 1 + np.flatnonzero(tokens[1:] == self.run.hp.bos)
@@ -1006,7 +963,7 @@ class TokenStream:
         sizes = np.diff(stops, prepend=0)
         return stops[order], sizes[order].cumsum()
 
-    def read_in_shard(self, shard: int, place: int, count: int) -> np.ndarray:
+    def read_in_shard(self, shard: int, place: int, count: int) -> ndarray:
         """Read `count` tokens of a shard, and check them."""
         path = self.paths[shard]
         piece = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * place)
@@ -1027,7 +984,11 @@ def row_length(hp: Hyperparameters) -> int:
     return T * math.gcd(hp.train_batch_tokens // T, ROW) if hp.train_doc_isolated else T
 
 
-def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Batch]]:
+def batches(
+    stream: TokenStream,
+    run: Run,
+    first: int = 0,
+) -> Iterator[list[Batch]]:
     """Yield the micro-batches of each step from `first` on, loaded ahead."""
     hp = run.hp
     step_tokens = hp.train_batch_tokens
@@ -1062,9 +1023,9 @@ def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Batc
 
 
 # ===================================== EVALUATION =====================================
-# BPB = (sum of NLL / ln 2) / (bytes of the text that the scored tokens decode to). A wrong byte
-# count wins leaderboards unnoticed, so the counts are audited against decoded text first.
+# A wrong count of bytes wins leaderboards unnoticed, so it is audited against decoded text first.
 SPACE = "\u2581"  # SentencePiece's marker of a space
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # pieces of a tokenizer of CaseOps text
 ADVICE = "TOKENIZER_PATH must be the tokenizer of the shards, and have a piece for a single space"
 
 
@@ -1090,17 +1051,18 @@ class Tokenizer:
         lead = np.array([piece.startswith(SPACE) for piece in self.pieces])
         self.lead = lead & ~self.silent  # begins with a space
         self.byte_level = (self.byte | self.silent).all()  # no piece is more than a byte
+        self.case_ops = {*CASE_MARKS} <= {*self.pieces}
         # Decoding strips spaces from the start of a text, so a plain word goes there first.
         plain = [i for i, piece in enumerate(self.pieces) if piece.isalpha() and self.base[i]]
         self.plain = plain[:1]
         self.plain_text = "".join(self.pieces[i] for i in self.plain)
 
-    def lengths(self, tokens: np.ndarray) -> np.ndarray:
+    def lengths(self, tokens: ndarray) -> ndarray:
         """Count the bytes of tokens[1:], each given the one before: (N,) to int64 (N - 1,)."""
         spaces = self.lead[tokens[1:]] & ~self.silent[tokens[:-1]]
         return self.base[tokens[1:]] + spaces
 
-    def audit(self, tokens: np.ndarray, prose: bool = True) -> None:
+    def audit(self, tokens: ndarray, prose: bool = True) -> None:
         """Compare `lengths` with the text of each document; the keeper encodes prose again."""
         require(self.plain or self.byte_level, f"byte audit: no piece is a plain word; {ADVICE}")
         starts = 1 + np.flatnonzero(tokens[1:] == self.bos)
@@ -1114,9 +1076,9 @@ class Tokenizer:
             keeper.audit_words(self, tokens)
         require(self.lengths(tokens).any(), "byte audit: the validation tokens hold no text")
 
-    def decoded_bytes(self, ids: np.ndarray) -> int:
+    def decoded_bytes(self, ids: ndarray) -> int:
         """Count the UTF-8 bytes that tokens decode to, less spaces that follow a silent token."""
-        space = SPACE if self.byte_level else " "
+        space = SPACE if self.byte_level or self.case_ops else " "
         size = 0
         for part in np.split(ids, np.flatnonzero(self.silent[ids])):
             part = part[~self.silent[part]]
@@ -1127,7 +1089,7 @@ class Tokenizer:
                 size -= 2 * self.stray_bytes(part)
         return size
 
-    def stray_bytes(self, ids: np.ndarray) -> int:
+    def stray_bytes(self, ids: ndarray) -> int:
         """Count byte tokens that form no character: each decodes to U+FFFD, of three bytes."""
         raw = bytearray(len(ids))
         for place in np.flatnonzero(self.byte[ids]):
@@ -1137,10 +1099,7 @@ class Tokenizer:
 
 
 class Validation:
-    """The audited tokens, uint16 (N,), and how many bytes all but the first of a stream stand for.
-
-    Streams are from `starts[i]` to `starts[i + 1]`. The sidecar, if there is one, counts the bytes.
-    """
+    """The audited tokens, uint16 (N,), in streams that begin at `starts`, and their bytes."""
 
     def __init__(self, run: Run) -> None:
         hp = run.hp
@@ -1148,7 +1107,7 @@ class Validation:
         stream = TokenStream("val", run)
         limit = hp.val_tokens or stream.total
         ends = stream.ends.tolist() if hp.score_streams else [stream.total]
-        spans = [(a, min(b - a, limit)) for a, b in itertools.pairwise([0, *ends])]
+        spans = [(a, min(b - a, limit)) for a, b in pairwise([0, *ends])]
         self.bos = tokenizer.bos
         self.paths = stream.paths
         self.starts = np.cumsum([0, *(count for _, count in spans)])
@@ -1159,7 +1118,7 @@ class Validation:
         if run.rank == 0:
             tokenizer.audit(self.tokens, prose=not hp.score_streams)
         self.note = f"val_tokens:{len(self.tokens)} val_bytes:{self.text_bytes} byte_audit:ok"
-        self.sizes: np.ndarray | None = None  # of the original text of each token, if known
+        self.sizes: ndarray | None = None  # of the original text of each token, if known
         if shard_paths(hp, "val_bytes"):
             sidecar = TokenStream("val_bytes", run, ids=2**16)
             first = sidecar.paths[0]
@@ -1171,13 +1130,17 @@ class Validation:
             sound = self.text_bytes and not counts_bos
             require(sound, f"{first}: counts bytes for BOS, or none at all")
             self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
+        if tokenizer.case_ops and not hp.score_streams:
+            known = self.sizes is not None
+            require(known, f"{hp.data_path}: CaseOps data needs its fineweb_val_bytes_*.bin")
+            if run.rank == 0 and run.keeper:
+                self.note += run.keeper.audit_case_ops(self, stream.total)
 
 
-def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
+def windows(tokens: ndarray, hp: Hyperparameters) -> ndarray:
     """Plan the windows of a stream: first input, end, and first one with a scored target, (W, 3).
 
-    The first window of the stream, or of a document if these are isolated, scores all that it
-    holds, and each next one begins EVAL_STRIDE later, wherever the text ends.
+    The first one, of the stream or a document, scores all it holds; others come each EVAL_STRIDE.
     """
     length = hp.eval_seq_len or hp.train_seq_len
     stride = hp.eval_stride or length
@@ -1185,15 +1148,15 @@ def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
     if hp.eval_doc_isolated:
         edges.update(np.flatnonzero(tokens[:-1] == hp.bos).tolist())
     spans = []
-    for begin, end in itertools.pairwise(sorted(edges)):
+    for begin, end in pairwise(sorted(edges)):
         marks = [begin, *range(begin + length, end, stride), end]
-        for scored, stop in itertools.pairwise(marks):
+        for scored, stop in pairwise(marks):
             first = max(begin, scored + stride - length)
             spans.append((first, stop, scored))
     return np.array(spans, np.int64).reshape(-1, 3)
 
 
-def fill_rows(spans: np.ndarray, most: int) -> list[np.ndarray]:
+def fill_rows(spans: ndarray, most: int) -> list[ndarray]:
     """Put windows into rows of at most `most` tokens: in each, the longest, then short ones."""
     lengths = spans[:, 1] - spans[:, 0]
     order = collections.deque(np.argsort(-lengths, kind="stable").tolist())
@@ -1208,7 +1171,7 @@ def fill_rows(spans: np.ndarray, most: int) -> list[np.ndarray]:
     return rows
 
 
-def lay(rows: list[np.ndarray], at: np.ndarray) -> np.ndarray:
+def lay(rows: list[ndarray], at: ndarray) -> ndarray:
     """Lay rows of windows in a batch of places `at`, (B, T); where they begin, bool (B, T)."""
     begins = np.zeros(at.shape, bool)
     for row, place, begin in zip(rows, at, begins, strict=False):
@@ -1227,12 +1190,12 @@ def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Batch, Tensor]]
     isolated = hp.eval_doc_isolated or hp.score_streams
     in_row = min(ROW, most) if isolated else 1
     rows = most // in_row
-    streams = itertools.pairwise(val.starts)
+    streams = pairwise(val.starts)
     spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
     tokens = np.append(val.tokens.astype(np.int64), IGNORE)
     last = len(val.tokens) - 1
 
-    def batch(at: np.ndarray, places: np.ndarray, documents: Cuts) -> tuple[Batch, Tensor]:
+    def batch(at: ndarray, places: ndarray, documents: Cuts) -> tuple[Batch, Tensor]:
         arrays = (tokens[at.clip(max=last)], tokens[places + 1], places)
         inputs, targets, places = (send(array, run.device) for array in arrays)
         return (inputs, targets, documents), places
@@ -1254,9 +1217,8 @@ def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Batch, Tensor]]
 
 
 @torch.no_grad()
-def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
+def score(model: Forward, val: Validation, run: Run) -> tuple[ndarray, dict[str, float]]:
     """Score each token but a stream's first: NLL in nats, float32 (N - 1,); its mean, and BPB."""
-    # All NLL stays on the device until the end; the last one is for what is not scored.
     nll = torch.zeros(len(val.tokens), device=run.device)
     for batch, places in scoring_batches(val, run):
         nll[places] = model(*batch).float()
@@ -1269,21 +1231,20 @@ def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[s
     return nll, {"val_loss": nats / count, "val_bpb": bits / val.text_bytes}
 
 
-def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
+def save_nll(nll: ndarray, val: Validation, hp: Hyperparameters) -> None:
     """Write the NLL that `score` gave to SAVE_NLL; of streams, as <shard>.npy in that folder."""
     path = Path(hp.save_nll)
     if not hp.score_streams:
-        atomic_write(path, functools.partial(np.save, arr=nll))
+        atomic_write(path, partial(np.save, arr=nll))
         return
     path.mkdir(exist_ok=True)
-    for shard, (start, end) in zip(val.paths, itertools.pairwise(val.starts), strict=True):
-        write = functools.partial(np.save, arr=nll[start : end - 1])
+    for shard, (start, end) in zip(val.paths, pairwise(val.starts), strict=True):
+        write = partial(np.save, arr=nll[start : end - 1])
         atomic_write(path / f"{shard.stem}.npy", write)
 
 
 # ===================================== ARTIFACT =====================================
-# A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), coded levels of matrices.
-# No pickle: loading checks the digest, runs nothing, and decompresses no more than the model holds.
+# A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), coded levels; no pickle.
 PREAMBLE = struct.Struct("<6sHII")  # 16 bytes
 MAGIC = b"BIRDIE"
 VERSION = 2
@@ -1292,10 +1253,9 @@ RANS_BITS = 14  # precision of probabilities
 RANS_TOTAL = 1 << RANS_BITS
 RANS_START = 1 << 16  # a lane's first state
 RANS_LANE = 8192  # symbols for each state, of at most 2048: fast, and under 0.1% of the size
-GONE = ("COMPRESSOR=zlib", "COMPRESSOR=lzma")  # artifacts that 7c53aa7 was the last to read
 
 
-def rans_frequencies(symbols: np.ndarray) -> np.ndarray:
+def rans_frequencies(symbols: ndarray) -> ndarray:
     """Scale the counts of symbols to a sum of 2^14. No symbol that occurs gets 0."""
     counts = np.bincount(symbols)
     scaled = np.rint(counts * (RANS_TOTAL / symbols.size)).astype(np.int64)
@@ -1305,12 +1265,11 @@ def rans_frequencies(symbols: np.ndarray) -> np.ndarray:
     return f.astype(np.uint32)
 
 
-def rans_encode(arrays: list[np.ndarray]) -> bytes:
+def rans_encode(arrays: list[ndarray]) -> bytes:
     """Code int8 arrays, each within 0.5% of its order-0 entropy, by rANS (arXiv 1311.2540).
 
-    Each array has frequencies f (sum 2^14, cumulated c). A lane is a state x in [2^16, 2^32):
-    x ← (x // f)·2^14 + x mod f + c, after a word of 16 bits has left if x ≥ f·2^18. Decoding runs
-    backwards: encoding starts at the end.
+    Of frequencies f (sum 2^14, cumulated c), a lane's state x in [2^16, 2^32) becomes (x // f)·2^14
+    + x mod f + c, after 16 bits left it if x ≥ f·2^18. Encoding runs backwards from the end.
     """
     width = np.clip(sum(array.size for array in arrays) // RANS_LANE, 1, 2048)
     lanes = np.full(width, RANS_START, np.uint32)
@@ -1334,11 +1293,11 @@ def rans_encode(arrays: list[np.ndarray]) -> bytes:
     return np.concatenate(words[::-1]).tobytes()
 
 
-def rans_decode(data: bytes, sizes: list[int]) -> np.ndarray:
+def rans_decode(data: bytes, sizes: list[int]) -> ndarray:
     """Decode the int8 arrays of these sizes that rans_encode coded, as one. Raises ValueError."""
     stream = io.BytesIO(data)
 
-    def take(count: int) -> np.ndarray:
+    def take(count: int) -> ndarray:
         words = np.frombuffer(stream.read(2 * count), "<u2")
         require(len(words) == count, "its levels are cut off")
         return words
@@ -1376,7 +1335,7 @@ def zstd() -> ModuleType:
     return zstandard
 
 
-def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
+def compress(compressor: str, arrays: list[ndarray]) -> bytes:
     """Code the levels of quantized matrices, int8."""
     if compressor == "rans":
         return rans_encode(arrays)
@@ -1384,7 +1343,7 @@ def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
     return zstd().compress(raw, 1)  # within 0.7% of level 22, in 1/500 of its time
 
 
-def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
+def decompress(compressor: str, data: bytes, sizes: list[int]) -> ndarray:
     """Decode the levels, int8 (sum of sizes,); of other data, never more. Raises an Exception."""
     if compressor == "rans":
         return rans_decode(data, sizes)
@@ -1399,11 +1358,11 @@ def bits_of(name: str, w: Tensor, hp: Hyperparameters) -> int:
     return row_of(name, hp).bits if large else 0
 
 
-def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
+def quantize(w: ndarray, bits: int, hp: Hyperparameters) -> list[ndarray]:
     """Round rows of fp32 w to levels: fp16 scales (rows, 1), and int8 of w's shape.
 
-    Levels go up to ±Q, Q = 2^(bits-1) - 1. rowmax: they end at the largest value, but no step is
-    finer than σ/40. sigma: at k·σ, and they cost about log2(Q/k) + 2.05 bits (SDClip).
+    Levels ±Q, Q = 2^(bits-1) - 1, end at the largest value, with steps of σ/40 or more (rowmax), or
+    at k·σ, for about log2(Q/k) + 2.05 bits (sigma, SDClip).
     """
     top = 2 ** (bits - 1) - 1
     sigma = w.std(1, keepdims=True)
@@ -1424,7 +1383,7 @@ def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
     return [["<f4" if row_of(name, hp).bits == 0 else "<f2", [*w.shape]]]
 
 
-def stored_arrays(name: str, w: Tensor, hp: Hyperparameters) -> list[np.ndarray]:
+def stored_arrays(name: str, w: Tensor, hp: Hyperparameters) -> list[ndarray]:
     """Make the arrays whose product stands for a parameter."""
     bits = bits_of(name, w, hp)
     array = w.float().cpu().contiguous().numpy()
@@ -1442,7 +1401,7 @@ def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters) -> bytes:
     texts = setting_texts(hp)
     header = {
         "settings": {name: texts[name] for name in MODEL_SETTINGS},
-        "tokenizer": hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest(),
+        "tokenizer": sha256(read_once(hp.tokenizer_path)).hexdigest(),
         "bos": hp.bos,
         "tensors": {name: layout(name, w, hp) for name, w in state.items()},
     }
@@ -1453,7 +1412,7 @@ def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters) -> bytes:
     head = zstd().compress(text + b"".join(floats), 22)
     coded = compress(hp.compressor, levels)
     preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(head))
-    digest = hashlib.sha256(preamble + head + coded).digest()
+    digest = sha256(preamble + head + coded).digest()
     return preamble + digest + head + coded
 
 
@@ -1465,7 +1424,7 @@ def open_artifact(data: bytes) -> tuple[dict[str, Any], IO[bytes], bytes]:
     require(data.startswith(MAGIC) and body, "not an artifact, or cut off at its start")
     _, version, text_size, head_size = PREAMBLE.unpack(preamble)
     require(version == VERSION, f"format version {version}; this script reads {VERSION}")
-    require(hashlib.sha256(preamble + body).digest() == digest, "truncated or damaged")
+    require(sha256(preamble + body).digest() == digest, "truncated or damaged")
     require(text_size < 2**21 and head_size <= len(body), "its header cannot be that long")
     head = zstd().ZstdDecompressor().stream_reader(body[:head_size])
     return json.loads(head.read(text_size)), head, body[head_size:]
@@ -1473,21 +1432,18 @@ def open_artifact(data: bytes) -> tuple[dict[str, Any], IO[bytes], bytes]:
 
 def read_settings(header: dict[str, Any], hp: Hyperparameters) -> Hyperparameters:
     """Take the model's settings from a header, but for EVAL_* that were given for this score."""
-    # What it lacks was at its default when the artifact was made.
     values = {name: FIELDS[name].default for name in MODEL_SETTINGS}
     for name, text in header["settings"].items():
-        named = f"{name}={text}"
         require(name in values, f"unknown setting {name:.60}: a newer script made it")
-        require(named not in GONE, f"{named}: commit 7c53aa7 is the last that reads it")
-        if named != "QUANT_CLIP=percentile":  # it chose the levels, which are there
+        if text != "percentile":  # of QUANT_CLIP: it chose the levels, which are there
             try:
                 values[name] = parse_setting(name, text)
             except ValueError as error:
                 raise UserError(f"{name}={text!r:.60}: {error}") from None
     asked = {name for name in hp.given if name.startswith("EVAL_")}
     theirs = {name.lower(): value for name, value in values.items() if name not in asked}
-    hp = dataclasses.replace(hp, bos=int(header.get("bos", 1)), **theirs)
-    scored = dataclasses.replace(hp, train_batch_tokens=hp.train_seq_len, micro_batch_tokens=0)
+    hp = replace(hp, bos=int(header.get("bos", 1)), **theirs)
+    scored = replace(hp, train_batch_tokens=hp.train_seq_len, micro_batch_tokens=0)
     problems = value_problems(scored)
     require(not problems, "; ".join(problems))
     return hp
@@ -1526,7 +1482,7 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # crafted content can raise anything
         raise UserError(f"{path}: malformed, or not for these settings: {error}") from None
-    same = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest() == header.get("tokenizer")
+    same = sha256(read_once(hp.tokenizer_path)).hexdigest() == header.get("tokenizer")
     require(same, f"{hp.tokenizer_path}: not the tokenizer that {path} was trained with")
     return hp, weights
 
@@ -1541,10 +1497,7 @@ def scheme(hp: Hyperparameters) -> str:
 
 
 def fit_artifact(state: Mapping[str, Tensor], run: Run) -> bytes:
-    """Pack the artifact. With FIT_BUDGET=sigma, it fills at least 99.7% of the cap beside the code.
-
-    Searched is x = log2 k of QUANT_SIGMA's k. By the size law a unit of x is a bit a weight.
-    """
+    """Pack the artifact. With FIT_BUDGET=sigma, it and the code fill 99.7% of the cap, or more."""
     hp = run.hp
     if hp.fit_budget == "none":
         return pack_artifact(state, hp)
@@ -1552,28 +1505,24 @@ def fit_artifact(state: Mapping[str, Tensor], run: Run) -> bytes:
     code = len(read_once(__file__))
     most = cap - code
     slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
-    x = math.log2(hp.quant_sigma)
+    x = math.log2(hp.quant_sigma)  # a unit is a bit a weight, by the size law
     made: dict[float, bytes] = {}
-    sizes: dict[float, int] = {}
-    while len(made) < 16:
+    size = 0
+    while len(made) < 16 and x not in made and not 0.997 * most <= size <= most:
+        made[x] = pack_artifact(state, replace(hp, quant_sigma=2**x))
+        size = len(made[x])
+        x += (size - 0.9985 * most) / slope
         x = min(max(x, 2.0), 12.0)
-        if x in made:
-            break
-        made[x] = pack_artifact(state, dataclasses.replace(hp, quant_sigma=2**x))
-        sizes[x] = len(made[x])
-        if 0.997 * most <= sizes[x] <= most:
-            break
-        x += (sizes[x] - 0.9985 * most) / slope
+    sizes = {x: len(data) for x, data in made.items()}
     x = max(sizes, key=lambda x: sizes[x] if sizes[x] <= most else -sizes[x])
-    fill = (code + len(made[x])) / cap
+    fill = (code + sizes[x]) / cap
     further = "" if 0.997 <= fill <= 1 else " (it cannot do more)"
     run.log(f"fit_budget:sigma quant_sigma:{2**x:.4f} tries:{len(made)} fill:{fill:.4f}{further}")
     return made[x]
 
 
 # ===================================== DISTRIBUTED RUN =====================================
-# Every rank runs the same program. Rank 0's clock alone decides when training ends. What the keeper
-# of a rank asks for, as when a signal came, all ranks learn when they ask the clock.
+# Rank 0's clock alone decides when training ends. All ranks learn there what a keeper asks for.
 
 
 def launched(name: str, default: int) -> int:
@@ -1582,7 +1531,7 @@ def launched(name: str, default: int) -> int:
     return int(text) if text.isdecimal() else default
 
 
-@functools.cache
+@cache
 def read_once(path: str) -> bytes:
     """Read a file once: what a run was started with counts, whatever is edited meanwhile."""
     return Path(path).read_bytes()
@@ -1606,7 +1555,7 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@functools.cache
+@cache
 def find_keeper() -> ModuleType | None:
     """Import keeper.py, which protects, resumes and explains a run, if it is beside this file."""
     is_posix = importlib.util.find_spec("fcntl") is not None
@@ -1618,7 +1567,7 @@ def find_keeper() -> ModuleType | None:
 
 
 class Run:
-    """Hold a process's place in the job (rank, device, dtype) and, on rank 0, the job's logs."""
+    """Hold a process's place in the job: rank, device, dtype."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         self.hp = hp
@@ -1626,21 +1575,19 @@ class Run:
         self.world_size = launched("WORLD_SIZE", 1)
         self.local_rank = launched("LOCAL_RANK", 0)
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
-        self.text: IO[str] | None = None  # the text log, once it is open
-        self.metrics: IO[str] | None = None
         self.device = choose_device(hp, self.local_rank)
         self.dtype = choose_dtype(hp, self.device.type)
         tokens = hp.micro_batch_tokens or FORWARD_TOKENS[self.device.type]
         self.forward_rows = max(1, tokens // row_length(hp))
         self.compile = chooses_to_compile(hp, self.device.type)
-        self.kernels = contextlib.ExitStack()  # what is set in PyTorch for this run
+        self.kernels = ExitStack()  # what is set in PyTorch for this run
         self.signal = 0  # that the keeper sets, to end training
         self.stop = 0  # the largest one of all ranks
         keeper = find_keeper()
         self.keeper = keeper.Keeper(self) if keeper else None
 
     def start(self) -> None:
-        """Seed the generators, meet the other ranks, and open the logs."""
+        """Seed the generators, and meet the other ranks."""
         if self.rank == 0:
             self.dir.mkdir(parents=True, exist_ok=True)
             if self.keeper:
@@ -1650,42 +1597,19 @@ class Run:
         torch.use_deterministic_algorithms(self.device.type == "cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        attention = choose_attention(self)
+        self.attention = choose_attention(self)
         if self.world_size > 1:  # gloo for what is on the CPU
             meet = self.keeper.meet if self.keeper else dist.init_process_group
             meet("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        if self.rank == 0:
-            self.open_logs(attention)
-
-    def open_logs(self, attention: str) -> None:
-        """Open the logs, and begin them with what a rerun needs: sources, settings, versions."""
-        options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}  # of any bytes
-        self.text = open(f"{self.dir}.txt", "a", **options)  # noqa: SIM115
-        self.metrics = open(self.dir / "metrics.jsonl", "a", **options)  # noqa: SIM115
-        parts = [read_once(__file__).decode(), settings_dotenv(self.hp)]
-        if self.keeper:
-            parts.insert(1, self.keeper.source)
-        print(f"\n{'=' * 100}\n".join(parts), file=self.text)
-        device = self.device.type
-        if device == "cuda":
-            device = torch.cuda.get_device_name()
-        line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
-        line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size} "
-        line += f"attention:{attention}"
-        settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
-        self.log(line, "start", versions=line, settings=settings)
+        if self.rank == 0 and self.keeper:
+            self.keeper.open_logs()
 
     def log(self, line: str, event: str = "", **fields: Any) -> None:
-        """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
-        if self.rank > 0:
-            return
-        say = self.keeper.say if self.keeper else print
-        say(line)
-        with contextlib.suppress(OSError):  # a full disk
-            if self.text:
-                print(line, file=self.text)
-            if self.metrics and event:
-                print(json.dumps({"event": event, **fields}), file=self.metrics)
+        """Print a line on rank 0. The keeper logs it, and the event."""
+        if self.rank == 0 and self.keeper:
+            self.keeper.log(line, event, fields)
+        elif self.rank == 0:
+            print(line, flush=True)
 
     def clock(self, synchronize: bool = False) -> float:
         """Tell rank 0's seconds to all ranks, which call it together, and set `stop`."""
@@ -1713,7 +1637,7 @@ def choose_dtype(hp: Hyperparameters, kind: str) -> torch.dtype:
     if kind == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:  # other CPUs multiply bf16 no faster than fp32; these, 2 to 8 times as fast
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities = torch.cpu.get_capabilities()
         names = ("amx_bf16", "avx512_bf16")
         fast = kind == "cpu" and any(capabilities.get(name) for name in names)
     return torch.bfloat16 if fast else torch.float32
@@ -1749,8 +1673,17 @@ def compile_model(model: GPT) -> Forward:
 
 # PyTorch tries the kernel that is asked for, then these. FA 3 and 4 are packages in place of its 2.
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-KERNELS = {"cudnn": BACKENDS[0], "fa2": BACKENDS[1], "fa3": BACKENDS[1], "fa4": BACKENDS[1]}
-FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", "fa2")}
+KERNELS = {
+    "cudnn": "CUDNN_ATTENTION",
+    "fa2": "FLASH_ATTENTION",
+    "fa3": "FLASH_ATTENTION",
+    "fa4": "FLASH_ATTENTION",
+}
+FASTEST = {  # by the device's major capability
+    8: ["fa2"],
+    9: ["fa3", "fa4", "cudnn", "fa2"],
+    10: ["fa4", "cudnn", "fa2"],
+}
 
 
 def choose_attention(run: Run) -> str:
@@ -1763,7 +1696,7 @@ def choose_attention(run: Run) -> str:
     problem = ""
     for kernel in names:
         needs = {"sdpa": place, "amx": "cpu"}.get(kernel, "cuda")
-        with contextlib.ExitStack() as undo:
+        with ExitStack() as undo:
             try:
                 require(place == needs, f"needs DEVICE={needs} and DTYPE=bf16")
                 use_kernel(kernel, run, undo)
@@ -1772,20 +1705,17 @@ def choose_attention(run: Run) -> str:
                 problem = str(error)
                 continue
             run.kernels = undo.pop_all()
-            # A compiled model holds its kernel, of which the compiler's cache knows nothing.
-            torch.compiler.config.cache_key_tag = kernel
+            torch.compiler.config.cache_key_tag = kernel  # a compiled model holds its own
             return name
     raise UserError(f"ATTENTION={run.hp.attention}: {problem}")
 
 
-def use_kernel(kernel: str, run: Run, undo: contextlib.ExitStack) -> None:
+def use_kernel(kernel: str, run: Run, undo: ExitStack) -> None:
     """Let PyTorch use a kernel until `undo`. Raises an Exception if it is not there."""
     if kernel == "amx":
         head_dim = run.hp.model_dim // run.hp.num_heads
-        amx = importlib.import_module("amx_attention")
-        amx.activate(head_dim)
-        undo.callback(CPU_KERNEL.update, CPU_KERNEL.copy())
-        CPU_KERNEL.update(forward=amx.forward, backward=amx.backward)
+        PACKED["cpu"] = importlib.import_module("amx_attention").activate(head_dim)
+        undo.callback(PACKED.clear)
     if kernel in ("fa3", "fa4"):
         torch.nn.attention.activate_flash_attention_impl(kernel.upper())
         undo.callback(torch.nn.attention.restore_flash_attention_impl)
@@ -1829,12 +1759,17 @@ def later(number: Tensor) -> Callable[[], float]:
 class Trainer:
     """Train a model: its data, gradients and optimizers on one rank.
 
-    Each rank owns a share of the parameters (ZeRO, arXiv 1910.02054) which it updates for all.
-    `params` are views of the weights, fp32 (ranks, width). The gradients lie alike, each rank's
-    last one is the loss, and so do the weights that the model has in its own dtype.
+    A rank owns a share of the weights (ZeRO, arXiv 1910.02054), and updates it for all. Shares are
+    rows of fp32 (ranks, width), gradients too, with the rank's loss last; `params` are views of it.
     """
 
-    def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        forward: Forward,
+        stream: TokenStream,
+        run: Run,
+    ) -> None:
         self.model = model
         self.forward = forward
         self.stream = stream
@@ -1858,7 +1793,7 @@ class Trainer:
         self.owned = {n: p for n, p in self.params.items() if self.places[n][0] == run.rank}
         self.optimizers = build_optimizers(self.owned, run)
         self.bad_in_a_row = torch.zeros((), device=run.device)
-        self.late: list[tuple[int, Callable[[], float], list[Batch]]] = []
+        self.late: list[tuple[Any, ...]] = []  # steps, what waits for them, batches
         self.feed_from(0)
 
     def within(self, name: str, share: Tensor) -> Tensor:
@@ -1987,7 +1922,13 @@ class Trainer:
         self.feed_from(0)
 
 
-def report(event: str, losses: dict[str, float], step: int, elapsed: float, run: Run) -> None:
+def report(
+    event: str,
+    losses: dict[str, float],
+    step: int,
+    elapsed: float,
+    run: Run,
+) -> None:
     """Log the losses of a step, `elapsed` seconds into training."""
     values = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
     ms = 1e3 * elapsed
@@ -2068,7 +2009,13 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
 
 
 # ===================================== MAIN =====================================
-def score_artifact(path: Path, model: GPT, forward: Forward, val: Validation, run: Run) -> None:
+def score_artifact(
+    path: Path,
+    model: GPT,
+    forward: Forward,
+    val: Validation,
+    run: Run,
+) -> None:
     """Log an artifact's score and size, and write SAVE_NLL. Raises UserError if it is too large."""
     model.to(run.dtype)
     if run.rank == 0:
@@ -2124,7 +2071,7 @@ def do_run(run: Run, artifact: Path) -> None:
     stream = None if run.hp.eval_only else TokenStream("train", run)
     val = Validation(run)
     if stream:  # an artifact tells what it was trained with
-        run.hp = dataclasses.replace(run.hp, bos=val.bos)
+        run.hp = replace(run.hp, bos=val.bos)
     run.start()
     model = GPT(run.hp, run.dtype).to(run.device)
     forward = model

@@ -18,6 +18,7 @@ import os
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -202,10 +203,59 @@ def register() -> torch.library.Library:
     return library
 
 
-def activate(width: int) -> None:
-    """Use the kernel from now on, for heads of this width. Raises RuntimeError or OSError where
-    that cannot be."""
+# To the compiler, attention inside documents is one operator, with results laid out as without.
+@torch.library.custom_op("amx_attention::packed", mutates_args=())
+def packed(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Call `forward`."""
+    return forward(q, k, v, offsets)
+
+
+@torch.library.custom_op("amx_attention::packed_backward", mutates_args=())
+def packed_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call `backward`."""
+    return backward(dout, q, k, v, out, lse, offsets)
+
+
+@packed.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    B, H, T, _ = q.shape
+    return torch.empty_like(q), q.new_empty(B, T, H, dtype=torch.float32).transpose(1, 2)
+
+
+@packed_backward.register_fake
+def _(dout: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    layout = (0, 2, 1, 3)
+    return tuple(torch.empty_permuted(x.shape, layout, dtype=x.dtype) for x in inputs[:3])
+
+
+def keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what the backward pass takes."""
+    *qkv, offsets = inputs
+    ctx.save_for_backward(*qkv, *output, offsets)
+
+
+def differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """Give the gradients of q, k and v."""
+    return *packed_backward(dout, *ctx.saved_tensors), None
+
+
+packed.register_autograd(differentiate, setup_context=keep)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+    """Attend inside segments, as `forward` does, with gradients, compiled or not."""
+    return packed(q, k, v, offsets)[0]
+
+
+def activate(width: int) -> Callable[..., Tensor]:
+    """Use the kernel from now on, for heads of this width; returns `attend`, for documents.
+
+    Raises RuntimeError or OSError where that cannot be.
+    """
     if width % 32:
         raise RuntimeError(f"heads have a width of {width}, not a multiple of 32")
     load()
     register()
+    return attend

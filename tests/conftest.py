@@ -171,6 +171,24 @@ def optimizers_of(model, hp):
     return train_gpt.build_optimizers(dict(model.named_parameters()), train_gpt.Run(hp))
 
 
+def packed_operator():
+    """A kernel for packed documents that is one operator to the compiler, as those of CUDA and of
+    CPUs with AMX are; its gradients are wrong."""
+
+    @torch.library.custom_op("tests::packed", mutates_args=())
+    def packed(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        return train_gpt.attend_by_piece(q, k, v, offsets).contiguous()
+
+    packed.register_fake(lambda q, k, v, offsets: torch.empty(q.shape, dtype=q.dtype))
+    packed.register_autograd(
+        lambda ctx, dy: (dy, *ctx.saved_tensors, None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:3]),
+    )
+    return packed
+
+
 def random_model(hp):
     """A model none of whose parameters is as it was initialized: every one gets a gradient."""
     torch.manual_seed(0)

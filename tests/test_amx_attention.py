@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import new_run
 
@@ -544,3 +545,26 @@ def test_in_fp32_and_for_other_widths_auto_is_pytorchs():
 def test_a_named_kernel_in_fp32_is_an_error():
     with pytest.raises(UserError, match="ATTENTION=amx: needs DEVICE=cpu and DTYPE=bf16"):
         choose_attention(run_with(ATTENTION="amx", DTYPE="fp32"))
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_operator_for_packed_documents_is_the_kernel(compiled):
+    """With its gradients, traced as one graph for any number of documents."""
+    run = amx_attention.activate(32)
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(run, backend=graphs, dynamic=False, fullgraph=True)
+    q, k, v, gradient = tensors(1, 4, 2, 200, 32)
+    for starts in ([0, 200], [0, 70, 71, 200], [0, 1, 2, 64, 200]):
+        offsets = torch.tensor(starts, dtype=torch.int32)
+        torch._dynamo.mark_dynamic(offsets, 0)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = run(*leaves, offsets)
+        out.backward(gradient)
+        expected, lse = amx_attention.forward(q, k, v, offsets)
+        grads = amx_attention.backward(gradient, q, k, v, expected, lse, offsets)
+        for a, b in zip((out, *(x.grad for x in leaves)), (expected, *grads), strict=True):
+            assert torch.equal(a, b)
+    assert graphs.frame_count == compiled

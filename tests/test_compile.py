@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, packed_operator
 
 import keeper
 import train_gpt
@@ -151,11 +151,14 @@ def graphs(monkeypatch):
     ids=["plain", "stride"],
 )
 @pytest.mark.parametrize("isolated", [0, 1])
-def test_a_run_makes_one_graph_for_each_kind_of_batch(run, graphs, isolated, stride, count):
+def test_a_run_makes_one_graph_for_each_kind_of_batch(
+    run, graphs, isolated, stride, count, monkeypatch
+):
     """Those of training, of windows that are scored whole, and of overlapping ones; for documents
     of any number and length, and in 3 validations."""
     settings = {"VAL_LOSS_EVERY": 2, "WARMUP_STEPS": 2, "EVAL_SEQ_LEN": 128, **stride}
     settings |= {"TRAIN_DOC_ISOLATED": isolated, "EVAL_DOC_ISOLATED": isolated}
+    monkeypatch.setitem(train_gpt.PACKED, "cpu", packed_operator())
     run(COMPILE=1, SMEAR_GATE=1, BIGRAM_BUCKETS=64, XSA_LAST_N=1, **settings)
     assert graphs() == count
 
