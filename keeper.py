@@ -189,6 +189,8 @@ def run_program(main: Callable[[list[str]], None]) -> int:
     any_console(sys.argv[1:])
     try:
         main(sys.argv[1:])
+        if sys.argv[1:] == ["--help"]:
+            print(settings_table(), flush=True)
         return 0
     except SystemExit as end:  # of `Keeper.trained`
         return end.code
@@ -747,8 +749,6 @@ class Keeper:
         self.saved = -1  # the step of the newest checkpoint
         self.end: Path | None = None  # a checkpoint for as long as there is no score
         self.lock: IO[str] | None = None  # of the run's folder
-        self.text: IO[str] | None = None  # the text log, once the run has started
-        self.metrics: IO[str] | None = None
         self.room: Path | None = None  # on the disk, for what is exported
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future[None] | None = None
@@ -763,33 +763,6 @@ class Keeper:
         with contextlib.suppress(OSError):
             print(line)
         flush_console()
-
-    def open_logs(self) -> None:
-        """Open the logs, and begin them with what a rerun needs: sources, settings, versions."""
-        run = self.run
-        options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}  # of any bytes
-        self.text = open(f"{run.dir}.txt", "a", **options)  # noqa: SIM115
-        self.metrics = open(run.dir / "metrics.jsonl", "a", **options)  # noqa: SIM115
-        code = core.read_once(core.__file__).decode()
-        parts = [code, self.source, core.settings_dotenv(run.hp)]
-        print(f"\n{'=' * 100}\n".join(parts), file=self.text)
-        device = run.device.type
-        if device == "cuda":
-            device = torch.cuda.get_device_name()
-        line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
-        line += f"dtype:{run.dtype} compile:{run.compile:d} world_size:{run.world_size} "
-        line += f"attention:{run.attention}"
-        settings = {name.lower(): getattr(run.hp, name.lower()) for name in core.FIELDS}
-        run.log(line, "start", versions=line, settings=settings)
-
-    def log(self, line: str, event: str, fields: dict[str, Any]) -> None:
-        """Write a line to console and text log, and an event to metrics.jsonl."""
-        self.say(line)
-        with contextlib.suppress(OSError):  # a full disk
-            if self.text:
-                print(line, file=self.text)
-            if self.metrics and event:
-                print(json.dumps({"event": event, **fields}), file=self.metrics)
 
     # ---- before training
 

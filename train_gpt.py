@@ -7,7 +7,7 @@ weights in 16 MB, after ten minutes on 8xH100. It runs on CUDA, MPS and CPUs, in
     torchrun --nproc_per_node=8 train_gpt.py              eight GPUs
     CONFIG=my.env NUM_LAYERS=11 python train_gpt.py       settings from a file and the environment
     EVAL_ONLY=1 ARTIFACT=a.artifact python train_gpt.py   score an artifact, nothing else
-    python train_gpt.py --help | --settings               all settings | those of this run
+    python train_gpt.py --help | --settings               all, by keeper.py | those of this run
 
 Shapes: B batch, T time, D model dim, H heads, K kv heads, Dh head dim, V vocabulary, N tokens.
 """
@@ -33,7 +33,7 @@ import sys
 import sysconfig
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -135,7 +135,7 @@ class Hyperparameters:
     tie_embeddings: int = model_setting(1, "0, 1", "the output head is the token embedding")
     rope_base: float = model_setting(10000.0, "(0, inf)", "base of the rotary frequencies")
     rope_dims: int = model_setting(0, "[0, 65536]", "rotated channels of each head; 0: all")
-    rope_scaling: str = model_setting("none", "none, ntk", "past the trained length")
+    rope_scaling: str = model_setting("none", "none, linear, ntk, yarn", "past the trained length")
     eval_seq_len: int = model_setting(0, "[0, 1048576]", "context in validation; 0: TRAIN_SEQ_LEN")
     eval_stride: int = model_setting(0, "[0, inf)", "tokens that a window moves; 0: no overlap")
     eval_doc_isolated: int = model_setting(0, "0, 1", "validate without attention over documents")
@@ -280,13 +280,20 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
 def rotary_table(hp: Hyperparameters, length: int, rows: int = 1) -> Tensor:
     """Tabulate cos and ±sin of t·f for positions t and frequencies f: double (2, T, r).
 
-    f_i = base^(-2i/r) (arXiv 2104.09864); NTK: base·s^(r/(r-2)), s contexts over trained length.
+    f_i = base^(-2i/r) (arXiv 2104.09864). T is `rows` contexts. Where one is s times as long as in
+    training, linear divides f by s, ntk takes base·s^(r/(r-2)), yarn divides slow f (2309.00071).
     """
     r = hp.rope_dims or hp.model_dim // hp.num_heads
+    s = max(1.0, length / hp.train_seq_len)
     base = hp.rope_base
     if hp.rope_scaling == "ntk":
-        base *= max(1.0, length / hp.train_seq_len) ** (r / (r - 2))
-    f = base ** -(torch.arange(r // 2).double() / (r // 2))
+        base *= s ** (r / (r - 2))
+    part = torch.arange(r // 2).double() / (r // 2)
+    f = base**-part
+    if hp.rope_scaling == "linear":
+        f /= s
+    elif hp.rope_scaling == "yarn":
+        f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
     angles = torch.outer(torch.arange(rows * length).double(), f)
     cos = angles.cos().repeat(1, 2)
     sin = torch.cat((angles.sin(), -angles.sin()), dim=1)
@@ -527,7 +534,8 @@ class Attention(nn.Module):
         H = self.q_gain.size(0)
         K = self.c_k.out_features // self.head_dim
         qkv = together(x, self.c_q, self.c_k, self.c_v)
-        qk, v = qkv.unflatten(2, (-1, self.head_dim)).split((H + K, K), dim=2)
+        qkv = qkv.unflatten(2, (-1, self.head_dim))
+        qk, v = qkv.split((H + K, K), dim=2)
         gains = F.pad(self.q_gain.view(H, 1), (0, 0, 0, K), value=1.0)
         qk = Norm.apply(qk, gains, rotary)
         q, k = qk.transpose(1, 2).split((H, K), dim=1)
@@ -695,7 +703,8 @@ class GPT(nn.Module):
         starts = (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
         if documents is None:
             return starts
-        marks = F.pad(starts.flatten(), (0, 1)).index_fill(0, documents.offsets.long(), True)
+        marks = F.pad(starts.flatten(), (0, 1))
+        marks = marks.index_fill(0, documents.offsets.long(), True)
         return marks[:-1].view_as(starts)
 
     def embed(self, inputs: Tensor, documents: Cuts = None) -> Tensor:
@@ -775,24 +784,16 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 
 def directions(
     grads: list[Tensor], momenta: list[Tensor], mu: Tensor, bad: Tensor, settings: dict[str, Any]
-) -> Sequence[Tensor]:
-    """Move momenta M, (N, rows, cols), unless `bad`; give G + μM orthogonalized and wide, or 0."""
+) -> list[Tensor]:
+    """Move momenta M, (N, rows, cols), unless `bad`; give G + μM orthogonalized, or 0."""
     kept = torch.where(bad, 1.0, mu)
-    steps = settings["steps"]
-    wide = []
+    found = []
     for g, m in zip(grads, momenta, strict=True):
         m.mul_(kept).add_(g)
         x = torch.addcmul(g, m, mu).mul_(~bad)
         x = x.to(settings["dtype"])
-        wide.append(x.mT if x.size(1) > x.size(2) else x)
-    if not settings["joint"]:
-        return [orthogonalize(x, steps) for x in wide]
-    rows = max(x.size(1) for x in wide)
-    cols = max(x.size(2) for x in wide)
-    # In one batch, padded with zeros: launches cost a GPU more than FLOPs.
-    padded = [F.pad(x, (0, cols - x.size(2), 0, rows - x.size(1))) for x in wide]
-    batch = orthogonalize(torch.cat(padded), steps)
-    return batch.split([len(x) for x in wide])
+        found.append(orthogonalize(x, settings["steps"]))
+    return found
 
 
 class Muon(torch.optim.Optimizer):
@@ -805,9 +806,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"joint": False, **defaults})
         self.found_inf = groups[0]["params"][0].new_zeros(())
         self.settings = {key: groups[0][key] for key in ("steps", "dtype", "joint")}
-        self.directions = directions
-        if self.settings["joint"]:
-            self.directions = torch.compile(directions, dynamic=False)
+        joint = self.settings["joint"]
+        self.directions = torch.compile(directions, dynamic=False) if joint else directions
 
     def momenta(self, params: list[Tensor]) -> Tensor:
         """Give M of a group, (N, rows, cols), which the states of its matrices are views of."""
@@ -834,8 +834,6 @@ class Muon(torch.optim.Optimizer):
             if decay := group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - lr * decay * ~bad)
             rows, cols = params[0].shape
-            x = x.mT if rows > cols else x
-            x = x[:, :rows, :cols]
             x = x.to(params[0].dtype, memory_format=torch.contiguous_format)
             scale = max(1.0, rows / cols) ** 0.5
             torch._foreach_add_(params, [*x], alpha=-lr * scale)
@@ -904,12 +902,6 @@ def shard_size(path: Path) -> int:
     return count
 
 
-@lru_cache(2)
-def random_order(count: int, *seed: int) -> ndarray:
-    """Draw an order of `count` things. No version of NumPy changes what this generator draws."""
-    return np.random.RandomState(seed).permutation(count)
-
-
 class TokenStream:
     """The shards of a split in an endless sequence; DATA_SHUFFLE orders it anew each time."""
 
@@ -939,8 +931,8 @@ class TokenStream:
         """Find a token: its shard, its place there, and how many to read from there on."""
         epoch, place = divmod(at, self.total)
         order = np.arange(len(self.sizes))
-        if self.shuffle:
-            order = random_order(len(order), self.run.hp.seed, epoch)
+        if self.shuffle:  # by a generator whose numbers no version of NumPy changes
+            order = np.random.RandomState([self.run.hp.seed, epoch]).permutation(order)
         ends = self.sizes[order].cumsum()
         index = int(np.searchsorted(ends, place, "right"))
         shard = int(order[index])
@@ -959,7 +951,8 @@ class TokenStream:
         tokens = self.read_in_shard(shard, 0, int(self.sizes[shard]))
         starts = 1 + np.flatnonzero(tokens[1:] == self.run.hp.bos)
         stops = np.append(starts, len(tokens))
-        order = random_order(len(stops), self.run.hp.seed, epoch, shard)
+        random = np.random.RandomState([self.run.hp.seed, epoch, shard])
+        order = random.permutation(len(stops))
         sizes = np.diff(stops, prepend=0)
         return stops[order], sizes[order].cumsum()
 
@@ -1138,10 +1131,7 @@ class Validation:
 
 
 def windows(tokens: ndarray, hp: Hyperparameters) -> ndarray:
-    """Plan the windows of a stream: first input, end, and first one with a scored target, (W, 3).
-
-    The first one, of the stream or a document, scores all it holds; others come each EVAL_STRIDE.
-    """
+    """Plan the windows of a stream: first input, end, first one with a scored target, (W, 3)."""
     length = hp.eval_seq_len or hp.train_seq_len
     stride = hp.eval_stride or length
     edges = {0, len(tokens) - 1}
@@ -1174,10 +1164,10 @@ def fill_rows(spans: ndarray, most: int) -> list[ndarray]:
 def lay(rows: list[ndarray], at: ndarray) -> ndarray:
     """Lay rows of windows in a batch of places `at`, (B, T); where they begin, bool (B, T)."""
     begins = np.zeros(at.shape, bool)
-    for row, place, begin in zip(rows, at, begins, strict=False):
+    for i, row in enumerate(rows):
         ends = (row[:, 1] - row[:, 0]).cumsum()
-        place[: ends[-1]] = np.concatenate([np.arange(first, stop) for first, stop, _ in row])
-        begin[ends[ends < len(begin)]] = True
+        at[i, : ends[-1]] = np.concatenate([np.arange(first, stop) for first, stop, _ in row])
+        begins[i, ends[ends < at.shape[1]]] = True
     return begins
 
 
@@ -1567,7 +1557,7 @@ def find_keeper() -> ModuleType | None:
 
 
 class Run:
-    """Hold a process's place in the job: rank, device, dtype."""
+    """Hold a process's place in the job (rank, device, dtype) and, on rank 0, the job's logs."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         self.hp = hp
@@ -1575,6 +1565,8 @@ class Run:
         self.world_size = launched("WORLD_SIZE", 1)
         self.local_rank = launched("LOCAL_RANK", 0)
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
+        self.text: IO[str] | None = None  # the text log, once it is open
+        self.metrics: IO[str] | None = None
         self.device = choose_device(hp, self.local_rank)
         self.dtype = choose_dtype(hp, self.device.type)
         tokens = hp.micro_batch_tokens or FORWARD_TOKENS[self.device.type]
@@ -1587,7 +1579,7 @@ class Run:
         self.keeper = keeper.Keeper(self) if keeper else None
 
     def start(self) -> None:
-        """Seed the generators, and meet the other ranks."""
+        """Seed the generators, meet the other ranks, and open the logs."""
         if self.rank == 0:
             self.dir.mkdir(parents=True, exist_ok=True)
             if self.keeper:
@@ -1597,19 +1589,42 @@ class Run:
         torch.use_deterministic_algorithms(self.device.type == "cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.attention = choose_attention(self)
+        attention = choose_attention(self)
         if self.world_size > 1:  # gloo for what is on the CPU
             meet = self.keeper.meet if self.keeper else dist.init_process_group
             meet("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        if self.rank == 0 and self.keeper:
-            self.keeper.open_logs()
+        if self.rank == 0:
+            self.open_logs(attention)
+
+    def open_logs(self, attention: str) -> None:
+        """Open the logs, and begin them with what a rerun needs: sources, settings, versions."""
+        options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}  # of any bytes
+        self.text = open(f"{self.dir}.txt", "a", **options)  # noqa: SIM115
+        self.metrics = open(self.dir / "metrics.jsonl", "a", **options)  # noqa: SIM115
+        parts = [read_once(__file__).decode(), settings_dotenv(self.hp)]
+        if self.keeper:
+            parts.insert(1, self.keeper.source)
+        print(f"\n{'=' * 100}\n".join(parts), file=self.text)
+        device = self.device.type
+        if device == "cuda":
+            device = torch.cuda.get_device_name()
+        line = f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} "
+        line += f"dtype:{self.dtype} compile:{self.compile:d} world_size:{self.world_size} "
+        line += f"attention:{attention}"
+        settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
+        self.log(line, "start", versions=line, settings=settings)
 
     def log(self, line: str, event: str = "", **fields: Any) -> None:
-        """Print a line on rank 0. The keeper logs it, and the event."""
-        if self.rank == 0 and self.keeper:
-            self.keeper.log(line, event, fields)
-        elif self.rank == 0:
-            print(line, flush=True)
+        """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
+        if self.rank > 0:
+            return
+        say = self.keeper.say if self.keeper else print
+        say(line)
+        with suppress(OSError):  # a full disk
+            if self.text:
+                print(line, file=self.text)
+            if self.metrics and event:
+                print(json.dumps({"event": event, **fields}), file=self.metrics)
 
     def clock(self, synchronize: bool = False) -> float:
         """Tell rank 0's seconds to all ranks, which call it together, and set `stop`."""
@@ -1759,17 +1774,10 @@ def later(number: Tensor) -> Callable[[], float]:
 class Trainer:
     """Train a model: its data, gradients and optimizers on one rank.
 
-    A rank owns a share of the weights (ZeRO, arXiv 1910.02054), and updates it for all. Shares are
-    rows of fp32 (ranks, width), gradients too, with the rank's loss last; `params` are views of it.
+    A rank owns a share of the weights (ZeRO, 1910.02054), a row of fp32 (ranks, width).
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        forward: Forward,
-        stream: TokenStream,
-        run: Run,
-    ) -> None:
+    def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
         self.model = model
         self.forward = forward
         self.stream = stream
@@ -1790,7 +1798,8 @@ class Trainer:
         self.working.copy_(self.weights)
         self.share = self.weights[run.rank]
         self.average = self.share.clone() if run.hp.ema_decay else None
-        self.owned = {n: p for n, p in self.params.items() if self.places[n][0] == run.rank}
+        mine = [name for name in self.params if self.places[name][0] == run.rank]
+        self.owned = {name: self.params[name] for name in mine}
         self.optimizers = build_optimizers(self.owned, run)
         self.bad_in_a_row = torch.zeros((), device=run.device)
         self.late: list[tuple[Any, ...]] = []  # steps, what waits for them, batches
@@ -2009,13 +2018,7 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
 
 
 # ===================================== MAIN =====================================
-def score_artifact(
-    path: Path,
-    model: GPT,
-    forward: Forward,
-    val: Validation,
-    run: Run,
-) -> None:
+def score_artifact(path: Path, model: GPT, forward: Forward, val: Validation, run: Run) -> None:
     """Log an artifact's score and size, and write SAVE_NLL. Raises UserError if it is too large."""
     model.to(run.dtype)
     if run.rank == 0:
@@ -2047,9 +2050,7 @@ def main(arguments: list[str]) -> None:
     """Train, export and score a model, or only score one."""
     require(arguments in ([], ["--help"], ["--settings"]), f"{arguments}: see --help")
     if arguments == ["--help"]:
-        keeper = find_keeper()
-        table = keeper.settings_table() if keeper else "keeper.py, beside it, has the table."
-        print(__doc__, table, sep="\n", flush=True)
+        print(__doc__)
         return
     hp = load_settings(os.environ, check_places=not arguments)
     if arguments == ["--settings"]:
