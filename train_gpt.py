@@ -1802,7 +1802,7 @@ class Trainer:
         self.owned = {name: self.params[name] for name in mine}
         self.optimizers = build_optimizers(self.owned, run)
         self.bad_in_a_row = torch.zeros((), device=run.device)
-        self.late: list[tuple[Any, ...]] = []  # steps, what waits for them, batches
+        self.late: list[Any] = []  # steps, what waits for them, batches
         self.feed_from(0)
 
     def within(self, name: str, share: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def test_a_setting_that_needs_it_is_one_clear_error(tiny_env, tmp_path, given):
 
 def test_help_tells_where_the_table_is(tmp_path):
     alone = run_cli({}, "--help", copy_to=tmp_path / "alone").stdout
-    assert "keeper.py, beside it, has the table." in alone
+    assert "all, by keeper.py" in alone
     assert "| NUM_LAYERS " in run_cli({}, "--help").stdout
 
 
