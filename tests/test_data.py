@@ -221,7 +221,8 @@ def first_steps(folder, steps, rank=0, world_size=1, forward_rows=None, **values
 
 def real_rows(micro_batches):
     """(inputs, targets) of the rows that are not padding."""
-    rows = [pair for batch in micro_batches for pair in zip(*batch.tolist(), strict=True)]
+    tables = [(x.tolist(), y.tolist()) for x, y, _ in micro_batches]
+    rows = [pair for table in tables for pair in zip(*table, strict=True)]
     return [row for row in rows if row[1][0] != tg.IGNORE]
 
 
@@ -265,11 +266,12 @@ def test_ranks_share_any_batch(sizes, rows, T, world_size, forward_rows):
         assert given_rows == expected_rows(tokens, step, rows, T)
     micro_batches = [batch for rank in ranks for step in rank for batch in step]
     # All of one shape, that one compiled graph serves; as few as can be, and no larger than needed.
-    (shape,) = {tuple(batch.shape) for batch in micro_batches}
+    assert all(documents is None for _, _, documents in micro_batches)
+    (shape,) = {tuple(x.shape) for *pair, _ in micro_batches for x in pair}
     most = math.ceil(rows / world_size)
     fewest = math.ceil(most / forward_rows)
     assert max(len(step) for rank in ranks for step in rank) == fewest
-    assert shape == (2, math.ceil(most / fewest), T)
+    assert shape == (math.ceil(most / fewest), T)
 
 
 def test_shares_differ_by_one_row_at_most(tmp_path):
@@ -293,7 +295,7 @@ def test_micro_batch_tokens_set_the_size_of_a_forward_pass(tmp_path):
     write_shards(tmp_path, [50])
     values = {"TRAIN_BATCH_TOKENS": 48, "MICRO_BATCH_TOKENS": 16}
     (step,) = first_steps(tmp_path, 1, **values)
-    assert [tuple(batch.shape) for batch in step] == [(2, 4, 4)] * 3
+    assert [(inputs.shape, targets.shape) for inputs, targets, _ in step] == [((4, 4), (4, 4))] * 3
 
 
 def test_one_tiny_shard_serves_many_ranks(tmp_path):
