@@ -63,8 +63,8 @@ def test_gradients_of_micro_batches_add_up_in_fp32(make_trainer):
     trainer.accumulate()
     sums = {name: torch.zeros_like(p) for name, p in trainer.params.items()}
     assert len(trainer.batch) == 3
-    for inputs, targets in trainer.batch:
-        loss = trainer.model(inputs, targets).sum() / 48
+    for batch in trainer.batch:
+        loss = trainer.model(*batch).sum() / 48
         found = torch.autograd.grad(loss, [*trainer.model.parameters()])
         for name, g in zip(sums, found, strict=True):
             assert g.dtype == torch.bfloat16
