@@ -314,7 +314,8 @@ def test_parameters_of_a_feature_exist_only_when_it_is_on(feature):
 
 
 def test_other_techniques_add_no_parameters():
-    values = {"XSA_LAST_N": 2, "LN_SCALE": 1, "ROPE_DIMS": 4, "ROPE_SCALING": "yarn", **LEAKY}
+    values = {"XSA_LAST_N": 2, "LN_SCALE": 1, "ROPE_DIMS": 4, "ROPE_SCALING": "ntk", **LEAKY}
+    values |= {"TRAIN_DOC_ISOLATED": 1, "EVAL_DOC_ISOLATED": 1}
     hp = settings(**values, EVAL_SEQ_LEN=16, ORTHO_INIT=1)
     assert shapes_of(tg.GPT(hp)) == baseline_shapes(hp)
 
