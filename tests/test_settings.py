@@ -507,7 +507,7 @@ GROUPS = {
     "attention": {
         "ROPE_BASE": 500,
         "ROPE_DIMS": 8,
-        "ROPE_SCALING": "yarn",
+        "ROPE_SCALING": "ntk",
         "EVAL_SEQ_LEN": 64,
         "XSA_LAST_N": 1,
         "QK_GAIN_INIT": 1.2,
