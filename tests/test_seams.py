@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import resolve
+from conftest import packed_operator, resolve
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_gpt as tg
 
 BOS = 1
+CPU = torch.device("cpu")
 TINY = {
     "VOCAB_SIZE": 23,
     "NUM_LAYERS": 3,
@@ -64,9 +65,10 @@ class Gated(tg.Attention):
         super().__init__(hp, layer)
         self.head_gates = tg.Matrix(12, hp.num_heads)
 
-    def heads(self, x, rotary, documents):
-        gates = torch.sigmoid(self.head_gates(x[..., :12])).mT.unsqueeze(-1)
-        return gates * super().heads(x, rotary, documents)
+    def heads(self, x, rotary, last, documents):
+        some = tg.tail(x, last, dim=1)[..., :12]
+        gates = torch.sigmoid(self.head_gates(some)).mT.unsqueeze(-1)
+        return gates * super().heads(x, rotary, last, documents)
 
 
 @pytest.fixture
@@ -114,8 +116,9 @@ def test_a_gate_is_learned_and_compiled(gated):
 class NextNext(tg.GPT):
     """A model that learns from the next token, and half as much from the one after it."""
 
-    def forward(self, inputs, targets):
-        x = self.trunk(self.embed(inputs), self.visits)
+    def forward(self, inputs, targets, documents=None):
+        x = self.embed(inputs, documents)
+        x = self.trunk(x, self.visits, targets.size(1), documents)
         later = F.pad(targets[:, 1:], (0, 1), value=tg.IGNORE)
         nll, auxiliary = self.head(x, targets, later)
         return nll + 0.5 * auxiliary if self.training else nll
@@ -165,15 +168,15 @@ def test_skips_follow_the_visits_of_a_call():
     """The second half of the visits is fed by the first, the last one first."""
     model, (inputs, _) = double_model(Twice), tokens()
     last, first, middle = (model.blocks[i] for i in (2, 0, 1))
-    s, r = model.skip_weights, model.short
+    s, rest = model.skip_weights, (model.short, 12, None)
     with torch.no_grad():
         x0 = model.embed(inputs)
-        a = last(x0, x0, r)
-        b = first(a, x0, r)
-        c = middle(b + s[0] * b, x0, r)
-        d = first(c + s[1] * a, x0, r)
-        assert torch.equal(model.trunk(x0, [2, 0, 1, 0]), d)
-        assert torch.equal(model.trunk(x0, [2]), a)
+        a = last(x0, x0, *rest)
+        b = first(a, x0, *rest)
+        c = middle(b + s[0] * b, x0, *rest)
+        d = first(c + s[1] * a, x0, *rest)
+        assert torch.equal(model.trunk(x0, [2, 0, 1, 0], 12), d)
+        assert torch.equal(model.trunk(x0, [2], 12), a)
 
 
 # ---- Matrix: a low-rank delta
@@ -258,28 +261,25 @@ def test_hooks_gather_what_calibration_needs():
 # ---- attend: attention that does not cross the starts of documents
 
 
-class Isolated(tg.GPT):
-    """A model whose attention stays in a document."""
-
-    def forward(self, inputs, targets):
-        x = self.trunk(self.embed(inputs), self.visits, self.starts(inputs))
-        (nll,) = self.head(x, targets)
-        return nll
+def documents_of(inputs):
+    """Where the documents of a batch begin, for attention."""
+    return tg.cut((inputs == BOS).numpy(), inputs.size(1), CPU)
 
 
 @pytest.mark.parametrize("values", [{}, {"NUM_KV_HEADS": 4}, {"XSA_LAST_N": 3}], ids=str)
-def test_documents_of_a_row_are_as_if_each_were_alone(values):
-    model, plain = double_model(Isolated, **values), double_model(**values)
-    inputs, targets = tokens()
+def test_documents_of_a_row_are_as_if_each_were_alone(values, monkeypatch):
+    model, (inputs, targets) = double_model(**values), tokens()
     inputs[0, [0, 5]] = inputs[1, [2, 3]] = BOS
     parts = [(0, 0, 5), (0, 5, 12), (1, 0, 2), (1, 2, 3), (1, 3, 12)]
     with torch.no_grad():
-        nll = model(inputs, targets)
-        close(compiled(model)(inputs, targets), nll)
+        batch = inputs, targets, documents_of(inputs)
+        nll = model(*batch)
         for row, start, stop in parts:
             one = slice(row, row + 1), slice(start, stop)
-            close(nll[one], plain(inputs[one], targets[one]))
-        assert (plain(inputs, targets) - nll).abs().max() > 1e-3
+            close(nll[one], model(inputs[one], targets[one]))
+        assert (model(inputs, targets) - nll).abs().max() > 1e-3
+        monkeypatch.setitem(tg.PACKED, "cpu", packed_operator())
+        close(compiled(model)(*batch), nll)
 
 
 @pytest.mark.parametrize("heads", [4, 2])
@@ -289,7 +289,7 @@ def test_attention_over_documents_equals_brute_force(heads):
         torch.randn(2, h, 9, 8, generator=random, dtype=torch.float64) for h in (4, heads, heads)
     )
     starts = torch.rand(2, 9, generator=random) < 0.3
-    y = tg.attend(q, k, v, starts)
+    y = tg.attend(q, k, v, tg.cut(starts.numpy(), 9, CPU))
     for b, h, t in torch.cartesian_prod(*map(torch.arange, (2, 4, 9))).tolist():
         first = max([0, *(i for i in range(t + 1) if starts[b, i])])
         keys, values = (x[b, h * heads // 4, first : t + 1] for x in (k, v))
@@ -299,8 +299,12 @@ def test_attention_over_documents_equals_brute_force(heads):
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
-def test_kernels_agree_when_compiled(backend, documents):
-    model, batch = double_model(Isolated if documents else tg.GPT), tokens()
+def test_kernels_agree_when_compiled(backend, documents, monkeypatch):
+    model, batch = double_model(), [*tokens()]
+    if documents:
+        batch[0][:, 5] = BOS
+        batch.append(documents_of(batch[0]))
+        monkeypatch.setitem(tg.PACKED, "cpu", packed_operator())
     with torch.no_grad():
         expected = model(*batch)
     with sdpa_kernel(backend):
