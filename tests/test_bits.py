@@ -58,6 +58,10 @@ CASES = {
     "untied": UNTIED,
     "yarn": YARN,
     "rates": RATES,
+    "documents": {
+        **{"TRAIN_DOC_ISOLATED": 1, "DATA_SHUFFLE": 1, "EVAL_DOC_ISOLATED": 1, "EVAL_STRIDE": 8},
+        **{"TRAIN_BATCH_TOKENS": 256},
+    },
     "sigma": {"FIT_BUDGET": "sigma", "QUANT_CLIP": "sigma", "ARTIFACT_MAX_BYTES": 700_000},
 }
 STREAMS = {"SCORE_STREAMS": 1, "VAL_TOKENS": 0, "MICRO_BATCH_TOKENS": 128}

@@ -1,27 +1,25 @@
 """Birdie: train, export and validate a language model that fits in 16,000,000 bytes.
 
-The parameter-golf game: the lowest bits per byte (BPB) on FineWeb validation text, with the code
-plus the compressed weights in 16 MB and ten minutes of training on 8xH100. This one file is the
-whole submission; it runs on CUDA, Apple MPS and plain CPUs, on one process or many.
+The parameter-golf game: the lowest bits per byte (BPB) on FineWeb validation text, with code and
+weights in 16 MB, after ten minutes on 8xH100. It runs on CUDA, MPS and CPUs, in many processes.
 
     python train_gpt.py                                   one device, the baseline configuration
     torchrun --nproc_per_node=8 train_gpt.py              eight GPUs
     CONFIG=my.env NUM_LAYERS=11 python train_gpt.py       settings from a file and the environment
     EVAL_ONLY=1 ARTIFACT=a.artifact python train_gpt.py   score an artifact, nothing else
-    python train_gpt.py --help | --settings               all settings | those of this run
+    python train_gpt.py --help | --settings               all, by keeper.py | those of this run
 
 Shapes: B batch, T time, D model dim, H heads, K kv heads, Dh head dim, V vocabulary, N tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import dataclasses
 import difflib
 import fnmatch
-import functools
-import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -35,8 +33,13 @@ import sys
 import sysconfig
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache, partial
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple
@@ -45,9 +48,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy import ndarray
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 # ===================================== SETTINGS =====================================
 # A wrong or misspelt setting must stop the run at once, not be ignored for minutes on eight GPUs.
@@ -63,115 +68,117 @@ def require(condition: Any, problem: str) -> None:
         raise UserError(problem)
 
 
-MODEL = "the model or its score"  # the artifact carries it
-RESULT = "what training gives"
-RUN = "speed, logs or safety alone"  # it may differ when a run is resumed
-
-
-def setting(default: Any, valid: str, doc: str, role: str) -> Any:
+def setting(role: str, default: Any, valid: str, doc: str) -> Any:
     """Declare a setting; `valid` is an interval, or "a, b, c" for choices, or empty: any text."""
     about = {"valid": valid, "choices": valid.split(", "), "doc": doc, "role": role}
     if valid.startswith(("[", "(")):  # a round bracket leaves its end out
         low, high = map(float, valid[1:-1].split(","))
         about["least"] = math.nextafter(low, math.inf) if valid.startswith("(") else low
         about["most"] = math.nextafter(high, -math.inf) if valid.endswith(")") else high
-    return dataclasses.field(default=default, metadata=about)
+    return field(default=default, metadata=about)
 
 
-@dataclasses.dataclass(frozen=True)
+# Roles: the model or its score (in the artifact); what training gives; speed, logs, safety alone.
+model_setting = partial(setting, "model")
+result_setting = partial(setting, "result")
+run_setting = partial(setting, "run")
+
+
+@dataclass(frozen=True)
 class Hyperparameters:
     """The resolved settings of one run. A field's environment variable is its name in capitals."""
 
-    config: str = setting("", "", "dotenv file with settings; the environment overrides it", RUN)
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "", "folder of the shards", RUN)
-    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "", "tokenizer", RUN)
-    run_id: str = setting("", "", "name of the run; empty: a random UUID", RUN)
-    out_dir: str = setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>", RUN)
-    device: str = setting("auto", "auto, cuda, mps, cpu", "auto: the first one that is there", RUN)
-    compile: str = setting("auto", "auto, 0, 1", "torch.compile; auto: CUDA, large CPU steps", RUN)
-    attention: str = setting("auto", "auto, sdpa, amx, cudnn, fa2, fa3, fa4", "auto: fastest", RUN)
-    val_batch_size: int = setting(524288, "[1, inf)", "tokens per validation batch, all ranks", RUN)
-    val_loss_every: int = setting(1000, "[0, inf)", "validate every N steps; 0: at the end", RUN)
-    train_log_every: int = setting(200, "[0, inf)", "log every N steps and steps 1-10; 0: off", RUN)
-    micro_batch_tokens: int = setting(0, "[0, inf)", "tokens per forward pass; 0: by device", RUN)
-    warmup_steps: int = setting(20, "[0, inf)", "steps that prime kernels and change nothing", RUN)
-    save_every: int = setting(0, "[0, inf)", "checkpoint every N steps and at the end; 0: off", RUN)
-    save_total_limit: int = setting(2, "[1, inf)", "checkpoints that are kept", RUN)
-    resume: str = setting("", "", "auto: from RUN_ID's newest checkpoint; or from this file", RUN)
-    resume_changed: int = setting(0, "0, 1", "resume though settings change the result", RUN)
-    max_bad_steps: int = setting(10, "[1, inf)", "give up after N losses in a row not finite", RUN)
-    save_nll: str = setting("", "", ".npy file for the NLL of each scored token, in nats", RUN)
-    seed: int = setting(1337, "[0, 4294967295]", "seeds the initial weights", RESULT)
-    dtype: str = setting("auto", "auto, bf16, fp32", "auto: bf16 where it is fast", RESULT)
-    val_tokens: int = setting(0, "[0, inf)", "only the first N validation tokens; 0: all", RESULT)
-    eval_only: int = setting(0, "0, 1", "score ARTIFACT and exit", RESULT)
-    artifact: str = setting("", "", "the artifact that EVAL_ONLY scores", RESULT)
-    score_streams: int = setting(0, "0, 1", "each shard alone; SAVE_NLL: a folder of .npy", RESULT)
-    artifact_max_bytes: int = setting(16_000_000, "[1, inf)", "cap on code plus artifact", RESULT)
-    iterations: int = setting(20000, "[0, inf)", "optimizer steps at most", RESULT)
-    max_wallclock_seconds: float = setting(600.0, "[0, inf)", "cap on training; 0: off", RESULT)
-    warmdown_iters: int = setting(1200, "[0, inf)", "steps in which the rates fall to 0", RESULT)
-    warmdown_frac: float | str = setting("", "[0, 1]", "or: share of the run; empty: off", RESULT)
-    final_lr_frac: float = setting(0.0, "[0, 1]", "share of the rates where it ends", RESULT)
-    ema_decay: float = setting(0.0, "[0, 1)", "export the moving average; 0: off", RESULT)
-    train_batch_tokens: int = setting(524288, "[1, inf)", "tokens a step, all ranks", RESULT)
-    train_seq_len: int = setting(1024, "[1, 1048576]", "sequence length in training", MODEL)
-    vocab_size: int = setting(1024, "[1, 65536]", "must equal the tokenizer's", MODEL)
-    num_layers: int = setting(9, "[1, 1024]", "blocks; first half feeds skips to the second", MODEL)
-    model_dim: int = setting(512, "[1, 65536]", "width of the residual stream", MODEL)
-    num_heads: int = setting(8, "[1, 65536]", "query heads; divides MODEL_DIM", MODEL)
-    num_kv_heads: int = setting(4, "[1, 65536]", "key and value heads; divides NUM_HEADS", MODEL)
-    mlp_mult: float = setting(2.0, "(0, 64]", "MLP hidden width, in units of MODEL_DIM", MODEL)
-    mlp_act: str = setting("relu2", "relu2, leaky_relu2", "the MLP's activation", MODEL)
-    mlp_leaky_slope: float = setting(0.5, "[0, 1]", "leaky_relu2: slope of negative side", MODEL)
-    tie_embeddings: int = setting(1, "0, 1", "the output head is the token embedding", MODEL)
-    rope_base: float = setting(10000.0, "(0, inf)", "base of the rotary frequencies", MODEL)
-    rope_dims: int = setting(0, "[0, 65536]", "rotated channels of each head; 0: all", MODEL)
-    rope_scaling: str = setting("none", "none, linear, ntk, yarn", "past the trained length", MODEL)
-    eval_seq_len: int = setting(0, "[0, 1048576]", "context in validation; 0: TRAIN_SEQ_LEN", MODEL)
-    eval_stride: int = setting(0, "[0, inf)", "tokens that a window moves; 0: no overlap", MODEL)
-    eval_doc_isolated: int = setting(0, "0, 1", "validate without attention over documents", MODEL)
-    xsa_last_n: int = setting(0, "[0, inf)", "last layers with exclusive self-attention", MODEL)
-    smear_gate: int = setting(0, "0, 1", "mix each embedding with the one before it", MODEL)
-    bigram_buckets: int = setting(0, "[0, inf)", "rows for hashed pairs of tokens; 0: off", MODEL)
-    bigram_dim: int = setting(128, "[1, 65536]", "width of those rows", MODEL)
-    ln_scale: int = setting(0, "0, 1", "divide layer i's normed inputs by the root of i + 1", MODEL)
-    ortho_init: int = setting(0, "0, 1", "orthogonal matrices; the writing ones scaled", MODEL)
-    logit_softcap: float = setting(30.0, "(0, inf)", "c in c*tanh(logits/c)", MODEL)
-    qk_gain_init: float = setting(1.5, "(-inf, inf)", "initial gain of each query head", MODEL)
-    quant_bits_mlp: int = setting(8, "[2, 8]", "bits of a stored weight, MLP", MODEL)
-    quant_bits_attn: int = setting(8, "[2, 8]", "the same, attention", MODEL)
-    quant_bits_embed: int = setting(8, "[2, 8]", "the same, token embedding and head", MODEL)
-    quant_bits_bigram: int = setting(8, "[2, 8]", "the same, BIGRAM_BUCKETS", MODEL)
-    quant_clip: str = setting("rowmax", "rowmax, sigma", "where a row's levels end", MODEL)
-    quant_sigma: float = setting(12.85, "(0, inf)", "sigma: they end at N deviations", MODEL)
-    compressor: str = setting("zstd", "zstd, rans", "codes the levels", MODEL)
-    fit_budget: str = setting("none", "none, sigma", "QUANT_SIGMA that fills the cap", RESULT)
-    embed_lr: float = setting(0.6, "[0, inf)", "Adam, token embedding, untied", RESULT)
-    head_lr: float = setting(0.008, "[0, inf)", "Adam, output head, untied", RESULT)
-    tied_embed_lr: float = setting(0.05, "[0, inf)", "Adam, token embedding, tied", RESULT)
-    tied_embed_init_std: float = setting(0.005, "[0, inf)", "initial deviation, if tied", RESULT)
-    matrix_lr: float = setting(0.04, "[0, inf)", "Muon, matrices of the blocks", RESULT)
-    scalar_lr: float = setting(0.04, "[0, inf)", "Adam, gains and scales", RESULT)
-    muon_momentum: float = setting(0.95, "[0, 1)", "momentum after its warmup", RESULT)
-    muon_backend_steps: int = setting(5, "[1, 100]", "Newton-Schulz iterations", RESULT)
-    muon_momentum_warmup_start: float = setting(0.85, "[0, 1)", "momentum at step 0", RESULT)
-    muon_momentum_warmup_steps: int = setting(500, "[0, inf)", "steps of that warmup", RESULT)
-    beta1: float = setting(0.9, "[0, 1)", "Adam, first moment", RESULT)
-    beta2: float = setting(0.95, "[0, 1)", "Adam, second moment", RESULT)
-    adam_eps: float = setting(1e-8, "[0, inf)", "Adam, added to the denominator", RESULT)
-    muon_wd: float = setting(0.0, "[0, inf)", "decoupled decay, matrices of the blocks", RESULT)
-    adam_wd: float = setting(0.0, "[0, inf)", "decoupled decay, gains, scales and head", RESULT)
-    embed_wd: float = setting(0.0, "[0, inf)", "decoupled decay, embeddings", RESULT)
-    grad_clip_norm: float = setting(0.0, "[0, inf)", "cap on the gradient norm; 0: off", RESULT)
-    # No settings: the names of those that were given, and the id that begins a document.
-    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
-    bos: int = dataclasses.field(default=1, compare=False)
+    config: str = run_setting("", "", "dotenv file with settings; the environment overrides it")
+    data_path: str = run_setting("./data/datasets/fineweb10B_sp1024", "", "folder of the shards")
+    tokenizer_path: str = run_setting("./data/tokenizers/fineweb_1024_bpe.model", "", "tokenizer")
+    run_id: str = run_setting("", "", "name of the run; empty: a random UUID")
+    out_dir: str = run_setting("logs", "", "holds <RUN_ID>.txt and the folder <RUN_ID>")
+    device: str = run_setting("auto", "auto, cuda, mps, cpu", "auto: the first one that is there")
+    compile: str = run_setting("auto", "auto, 0, 1", "torch.compile; auto: CUDA, large CPU steps")
+    attention: str = run_setting("auto", "auto, sdpa, amx, cudnn, fa2, fa3, fa4", "auto: fastest")
+    val_batch_size: int = run_setting(524288, "[1, inf)", "tokens per validation batch, all ranks")
+    val_loss_every: int = run_setting(1000, "[0, inf)", "validate every N steps; 0: at the end")
+    train_log_every: int = run_setting(200, "[0, inf)", "log every N steps and steps 1-10; 0: off")
+    micro_batch_tokens: int = run_setting(0, "[0, inf)", "tokens per forward pass; 0: by device")
+    warmup_steps: int = run_setting(20, "[0, inf)", "steps that prime kernels and change nothing")
+    save_every: int = run_setting(0, "[0, inf)", "checkpoint every N steps and at the end; 0: off")
+    save_total_limit: int = run_setting(2, "[1, inf)", "checkpoints that are kept")
+    resume: str = run_setting("", "", "auto: from RUN_ID's newest checkpoint; or from this file")
+    resume_changed: int = run_setting(0, "0, 1", "resume though settings change the result")
+    max_bad_steps: int = run_setting(10, "[1, inf)", "give up after N losses in a row not finite")
+    save_nll: str = run_setting("", "", ".npy file for the NLL of each scored token, in nats")
+    seed: int = result_setting(1337, "[0, 4294967295]", "seeds the initial weights")
+    dtype: str = result_setting("auto", "auto, bf16, fp32", "auto: bf16 where it is fast")
+    val_tokens: int = result_setting(0, "[0, inf)", "only the first N validation tokens; 0: all")
+    eval_only: int = result_setting(0, "0, 1", "score ARTIFACT and exit")
+    artifact: str = result_setting("", "", "the artifact that EVAL_ONLY scores")
+    score_streams: int = result_setting(0, "0, 1", "each shard alone; SAVE_NLL: a folder of .npy")
+    artifact_max_bytes: int = result_setting(16_000_000, "[1, inf)", "cap on code plus artifact")
+    iterations: int = result_setting(20000, "[0, inf)", "optimizer steps at most")
+    max_wallclock_seconds: float = result_setting(600.0, "[0, inf)", "cap on training; 0: off")
+    warmdown_iters: int = result_setting(1200, "[0, inf)", "steps in which the rates fall to 0")
+    warmdown_frac: float | str = result_setting("", "[0, 1]", "or: share of the run; empty: off")
+    final_lr_frac: float = result_setting(0.0, "[0, 1]", "share of the rates where it ends")
+    ema_decay: float = result_setting(0.0, "[0, 1)", "export the moving average; 0: off")
+    train_batch_tokens: int = result_setting(524288, "[1, inf)", "tokens a step, all ranks")
+    train_doc_isolated: int = result_setting(0, "0, 1", "train without attention over documents")
+    data_shuffle: int = result_setting(0, "0, 1", "read documents in an order that SEED gives")
+    train_seq_len: int = model_setting(1024, "[1, 1048576]", "sequence length in training")
+    vocab_size: int = model_setting(1024, "[1, 65536]", "must equal the tokenizer's")
+    num_layers: int = model_setting(9, "[1, 1024]", "blocks; first half feeds skips to the second")
+    model_dim: int = model_setting(512, "[1, 65536]", "width of the residual stream")
+    num_heads: int = model_setting(8, "[1, 65536]", "query heads; divides MODEL_DIM")
+    num_kv_heads: int = model_setting(4, "[1, 65536]", "key and value heads; divides NUM_HEADS")
+    mlp_mult: float = model_setting(2.0, "(0, 64]", "MLP hidden width, in units of MODEL_DIM")
+    mlp_act: str = model_setting("relu2", "relu2, leaky_relu2", "the MLP's activation")
+    mlp_leaky_slope: float = model_setting(0.5, "[0, 1]", "leaky_relu2: slope of negative side")
+    tie_embeddings: int = model_setting(1, "0, 1", "the output head is the token embedding")
+    rope_base: float = model_setting(10000.0, "(0, inf)", "base of the rotary frequencies")
+    rope_dims: int = model_setting(0, "[0, 65536]", "rotated channels of each head; 0: all")
+    rope_scaling: str = model_setting("none", "none, linear, ntk, yarn", "past the trained length")
+    eval_seq_len: int = model_setting(0, "[0, 1048576]", "context in validation; 0: TRAIN_SEQ_LEN")
+    eval_stride: int = model_setting(0, "[0, inf)", "tokens that a window moves; 0: no overlap")
+    eval_doc_isolated: int = model_setting(0, "0, 1", "validate without attention over documents")
+    xsa_last_n: int = model_setting(0, "[0, inf)", "last layers with exclusive self-attention")
+    smear_gate: int = model_setting(0, "0, 1", "mix each embedding with the one before it")
+    bigram_buckets: int = model_setting(0, "[0, inf)", "rows for hashed pairs of tokens; 0: off")
+    bigram_dim: int = model_setting(128, "[1, 65536]", "width of those rows")
+    ln_scale: int = model_setting(0, "0, 1", "divide layer i's normed inputs by the root of i + 1")
+    ortho_init: int = model_setting(0, "0, 1", "orthogonal matrices; the writing ones scaled")
+    logit_softcap: float = model_setting(30.0, "(0, inf)", "c in c*tanh(logits/c)")
+    qk_gain_init: float = model_setting(1.5, "(-inf, inf)", "initial gain of each query head")
+    quant_bits_mlp: int = model_setting(8, "[2, 8]", "bits of a stored weight, MLP")
+    quant_bits_attn: int = model_setting(8, "[2, 8]", "the same, attention")
+    quant_bits_embed: int = model_setting(8, "[2, 8]", "the same, token embedding and head")
+    quant_bits_bigram: int = model_setting(8, "[2, 8]", "the same, BIGRAM_BUCKETS")
+    quant_clip: str = model_setting("rowmax", "rowmax, sigma", "where a row's levels end")
+    quant_sigma: float = model_setting(12.85, "(0, inf)", "sigma: they end at N deviations")
+    compressor: str = model_setting("zstd", "zstd, rans", "codes the levels")
+    fit_budget: str = result_setting("none", "none, sigma", "QUANT_SIGMA that fills the cap")
+    embed_lr: float = result_setting(0.6, "[0, inf)", "Adam, token embedding, untied")
+    head_lr: float = result_setting(0.008, "[0, inf)", "Adam, output head, untied")
+    tied_embed_lr: float = result_setting(0.05, "[0, inf)", "Adam, token embedding, tied")
+    tied_embed_init_std: float = result_setting(0.005, "[0, inf)", "initial deviation, if tied")
+    matrix_lr: float = result_setting(0.04, "[0, inf)", "Muon, matrices of the blocks")
+    scalar_lr: float = result_setting(0.04, "[0, inf)", "Adam, gains and scales")
+    muon_momentum: float = result_setting(0.95, "[0, 1)", "momentum after its warmup")
+    muon_backend_steps: int = result_setting(5, "[1, 100]", "Newton-Schulz iterations")
+    muon_momentum_warmup_start: float = result_setting(0.85, "[0, 1)", "momentum at step 0")
+    muon_momentum_warmup_steps: int = result_setting(500, "[0, inf)", "steps of that warmup")
+    beta1: float = result_setting(0.9, "[0, 1)", "Adam, first moment")
+    beta2: float = result_setting(0.95, "[0, 1)", "Adam, second moment")
+    adam_eps: float = result_setting(1e-8, "[0, inf)", "Adam, added to the denominator")
+    muon_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, matrices of the blocks")
+    adam_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, gains, scales and head")
+    embed_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, embeddings")
+    grad_clip_norm: float = result_setting(0.0, "[0, inf)", "cap on the gradient norm; 0: off")
+    given: frozenset[str] = field(default=frozenset(), compare=False)  # names, no setting
+    bos: int = field(default=1, compare=False)  # the id that begins a document, no setting
 
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters) if "role" in f.metadata}
-MODEL_SETTINGS = [name for name, field in FIELDS.items() if field.metadata["role"] == MODEL]
-RUN_SETTINGS = [name for name, field in FIELDS.items() if field.metadata["role"] == RUN]
+MODEL_SETTINGS = [name for name, f in FIELDS.items() if f.metadata["role"] == "model"]
+RUN_SETTINGS = [name for name, f in FIELDS.items() if f.metadata["role"] == "run"]
 
 
 def typo_of(name: str) -> str:
@@ -197,7 +204,7 @@ def parse_setting(name: str, text: str) -> Any:
         if text not in about["choices"]:
             raise ValueError(f"expected one of {about['valid']}")
         return int(text) if whole else text
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         number = int(text) if whole else float(text)
         if about["least"] <= number <= about["most"]:
             return number
@@ -218,7 +225,6 @@ def settings_dotenv(hp: Hyperparameters) -> str:
 def read_dotenv(path: str) -> dict[str, str]:
     """Read NAME=VALUE words in the quoting of a shell, with # comments. Raises UserError."""
     try:
-        # Editors on Windows put a byte-order mark first; a path may be of any bytes.
         content = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
         if "\0" in content:
             raise ValueError("it has NUL characters; save it as UTF-8")
@@ -233,35 +239,15 @@ def read_dotenv(path: str) -> dict[str, str]:
 
 
 def value_problems(hp: Hyperparameters) -> list[str]:
-    """Say what is wrong between settings that are each valid."""
-    batch = hp.train_batch_tokens
-    micro = hp.micro_batch_tokens
+    """Say what is wrong between settings that are each valid; the keeper has more to say."""
     context = hp.eval_seq_len or hp.train_seq_len
-    least = context * launched("WORLD_SIZE", 1)
-    uneven = hp.model_dim % hp.num_heads
-    head_dim = hp.model_dim // hp.num_heads
-    rotated = hp.rope_dims or head_dim
-    odd_rope = hp.rope_dims % 2 or hp.rope_dims > head_dim
-    unfit = hp.fit_budget == "sigma" and hp.quant_clip != "sigma"
-    width = f"heads of {head_dim} channels; rotary positions need an even number"
+    uneven_batch = hp.train_batch_tokens % hp.train_seq_len
     rules = [
-        (uneven, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
-        (head_dim % 2 and not uneven, f"{{MODEL_DIM}}: over {{NUM_HEADS}} makes {width}"),
-        (odd_rope, f"{{ROPE_DIMS}}: must be even, and at most a head's {head_dim} channels"),
-        (hp.rope_scaling == "ntk" and rotated == 2, "{ROPE_SCALING}: ntk needs over 2 channels"),
-        (hp.mlp_mult * hp.model_dim < 1, "{MLP_MULT}: under one channel at {MODEL_DIM}"),
-        (hp.bigram_buckets == 1, "{BIGRAM_BUCKETS}: use 0, or 2 and more"),
-        (hp.xsa_last_n > hp.num_layers, "{XSA_LAST_N}: over {NUM_LAYERS}"),
         (hp.eval_stride > context, "{EVAL_STRIDE}: over {CONTEXT}"),
-        (hp.num_heads % hp.num_kv_heads, "{NUM_HEADS}: not divisible by {NUM_KV_HEADS}"),
-        (batch % hp.train_seq_len, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
-        (micro % hp.train_seq_len, "{MICRO_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
-        (micro and batch % micro, "{TRAIN_BATCH_TOKENS}: not divisible by {MICRO_BATCH_TOKENS}"),
-        (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {CONTEXT} a rank"),
-        (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
-        (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
-        (unfit, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
+        (uneven_batch, "{TRAIN_BATCH_TOKENS}: not divisible by {TRAIN_SEQ_LEN}"),
     ]
+    if keeper := find_keeper():
+        rules += keeper.value_rules(hp, context)
     shown = {name: f"{name}={text}" for name, text in setting_texts(hp).items()}
     shown["CONTEXT"] = shown["EVAL_SEQ_LEN" if hp.eval_seq_len else "TRAIN_SEQ_LEN"]
     return [text.format_map(shown) for broken, text in rules if broken]
@@ -289,14 +275,13 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
 
 
 # ===================================== MODEL =====================================
-# One forward pass serves training and scoring. Its own gradients move fewer bytes than autograd's.
 
 
-def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
+def rotary_table(hp: Hyperparameters, length: int, rows: int = 1) -> Tensor:
     """Tabulate cos and ±sin of t·f for positions t and frequencies f: double (2, T, r).
 
-    f_i = base^(-2i/r) (arXiv 2104.09864). Where T is s times the trained length, linear divides f
-    by s, ntk takes base·s^(r/(r-2)), and yarn divides slow f by s, not fast ones (2309.00071).
+    f_i = base^(-2i/r) (arXiv 2104.09864). T is `rows` contexts. Where one is s times as long as in
+    training, linear divides f by s, ntk takes base·s^(r/(r-2)), yarn divides slow f (2309.00071).
     """
     r = hp.rope_dims or hp.model_dim // hp.num_heads
     s = max(1.0, length / hp.train_seq_len)
@@ -309,7 +294,7 @@ def rotary_table(hp: Hyperparameters, length: int) -> Tensor:
         f /= s
     elif hp.rope_scaling == "yarn":
         f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
-    angles = torch.outer(torch.arange(length).double(), f)
+    angles = torch.outer(torch.arange(rows * length).double(), f)
     cos = angles.cos().repeat(1, 2)
     sin = torch.cat((angles.sin(), -angles.sin()), dim=1)
     return torch.stack((cos, sin))
@@ -388,7 +373,13 @@ class CappedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, c: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        c: float,
+    ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         capped = torch.tanh(F.linear(x, weight).to(wide) / c)
         logits = c * capped
@@ -452,18 +443,68 @@ def together(x: Tensor, *parts: Matrix) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
-Documents = Tensor | None  # bool (B, T), where documents start; attention crosses no start
+def send(array: ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device, without waiting for what it does."""
+    x = torch.from_numpy(array)
+    x = x.pin_memory() if device.type == "cuda" else x
+    return x.to(device, non_blocking=True)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents = None) -> Tensor:
-    """Attend causally from q (B, H, T, Dh) to k and v (B, K, T, Dh): like q."""
+class Documents(NamedTuple):
+    """Pieces of documents in a batch of B·T tokens: attention does not cross where one starts."""
+
+    offsets: Tensor  # where they start, and B·T: int32 (S + 1,)
+    longest: int  # tokens that one has at most
+
+
+Cuts = Documents | None  # None: each row is one piece
+PACKED = {}  # kernels for pieces, by the type of device
+VARLEN = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def cut(begins: ndarray, longest: int, device: torch.device) -> Documents:
+    """Cut a batch where rows and, by `begins`, bool (B, T), documents begin, and at `longest`."""
+    begins[:, 0] = True
+    at = np.arange(begins.size)
+    last = np.maximum.accumulate(np.where(begins.ravel(), at, 0))
+    starts = np.flatnonzero((at - last) % longest == 0)
+    offsets = np.append(starts, at.size).astype(np.int32)
+    return Documents(send(offsets, device), longest)
+
+
+def attend_by_piece(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+    """Attend within each piece of N tokens, from q (1, H, N, Dh) to k and v: like q."""
+    sizes = offsets.diff().tolist()
+    pieces = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(*piece) for piece in pieces], dim=2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Cuts = None) -> Tensor:
+    """Attend causally from q (B, H, S, Dh), at the last S of T positions, to k and v: like q."""
     sdpa = F.scaled_dot_product_attention
     gqa = q.size(1) != k.size(1)
-    if documents is None:
+    S = q.size(2)
+    T = k.size(2)
+    if documents is None and S == T:
         return sdpa(q, k, v, is_causal=True, enable_gqa=gqa)
-    number = documents.cumsum(1)[:, None, :, None]
-    mask = (number == number.mT).tril()
-    return sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    if documents is None:
+        mask = q.new_ones(S, T, dtype=torch.bool).tril(T - S)
+        return sdpa(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    offsets, longest = documents
+    qkv = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    if q.is_cuda and q.dtype == torch.bfloat16:
+        limits = (offsets, offsets, longest, longest)
+        y = varlen_attn(*qkv, *limits, window_size=(-1, 0), **VARLEN)
+    else:
+        heads = [x.transpose(0, 1)[None] for x in qkv]
+        kernel = PACKED.get(q.device.type, attend_by_piece)
+        y = kernel(*heads, offsets)[0].transpose(0, 1)
+    return y.unflatten(0, (-1, T)).transpose(1, 2)
+
+
+def tail(x: Tensor, last: int, dim: int) -> Tensor:
+    """Take the last positions; all of them as they are, for which a slice would cost traffic."""
+    return x if last == x.size(dim) else x.narrow(dim, x.size(dim) - last, last)
 
 
 def exclude_own(y: Tensor, v: Tensor) -> Tensor:
@@ -488,24 +529,25 @@ class Attention(nn.Module):
         self.c_v = Matrix(dim, self.head_dim * hp.num_kv_heads)
         self.q_gain = parameter(hp.num_heads, 1, 1)
 
-    def heads(self, x: Tensor, rotary: Tensor, documents: Documents) -> Tensor:
-        """Give the output of each head, (B, H, T, Dh), for x (B, T, D)."""
+    def heads(self, x: Tensor, rotary: Tensor, last: int, documents: Cuts) -> Tensor:
+        """Give the output of each head at the last S positions of x (B, T, D): (B, H, S, Dh)."""
         H = self.q_gain.size(0)
         K = self.c_k.out_features // self.head_dim
         qkv = together(x, self.c_q, self.c_k, self.c_v)
-        qk, v = qkv.unflatten(2, (-1, self.head_dim)).split((H + K, K), dim=2)
+        qkv = qkv.unflatten(2, (-1, self.head_dim))
+        qk, v = qkv.split((H + K, K), dim=2)
         gains = F.pad(self.q_gain.view(H, 1), (0, 0, 0, K), value=1.0)
         qk = Norm.apply(qk, gains, rotary)
         q, k = qk.transpose(1, 2).split((H, K), dim=1)
         v = v.transpose(1, 2)
-        y = attend(q, k, v, documents)
-        return exclude_own(y, v) if self.exclusive else y
+        y = attend(tail(q, last, dim=2), k, v, documents)
+        return exclude_own(y, tail(v, last, dim=2)) if self.exclusive else y
 
     def forward(
-        self, x: Tensor, rotary: Tensor, gains: Tensor, documents: Documents = None
+        self, x: Tensor, rotary: Tensor, gains: Tensor, last: int, documents: Cuts
     ) -> Tensor:
-        """Map x (B, T, D) to what the residual stream gets, (B, T, D), scaled by `gains` (D)."""
-        y = self.heads(x, rotary, documents)
+        """Map x (B, T, D) to what the residual stream gets, (B, S, D), scaled by `gains` (D)."""
+        y = self.heads(x, rotary, last, documents)
         return self.proj(y.transpose(1, 2).flatten(2), gains)
 
 
@@ -528,12 +570,19 @@ class Block(nn.Module):
         self.mlp_scale = parameter(dim)
         self.resid_mix = parameter(2, dim)
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, documents: Documents = None) -> Tensor:
-        """Map the residual stream x (B, T, D); x0 is what it started as."""
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        rotary: Tensor,
+        last: int,
+        documents: Cuts,
+    ) -> Tensor:
+        """Map the residual stream x (B, T, D) to its `last` positions; x0 is what it started as."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         y = rms_norm(x, self.scale)
-        x = x + self.attn(y, rotary, self.attn_scale, documents)
+        x = tail(x, last, dim=1) + self.attn(y, rotary, self.attn_scale, last, documents)
         y = self.fc(rms_norm(x, self.scale))
         y = F.leaky_relu(y, self.slope).square() if self.slope else SquaredRelu.apply(y)
         return x + self.proj(y, self.mlp_scale)
@@ -586,10 +635,10 @@ def parameter_table(hp: Hyperparameters) -> list[Row]:
     writes = 0.0  # what writes to the residual stream starts silent
     if hp.tie_embeddings:
         embed = ("adam", hp.tied_embed_lr, hp.embed_wd)
-        token = functools.partial(nn.init.normal_, std=hp.tied_embed_init_std)
+        token = partial(nn.init.normal_, std=hp.tied_embed_init_std)
     if hp.ortho_init:
         reads = nn.init.orthogonal_
-        writes = functools.partial(nn.init.orthogonal_, gain=(2 * hp.num_layers) ** -0.5)
+        writes = partial(nn.init.orthogonal_, gain=(2 * hp.num_layers) ** -0.5)
     return [
         Row("tok_emb.weight", *embed, token, hp.quant_bits_embed),
         Row("lm_head.weight", *head, 0.0, hp.quant_bits_embed),
@@ -634,6 +683,7 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.softcap = hp.logit_softcap
         self.bos = hp.bos
+        self.trained = hp.train_seq_len
         self.visits = [*range(hp.num_layers)]
         self.tok_emb = Table(hp.vocab_size, dim)
         self.bigram = BigramHash(hp) if hp.bigram_buckets else None
@@ -643,19 +693,25 @@ class GPT(nn.Module):
         self.lm_head = None if hp.tie_embeddings else Matrix(dim, hp.vocab_size)
         for name, p in self.named_parameters():
             initialize(p, row_of(name, hp).start)
+        rows = ROW if hp.train_doc_isolated or hp.eval_doc_isolated or hp.score_streams else 1
         for name, length in (("short", hp.train_seq_len), ("long", hp.eval_seq_len)):
-            table = rotary_table(hp, length).to(dtype)
+            table = rotary_table(hp, length, rows).to(dtype)
             self.register_buffer(name, table, persistent=False)
 
-    def starts(self, inputs: Tensor) -> Tensor:
-        """Find where nothing comes before a token: at BOS, and first in a row. Bool (B, T)."""
-        return (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
+    def starts(self, inputs: Tensor, documents: Cuts) -> Tensor:
+        """Find where nothing comes before a token: at BOS, first in a row or piece. Bool (B, T)."""
+        starts = (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
+        if documents is None:
+            return starts
+        marks = F.pad(starts.flatten(), (0, 1))
+        marks = marks.index_fill(0, documents.offsets.long(), True)
+        return marks[:-1].view_as(starts)
 
-    def embed(self, inputs: Tensor) -> Tensor:
+    def embed(self, inputs: Tensor, documents: Cuts = None) -> Tensor:
         """Map tokens int64 (B, T) to the first residual stream (B, T, D)."""
         x = self.tok_emb(inputs)
         if self.bigram is not None or self.smear is not None:
-            starts = self.starts(inputs)
+            starts = self.starts(inputs, documents)
         if self.bigram is not None:
             x = x + self.bigram(inputs, starts)
         x = rms_norm(x.to(self.dtype))
@@ -665,21 +721,22 @@ class GPT(nn.Module):
             x = x + gate * inside * (x.roll(1, 1) - x)
         return x
 
-    def trunk(self, x: Tensor, visits: list[int], documents: Documents = None) -> Tensor:
-        """Take x (B, T, D) through the visited blocks; skips go to the second half, last first."""
+    def trunk(self, x: Tensor, visits: list[int], last: int, documents: Cuts = None) -> Tensor:
+        """Take x (B, T, D) through blocks to its `last` positions; skips go to the second half."""
         T = x.size(1)
-        rotary = self.short if self.short.size(1) >= T else self.long
+        longest = documents.longest if documents else T
+        rotary = self.short if longest <= self.trained else self.long
         rotary = rotary[:, :T]
         half = len(visits) // 2
         x0 = x
         skips = []
-        for layer in visits[:half]:
-            x = self.blocks[layer](x, x0, rotary, documents)
-            skips.append(x)
-        for i, layer in enumerate(visits[half:]):
-            if skips:
-                x = x + self.skip_weights[i].to(x.dtype) * skips.pop()
-            x = self.blocks[layer](x, x0, rotary, documents)
+        for i, layer in enumerate(visits):
+            if skips and i >= half:
+                x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
+            needed = T if i < len(visits) - 1 else last
+            x = self.blocks[layer](x, x0, rotary, needed, documents)
+            if i < half:
+                skips.append(x)
         return x
 
     def head(self, x: Tensor, *targets: Tensor) -> list[Tensor]:
@@ -695,18 +752,17 @@ class GPT(nn.Module):
             losses.append(torch.cat(nll).view_as(t))
         return losses
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Give the NLL of each target given its prefix: int64 (B, T) to fp32 (B, T)."""
-        x = self.embed(inputs)
-        x = self.trunk(x, self.visits)
+    def forward(self, inputs: Tensor, targets: Tensor, documents: Cuts = None) -> Tensor:
+        """Give the NLL of targets, int64 (B, S), at the last S of T inputs (B, T): fp32 (B, S)."""
+        x = self.embed(inputs, documents)
+        x = self.trunk(x, self.visits, targets.size(1), documents)
         (nll,) = self.head(x, targets)
         return nll
 
 
 # ===================================== OPTIMIZERS =====================================
-# An optimizer keeps its state in `optimizer.state`, where checkpoints find it; it may make it as
-# late as in its first step. If `found_inf`, a number on the device, is not 0, gradients are 0, and
-# its step changes nothing. It takes the learning rate from its groups at each step.
+# An optimizer keeps its state in `optimizer.state`, which it may make late, and its step changes
+# nothing if `found_inf`, a number on the device, is not 0: all gradients are 0 then.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -728,24 +784,16 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 
 def directions(
     grads: list[Tensor], momenta: list[Tensor], mu: Tensor, bad: Tensor, settings: dict[str, Any]
-) -> Sequence[Tensor]:
-    """Move momenta M, (N, rows, cols), unless `bad`; give G + μM orthogonalized and wide, or 0."""
+) -> list[Tensor]:
+    """Move momenta M, (N, rows, cols), unless `bad`; give G + μM orthogonalized, or 0."""
     kept = torch.where(bad, 1.0, mu)
-    steps = settings["steps"]
-    wide = []
+    found = []
     for g, m in zip(grads, momenta, strict=True):
         m.mul_(kept).add_(g)
         x = torch.addcmul(g, m, mu).mul_(~bad)
         x = x.to(settings["dtype"])
-        wide.append(x.mT if x.size(1) > x.size(2) else x)
-    if not settings["joint"]:
-        return [orthogonalize(x, steps) for x in wide]
-    rows = max(x.size(1) for x in wide)
-    cols = max(x.size(2) for x in wide)
-    # In one batch, padded with zeros: launches cost a GPU more than FLOPs.
-    padded = [F.pad(x, (0, cols - x.size(2), 0, rows - x.size(1))) for x in wide]
-    batch = orthogonalize(torch.cat(padded), steps)
-    return batch.split([len(x) for x in wide])
+        found.append(orthogonalize(x, settings["steps"]))
+    return found
 
 
 class Muon(torch.optim.Optimizer):
@@ -758,9 +806,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"joint": False, **defaults})
         self.found_inf = groups[0]["params"][0].new_zeros(())
         self.settings = {key: groups[0][key] for key in ("steps", "dtype", "joint")}
-        self.directions = directions
-        if self.settings["joint"]:
-            self.directions = torch.compile(directions, dynamic=False)
+        joint = self.settings["joint"]
+        self.directions = torch.compile(directions, dynamic=False) if joint else directions
 
     def momenta(self, params: list[Tensor]) -> Tensor:
         """Give M of a group, (N, rows, cols), which the states of its matrices are views of."""
@@ -787,8 +834,6 @@ class Muon(torch.optim.Optimizer):
             if decay := group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - lr * decay * ~bad)
             rows, cols = params[0].shape
-            x = x.mT if rows > cols else x
-            x = x[:, :rows, :cols]
             x = x.to(params[0].dtype, memory_format=torch.contiguous_format)
             scale = max(1.0, rows / cols) ** 0.5
             torch._foreach_add_(params, [*x], alpha=-lr * scale)
@@ -838,9 +883,8 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16 tokens.
 SHARD_MAGIC = (20240520, 1)
 SHARD_HEADER_BYTES = 1024
-SCAN_TOKENS = 2**27  # at the start of a split, whose ids are checked before the run begins
-PART_TOKENS = 2**22  # read at once, of a whole split
 FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
+LOADED = 3  # batches ahead: a new shard takes a while to shuffle
 
 
 def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
@@ -859,52 +903,89 @@ def shard_size(path: Path) -> int:
 
 
 class TokenStream:
-    """The shards of a split as one endless sequence that starts over after its last token."""
+    """The shards of a split in an endless sequence; DATA_SHUFFLE orders it anew each time."""
 
     def __init__(self, split: str, run: Run, ids: int = 0) -> None:
+        self.run = run
+        self.shuffle = run.hp.data_shuffle and split == "train"
         self.paths = shard_paths(run.hp, split)
         self.ids = ids or run.hp.vocab_size
-        self.sizes = [shard_size(path) for path in self.paths]
-        self.ends = np.cumsum(self.sizes)
+        self.sizes = np.array([shard_size(path) for path in self.paths])
+        self.ends = self.sizes.cumsum()
         self.total = int(self.ends[-1])
-        scan = min(self.total, SCAN_TOKENS) if run.local_rank == 0 else 1
-        for _ in self.parts(scan):
-            pass  # reading has checked the ids
+        if run.keeper:
+            run.keeper.scan(self)
 
-    def read(self, start: int, count: int) -> np.ndarray:
+    def read(self, start: int, count: int) -> ndarray:
         """Read tokens [start, start + count), uint16 (count,). Raises UserError at a wrong id."""
         pieces = []
         while count:
-            piece = self.read_in_shard(start % self.total, count)
+            shard, place, left = self.find(start)
+            piece = self.read_in_shard(shard, place, min(count, left))
             pieces.append(piece)
             start += len(piece)
             count -= len(piece)
         return np.concatenate(pieces)
 
-    def read_in_shard(self, start: int, most: int) -> np.ndarray:
-        """Read up to `most` tokens from `start` on, as far as they lie in one shard."""
-        index = int(np.searchsorted(self.ends, start, "right"))
-        path = self.paths[index]
-        left = int(self.ends[index]) - start
-        offset = self.sizes[index] - left
-        count = min(most, left)
-        piece = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * offset)
+    def find(self, at: int) -> tuple[int, int, int]:
+        """Find a token: its shard, its place there, and how many to read from there on."""
+        epoch, place = divmod(at, self.total)
+        order = np.arange(len(self.sizes))
+        if self.shuffle:  # by a generator whose numbers no version of NumPy changes
+            order = np.random.RandomState([self.run.hp.seed, epoch]).permutation(order)
+        ends = self.sizes[order].cumsum()
+        index = int(np.searchsorted(ends, place, "right"))
+        shard = int(order[index])
+        left = int(ends[index]) - place
+        place = int(self.sizes[shard]) - left
+        if self.shuffle:
+            stops, ends = self.shuffled(shard, epoch)
+            index = int(np.searchsorted(ends, place, "right"))
+            left = int(ends[index]) - place
+            place = int(stops[index]) - left
+        return shard, place, left
+
+    @lru_cache(2)  # noqa: B019
+    def shuffled(self, shard: int, epoch: int) -> tuple[ndarray, ndarray]:
+        """Shuffle the documents of a shard: where each one ends there, and in the new order."""
+        tokens = self.read_in_shard(shard, 0, int(self.sizes[shard]))
+        starts = 1 + np.flatnonzero(tokens[1:] == self.run.hp.bos)
+        stops = np.append(starts, len(tokens))
+        random = np.random.RandomState([self.run.hp.seed, epoch, shard])
+        order = random.permutation(len(stops))
+        sizes = np.diff(stops, prepend=0)
+        return stops[order], sizes[order].cumsum()
+
+    def read_in_shard(self, shard: int, place: int, count: int) -> ndarray:
+        """Read `count` tokens of a shard, and check them."""
+        path = self.paths[shard]
+        piece = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * place)
         require(len(piece) == count, f"{path}: has become shorter; get it again")
         worst = int(piece.max())
-        where = f"{path}, token {offset + piece.argmax()}"
+        where = f"{path}, token {place + piece.argmax()}"
         require(worst < self.ids, f"{where}: id {worst}, VOCAB_SIZE={self.ids}")
         return piece
 
-    def parts(self, count: int) -> Iterator[np.ndarray]:
-        """Read the first `count` tokens, in parts that take little memory."""
-        for start in range(0, count, PART_TOKENS):
-            yield self.read(start, min(PART_TOKENS, count - start))
+
+ROW = 8  # sequences in a row of isolated documents: its ends cut few
+Batch = tuple[Tensor, Tensor, Cuts]  # inputs and targets, int64 (B, T)
 
 
-def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tensor]]:
-    """Yield the micro-batches of each step from `first` on, int64 (2, rows, T), loaded ahead."""
-    step_tokens = run.hp.train_batch_tokens
-    T = run.hp.train_seq_len
+def row_length(hp: Hyperparameters) -> int:
+    """Choose the tokens of a row in training, whatever the ranks and micro-batches."""
+    T = hp.train_seq_len
+    return T * math.gcd(hp.train_batch_tokens // T, ROW) if hp.train_doc_isolated else T
+
+
+def batches(
+    stream: TokenStream,
+    run: Run,
+    first: int = 0,
+) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each step from `first` on, loaded ahead."""
+    hp = run.hp
+    step_tokens = hp.train_batch_tokens
+    T = row_length(hp)
     total = step_tokens // T
     # Each rank has a contiguous share of the tokens from s·TRAIN_BATCH_TOKENS on, for step s.
     start = total * run.rank // run.world_size
@@ -915,78 +996,66 @@ def batches(stream: TokenStream, run: Run, first: int = 0) -> Iterator[list[Tens
     rows = math.ceil(most / count)
     padding = (start - stop) % rows * T
 
-    def load(step: int) -> list[Tensor]:
+    def load(step: int) -> list[Batch]:
         span = stream.read(step * step_tokens + start * T, (stop - start) * T + 1)
-        tokens = torch.from_numpy(span.astype(np.int64))
-        inputs = F.pad(tokens[:-1], (0, padding))
-        targets = F.pad(tokens[1:], (0, padding), value=IGNORE)
-        pairs = torch.stack((inputs.view(-1, rows, T), targets.view(-1, rows, T)), dim=1)
-        if run.device.type == "cuda":
-            pairs = pairs.pin_memory()
-        return list(pairs.to(run.device, non_blocking=True))
+        inputs = np.pad(span[:-1].astype(np.int64), (0, padding))
+        targets = np.pad(span[1:].astype(np.int64), (0, padding), constant_values=IGNORE)
+        pairs = np.stack((inputs, targets)).reshape(2, -1, rows, T).swapaxes(0, 1)
+        documents: list[Cuts] = [None] * len(pairs)
+        if hp.train_doc_isolated:
+            documents = [cut(x == hp.bos, hp.train_seq_len, run.device) for x, _ in pairs]
+        sent = send(pairs, run.device)
+        return [(*pair, cuts) for pair, cuts in zip(sent, documents, strict=True)]
 
     with ThreadPoolExecutor(1) as worker:
-        ahead = worker.submit(load, first)
-        for step in itertools.count(first + 1):
-            ready = ahead.result()
-            ahead = worker.submit(load, step)
+        ahead = [worker.submit(load, first + i) for i in range(LOADED)]
+        for step in itertools.count(first + LOADED):
+            ready = ahead.pop(0).result()
+            ahead.append(worker.submit(load, step))
             yield ready
 
 
 # ===================================== EVALUATION =====================================
-# BPB = (sum of NLL / ln 2) / (bytes of the text that the scored tokens decode to). A wrong byte
-# count wins leaderboards unnoticed, so the counts are audited against decoded text first.
+# A wrong count of bytes wins leaderboards unnoticed, so it is audited against decoded text first.
 SPACE = "\u2581"  # SentencePiece's marker of a space
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # pieces of a tokenizer of CaseOps text
 ADVICE = "TOKENIZER_PATH must be the tokenizer of the shards, and have a piece for a single space"
 
 
-class ByteTable:
-    """The UTF-8 bytes of text that each token of a SentencePiece model stands for."""
-
-    def __init__(self, sp: SentencePieceProcessor) -> None:
-        size = len(sp)
-        self.pieces = [sp.id_to_piece(i) for i in range(size)]
-        self.base = np.zeros(size, np.int64)
-        self.byte = np.zeros(size, bool)
-        self.lead = np.zeros(size, bool)  # begins with a space
-        self.silent = np.zeros(size, bool)  # holds no text; a space behind it does not count
-        for i, piece in enumerate(self.pieces):
-            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
-                self.silent[i] = True
-            elif sp.is_byte(i):
-                self.byte[i] = True
-                self.base[i] = 1
-            else:
-                text = piece.removeprefix(SPACE).replace(SPACE, " ")
-                self.base[i] = len(text.encode())
-                self.lead[i] = piece.startswith(SPACE)
-
-    def lengths(self, tokens: np.ndarray) -> np.ndarray:
-        """Count the bytes of tokens[1:], each given the one before: (N,) to int64 (N - 1,)."""
-        spaces = self.lead[tokens[1:]] & ~self.silent[tokens[:-1]]
-        return self.base[tokens[1:]] + spaces
-
-
-class Tokenizer(ByteTable):
-    """A SentencePiece model of VOCAB_SIZE pieces, whose byte table can be audited."""
+class Tokenizer:
+    """A SentencePiece model, and the UTF-8 bytes of text that each of its pieces stands for."""
 
     def __init__(self, hp: Hyperparameters) -> None:
         path = hp.tokenizer_path
         try:
-            self.sp = SentencePieceProcessor(model_proto=read_once(path))
+            self.sp = sp = SentencePieceProcessor(model_proto=read_once(path))
         except Exception as error:
             raise UserError(f"{path}: not a SentencePiece model: {error}") from None
-        require(len(self.sp) == hp.vocab_size, f"{path}: {len(self.sp)} pieces, not VOCAB_SIZE")
-        super().__init__(self.sp)
-        self.bos = self.sp.bos_id()
-        self.unknown = self.sp.unk_id()
+        require(len(sp) == hp.vocab_size, f"{path}: {len(sp)} pieces, not VOCAB_SIZE")
+        self.bos = sp.bos_id()
+        ids = range(len(sp))
+        self.pieces = [sp.id_to_piece(i) for i in ids]
+        texts = [piece.removeprefix(SPACE).replace(SPACE, " ") for piece in self.pieces]
+        silent = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in ids]
+        self.silent = np.array(silent)  # holds no text; a space behind it does not count
+        self.byte = np.array([sp.is_byte(i) for i in ids])
+        sizes = np.array([len(text.encode()) for text in texts])
+        self.base = np.where(self.byte, 1, sizes) * ~self.silent
+        lead = np.array([piece.startswith(SPACE) for piece in self.pieces])
+        self.lead = lead & ~self.silent  # begins with a space
         self.byte_level = (self.byte | self.silent).all()  # no piece is more than a byte
+        self.case_ops = {*CASE_MARKS} <= {*self.pieces}
         # Decoding strips spaces from the start of a text, so a plain word goes there first.
         plain = [i for i, piece in enumerate(self.pieces) if piece.isalpha() and self.base[i]]
         self.plain = plain[:1]
         self.plain_text = "".join(self.pieces[i] for i in self.plain)
 
-    def audit(self, tokens: np.ndarray, prose: bool = True) -> None:
+    def lengths(self, tokens: ndarray) -> ndarray:
+        """Count the bytes of tokens[1:], each given the one before: (N,) to int64 (N - 1,)."""
+        spaces = self.lead[tokens[1:]] & ~self.silent[tokens[:-1]]
+        return self.base[tokens[1:]] + spaces
+
+    def audit(self, tokens: ndarray, prose: bool = True) -> None:
         """Compare `lengths` with the text of each document; the keeper encodes prose again."""
         require(self.plain or self.byte_level, f"byte audit: no piece is a plain word; {ADVICE}")
         starts = 1 + np.flatnonzero(tokens[1:] == self.bos)
@@ -1000,9 +1069,9 @@ class Tokenizer(ByteTable):
             keeper.audit_words(self, tokens)
         require(self.lengths(tokens).any(), "byte audit: the validation tokens hold no text")
 
-    def decoded_bytes(self, ids: np.ndarray) -> int:
+    def decoded_bytes(self, ids: ndarray) -> int:
         """Count the UTF-8 bytes that tokens decode to, less spaces that follow a silent token."""
-        space = SPACE if self.byte_level else " "
+        space = SPACE if self.byte_level or self.case_ops else " "
         size = 0
         for part in np.split(ids, np.flatnonzero(self.silent[ids])):
             part = part[~self.silent[part]]
@@ -1013,7 +1082,7 @@ class Tokenizer(ByteTable):
                 size -= 2 * self.stray_bytes(part)
         return size
 
-    def stray_bytes(self, ids: np.ndarray) -> int:
+    def stray_bytes(self, ids: ndarray) -> int:
         """Count byte tokens that form no character: each decodes to U+FFFD, of three bytes."""
         raw = bytearray(len(ids))
         for place in np.flatnonzero(self.byte[ids]):
@@ -1023,113 +1092,126 @@ class Tokenizer(ByteTable):
 
 
 class Validation:
-    """The audited tokens, uint16 (N,), and how many bytes all but the first of a stream stand for.
-
-    Streams are from `starts[i]` to `starts[i + 1]`. The sidecar, if there is one, counts the bytes.
-    """
+    """The audited tokens, uint16 (N,), in streams that begin at `starts`, and their bytes."""
 
     def __init__(self, run: Run) -> None:
         hp = run.hp
-        tokenizer = Tokenizer(hp)
+        tokenizer = self.tokenizer = Tokenizer(hp)
         stream = TokenStream("val", run)
         limit = hp.val_tokens or stream.total
         ends = stream.ends.tolist() if hp.score_streams else [stream.total]
-        spans = [(a, min(b - a, limit)) for a, b in itertools.pairwise([0, *ends])]
+        spans = [(a, min(b - a, limit)) for a, b in pairwise([0, *ends])]
         self.bos = tokenizer.bos
         self.paths = stream.paths
         self.starts = np.cumsum([0, *(count for _, count in spans)])
         self.tokens = np.concatenate([stream.read(*span) for span in spans])
-        unscored = self.starts[:-1]
-        sizes = np.append(0, tokenizer.lengths(self.tokens))
-        sizes[unscored] = 0
-        self.text_bytes = int(sizes.sum())
+        is_scored = np.ones(len(self.tokens), bool)
+        is_scored[self.starts[:-1]] = False
+        self.text_bytes = int(tokenizer.lengths(self.tokens)[is_scored[1:]].sum())
         if run.rank == 0:
             tokenizer.audit(self.tokens, prose=not hp.score_streams)
         self.note = f"val_tokens:{len(self.tokens)} val_bytes:{self.text_bytes} byte_audit:ok"
-        is_bos = self.tokens == self.bos
-        is_unknown = self.tokens == tokenizer.unknown
-        self.lost: int | None = None  # bytes of that text, if known
+        self.sizes: ndarray | None = None  # of the original text of each token, if known
         if shard_paths(hp, "val_bytes"):
             sidecar = TokenStream("val_bytes", run, ids=2**16)
             first = sidecar.paths[0]
-            same = sidecar.sizes == stream.sizes
+            same = np.array_equal(sidecar.sizes, stream.sizes)
             require(same, f"{first}: the sidecars are not as long as their shards")
-            sizes = np.concatenate([sidecar.read(*span) for span in spans])
-            self.lost = int(sizes[is_unknown].sum(dtype=np.int64))
-            counts_bos = sizes[is_bos].any()
-            sizes[unscored] = 0
-            sound = sizes.any() and not counts_bos
+            self.sizes = np.concatenate([sidecar.read(*span) for span in spans])
+            self.text_bytes = int(self.sizes[is_scored].sum(dtype=np.int64))
+            counts_bos = self.sizes[self.tokens == self.bos].any()
+            sound = self.text_bytes and not counts_bos
             require(sound, f"{first}: counts bytes for BOS, or none at all")
-            self.text_bytes = int(sizes.sum(dtype=np.int64))
             self.note += f" byte_sidecar:{len(sidecar.paths)} original_bytes:{self.text_bytes}"
-        self.unknown = int(is_unknown.sum())  # pieces that stand for text that is lost
-        if self.unknown:
-            self.note += f" unknown_tokens:{self.unknown}"
-        self.parted = hp.score_streams or is_bos.any()  # into documents or streams
+        if tokenizer.case_ops and not hp.score_streams:
+            known = self.sizes is not None
+            require(known, f"{hp.data_path}: CaseOps data needs its fineweb_val_bytes_*.bin")
+            if run.rank == 0 and run.keeper:
+                self.note += run.keeper.audit_case_ops(self, stream.total)
 
 
-def windows(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
-    """Plan the windows of a stream: first input, end, and first one with a scored target, (W, 3).
-
-    The first window of the stream, or of a document if these are isolated, scores all that it
-    holds, and each next one begins EVAL_STRIDE later, wherever the text ends.
-    """
+def windows(tokens: ndarray, hp: Hyperparameters) -> ndarray:
+    """Plan the windows of a stream: first input, end, first one with a scored target, (W, 3)."""
     length = hp.eval_seq_len or hp.train_seq_len
     stride = hp.eval_stride or length
     edges = {0, len(tokens) - 1}
     if hp.eval_doc_isolated:
         edges.update(np.flatnonzero(tokens[:-1] == hp.bos).tolist())
     spans = []
-    for begin, end in itertools.pairwise(sorted(edges)):
+    for begin, end in pairwise(sorted(edges)):
         marks = [begin, *range(begin + length, end, stride), end]
-        for scored, stop in itertools.pairwise(marks):
+        for scored, stop in pairwise(marks):
             first = max(begin, scored + stride - length)
             spans.append((first, stop, scored))
     return np.array(spans, np.int64).reshape(-1, 3)
 
 
-def row_lengths(used: np.ndarray, hp: Hyperparameters) -> np.ndarray:
-    """Choose a row's length for each window, int64 (W,): one of four, as documents may be short."""
-    longest = hp.eval_seq_len or hp.train_seq_len
-    scaled = hp.rope_scaling != "none" and longest > hp.train_seq_len  # tells how long it is
-    short = hp.eval_doc_isolated or hp.score_streams
-    lengths = np.array([longest])
-    if short and not scaled:
-        lengths = np.unique(longest >> np.arange(4)).clip(1)
-    return lengths[np.searchsorted(lengths, used)]
+def fill_rows(spans: ndarray, most: int) -> list[ndarray]:
+    """Put windows into rows of at most `most` tokens: in each, the longest, then short ones."""
+    lengths = spans[:, 1] - spans[:, 0]
+    order = collections.deque(np.argsort(-lengths, kind="stable").tolist())
+    rows = []
+    while order:
+        row = []
+        for end in (0, -1):
+            while order and lengths[[*row, order[end]]].sum() <= most:
+                row.append(order[end])
+                del order[end]
+        rows.append(spans[row])
+    return rows
 
 
-def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield inputs, targets or IGNORE, and indices of their NLL or the last one: int64 (B, T)."""
+def lay(rows: list[ndarray], at: ndarray) -> ndarray:
+    """Lay rows of windows in a batch of places `at`, (B, T); where they begin, bool (B, T)."""
+    begins = np.zeros(at.shape, bool)
+    for i, row in enumerate(rows):
+        ends = (row[:, 1] - row[:, 0]).cumsum()
+        at[i, : ends[-1]] = np.concatenate([np.arange(first, stop) for first, stop, _ in row])
+        begins[i, ends[ends < at.shape[1]]] = True
+    return begins
+
+
+def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield this rank's batches, and where the NLL go: to the last place if for padding."""
     hp = run.hp
-    last = len(val.tokens) - 1
-    tokens = torch.from_numpy(val.tokens.astype(np.int32))
-    tokens = F.pad(tokens, (0, 1), value=IGNORE).to(run.device)
-    streams = itertools.pairwise(val.starts)
+    length = hp.eval_seq_len or hp.train_seq_len
+    share = min(hp.val_batch_size // run.world_size, run.forward_rows * row_length(hp))
+    most = max(1, share // length)  # windows in a batch
+    isolated = hp.eval_doc_isolated or hp.score_streams
+    in_row = min(ROW, most) if isolated else 1
+    rows = most // in_row
+    streams = pairwise(val.starts)
     spans = np.concatenate([windows(val.tokens[a:b], hp) + a for a, b in streams])
-    lengths = row_lengths(spans[:, 1] - spans[:, 0], hp)
-    most = min(hp.val_batch_size // run.world_size, run.forward_rows * hp.train_seq_len)
-    for T in np.unique(lengths).tolist():
-        rows = max(1, most // T)
-        group = torch.from_numpy(spans[lengths == T])
-        group = F.pad(group, (0, 0, 0, -len(group) % rows)).to(run.device)
-        for part in group.split(rows)[run.rank :: run.world_size]:
-            first, stop, scored = part.T[..., None]
-            at = first + torch.arange(T, device=run.device)
-            ours = (at >= scored) & (at < stop)
-            inputs = tokens[at.clamp(max=last)].long()
-            indices = torch.where(ours, at, last)
-            targets = tokens[indices + 1].long()
-            yield inputs, targets, indices
+    tokens = np.append(val.tokens.astype(np.int64), IGNORE)
+    last = len(val.tokens) - 1
+
+    def batch(at: ndarray, places: ndarray, documents: Cuts) -> tuple[Batch, Tensor]:
+        arrays = (tokens[at.clip(max=last)], tokens[places + 1], places)
+        inputs, targets, places = (send(array, run.device) for array in arrays)
+        return (inputs, targets, documents), places
+
+    is_whole = spans[:, 0] == spans[:, 2]
+    whole = fill_rows(spans[is_whole], in_row * length)
+    for i in range(run.rank * rows, len(whole), run.world_size * rows):
+        at = np.full((rows, in_row * length), last)
+        begins = lay(whole[i : i + rows], at)
+        yield batch(at, at, cut(begins, length, run.device) if isolated else None)
+    tails = spans[~is_whole]  # of them the last EVAL_STRIDE tokens are scored
+    tails = np.pad(tails, ((0, -len(tails) % most), (0, 0)))
+    turn = (run.rank - math.ceil(len(whole) / rows)) % run.world_size
+    for i in range(turn * most, len(tails), run.world_size * most):
+        first, stop, _ = tails[i : i + most].T[..., None]
+        at = first + np.arange(length)
+        places = np.where(at < stop, at, last)[:, -hp.eval_stride :]
+        yield batch(at, places, None)
 
 
 @torch.no_grad()
-def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[str, float]]:
+def score(model: Forward, val: Validation, run: Run) -> tuple[ndarray, dict[str, float]]:
     """Score each token but a stream's first: NLL in nats, float32 (N - 1,); its mean, and BPB."""
-    # All NLL stays on the device until the end; the last one is for what is not scored.
     nll = torch.zeros(len(val.tokens), device=run.device)
-    for inputs, targets, indices in scoring_batches(val, run):
-        nll[indices] = model(inputs, targets).float()
+    for batch, places in scoring_batches(val, run):
+        nll[places] = model(*batch).float()
     if run.world_size > 1:
         dist.all_reduce(nll)  # each element is set on one rank and zero on the others
     nll = nll[:-1].cpu().numpy()
@@ -1139,21 +1221,20 @@ def score(model: Forward, val: Validation, run: Run) -> tuple[np.ndarray, dict[s
     return nll, {"val_loss": nats / count, "val_bpb": bits / val.text_bytes}
 
 
-def save_nll(nll: np.ndarray, val: Validation, hp: Hyperparameters) -> None:
+def save_nll(nll: ndarray, val: Validation, hp: Hyperparameters) -> None:
     """Write the NLL that `score` gave to SAVE_NLL; of streams, as <shard>.npy in that folder."""
     path = Path(hp.save_nll)
     if not hp.score_streams:
-        atomic_write(path, functools.partial(np.save, arr=nll))
+        atomic_write(path, partial(np.save, arr=nll))
         return
     path.mkdir(exist_ok=True)
-    for shard, (start, end) in zip(val.paths, itertools.pairwise(val.starts), strict=True):
-        write = functools.partial(np.save, arr=nll[start : end - 1])
+    for shard, (start, end) in zip(val.paths, pairwise(val.starts), strict=True):
+        write = partial(np.save, arr=nll[start : end - 1])
         atomic_write(path / f"{shard.stem}.npy", write)
 
 
 # ===================================== ARTIFACT =====================================
-# A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), coded levels of matrices.
-# No pickle: loading checks the digest, runs nothing, and decompresses no more than the model holds.
+# A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), coded levels; no pickle.
 PREAMBLE = struct.Struct("<6sHII")  # 16 bytes
 MAGIC = b"BIRDIE"
 VERSION = 2
@@ -1162,10 +1243,9 @@ RANS_BITS = 14  # precision of probabilities
 RANS_TOTAL = 1 << RANS_BITS
 RANS_START = 1 << 16  # a lane's first state
 RANS_LANE = 8192  # symbols for each state, of at most 2048: fast, and under 0.1% of the size
-GONE = ("COMPRESSOR=zlib", "COMPRESSOR=lzma")  # artifacts that 7c53aa7 was the last to read
 
 
-def rans_frequencies(symbols: np.ndarray) -> np.ndarray:
+def rans_frequencies(symbols: ndarray) -> ndarray:
     """Scale the counts of symbols to a sum of 2^14. No symbol that occurs gets 0."""
     counts = np.bincount(symbols)
     scaled = np.rint(counts * (RANS_TOTAL / symbols.size)).astype(np.int64)
@@ -1175,12 +1255,11 @@ def rans_frequencies(symbols: np.ndarray) -> np.ndarray:
     return f.astype(np.uint32)
 
 
-def rans_encode(arrays: list[np.ndarray]) -> bytes:
+def rans_encode(arrays: list[ndarray]) -> bytes:
     """Code int8 arrays, each within 0.5% of its order-0 entropy, by rANS (arXiv 1311.2540).
 
-    Each array has frequencies f (sum 2^14, cumulated c). A lane is a state x in [2^16, 2^32):
-    x ← (x // f)·2^14 + x mod f + c, after a word of 16 bits has left if x ≥ f·2^18. Decoding runs
-    backwards: encoding starts at the end.
+    Of frequencies f (sum 2^14, cumulated c), a lane's state x in [2^16, 2^32) becomes (x // f)·2^14
+    + x mod f + c, after 16 bits left it if x ≥ f·2^18. Encoding runs backwards from the end.
     """
     width = np.clip(sum(array.size for array in arrays) // RANS_LANE, 1, 2048)
     lanes = np.full(width, RANS_START, np.uint32)
@@ -1204,11 +1283,11 @@ def rans_encode(arrays: list[np.ndarray]) -> bytes:
     return np.concatenate(words[::-1]).tobytes()
 
 
-def rans_decode(data: bytes, sizes: list[int]) -> np.ndarray:
+def rans_decode(data: bytes, sizes: list[int]) -> ndarray:
     """Decode the int8 arrays of these sizes that rans_encode coded, as one. Raises ValueError."""
     stream = io.BytesIO(data)
 
-    def take(count: int) -> np.ndarray:
+    def take(count: int) -> ndarray:
         words = np.frombuffer(stream.read(2 * count), "<u2")
         require(len(words) == count, "its levels are cut off")
         return words
@@ -1246,7 +1325,7 @@ def zstd() -> ModuleType:
     return zstandard
 
 
-def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
+def compress(compressor: str, arrays: list[ndarray]) -> bytes:
     """Code the levels of quantized matrices, int8."""
     if compressor == "rans":
         return rans_encode(arrays)
@@ -1254,7 +1333,7 @@ def compress(compressor: str, arrays: list[np.ndarray]) -> bytes:
     return zstd().compress(raw, 1)  # within 0.7% of level 22, in 1/500 of its time
 
 
-def decompress(compressor: str, data: bytes, sizes: list[int]) -> np.ndarray:
+def decompress(compressor: str, data: bytes, sizes: list[int]) -> ndarray:
     """Decode the levels, int8 (sum of sizes,); of other data, never more. Raises an Exception."""
     if compressor == "rans":
         return rans_decode(data, sizes)
@@ -1269,11 +1348,11 @@ def bits_of(name: str, w: Tensor, hp: Hyperparameters) -> int:
     return row_of(name, hp).bits if large else 0
 
 
-def quantize(w: np.ndarray, bits: int, hp: Hyperparameters) -> list[np.ndarray]:
+def quantize(w: ndarray, bits: int, hp: Hyperparameters) -> list[ndarray]:
     """Round rows of fp32 w to levels: fp16 scales (rows, 1), and int8 of w's shape.
 
-    Levels go up to ±Q, Q = 2^(bits-1) - 1. rowmax: they end at the largest value, but no step is
-    finer than σ/40. sigma: at k·σ, and they cost about log2(Q/k) + 2.05 bits (SDClip).
+    Levels ±Q, Q = 2^(bits-1) - 1, end at the largest value, with steps of σ/40 or more (rowmax), or
+    at k·σ, for about log2(Q/k) + 2.05 bits (sigma, SDClip).
     """
     top = 2 ** (bits - 1) - 1
     sigma = w.std(1, keepdims=True)
@@ -1294,7 +1373,7 @@ def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
     return [["<f4" if row_of(name, hp).bits == 0 else "<f2", [*w.shape]]]
 
 
-def stored_arrays(name: str, w: Tensor, hp: Hyperparameters) -> list[np.ndarray]:
+def stored_arrays(name: str, w: Tensor, hp: Hyperparameters) -> list[ndarray]:
     """Make the arrays whose product stands for a parameter."""
     bits = bits_of(name, w, hp)
     array = w.float().cpu().contiguous().numpy()
@@ -1312,7 +1391,7 @@ def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters) -> bytes:
     texts = setting_texts(hp)
     header = {
         "settings": {name: texts[name] for name in MODEL_SETTINGS},
-        "tokenizer": hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest(),
+        "tokenizer": sha256(read_once(hp.tokenizer_path)).hexdigest(),
         "bos": hp.bos,
         "tensors": {name: layout(name, w, hp) for name, w in state.items()},
     }
@@ -1323,7 +1402,7 @@ def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters) -> bytes:
     head = zstd().compress(text + b"".join(floats), 22)
     coded = compress(hp.compressor, levels)
     preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(head))
-    digest = hashlib.sha256(preamble + head + coded).digest()
+    digest = sha256(preamble + head + coded).digest()
     return preamble + digest + head + coded
 
 
@@ -1335,7 +1414,7 @@ def open_artifact(data: bytes) -> tuple[dict[str, Any], IO[bytes], bytes]:
     require(data.startswith(MAGIC) and body, "not an artifact, or cut off at its start")
     _, version, text_size, head_size = PREAMBLE.unpack(preamble)
     require(version == VERSION, f"format version {version}; this script reads {VERSION}")
-    require(hashlib.sha256(preamble + body).digest() == digest, "truncated or damaged")
+    require(sha256(preamble + body).digest() == digest, "truncated or damaged")
     require(text_size < 2**21 and head_size <= len(body), "its header cannot be that long")
     head = zstd().ZstdDecompressor().stream_reader(body[:head_size])
     return json.loads(head.read(text_size)), head, body[head_size:]
@@ -1343,21 +1422,18 @@ def open_artifact(data: bytes) -> tuple[dict[str, Any], IO[bytes], bytes]:
 
 def read_settings(header: dict[str, Any], hp: Hyperparameters) -> Hyperparameters:
     """Take the model's settings from a header, but for EVAL_* that were given for this score."""
-    # What it lacks was at its default when the artifact was made.
     values = {name: FIELDS[name].default for name in MODEL_SETTINGS}
     for name, text in header["settings"].items():
-        named = f"{name}={text}"
         require(name in values, f"unknown setting {name:.60}: a newer script made it")
-        require(named not in GONE, f"{named}: commit 7c53aa7 is the last that reads it")
-        if named != "QUANT_CLIP=percentile":  # it chose the levels, which are there
+        if text != "percentile":  # of QUANT_CLIP: it chose the levels, which are there
             try:
                 values[name] = parse_setting(name, text)
             except ValueError as error:
                 raise UserError(f"{name}={text!r:.60}: {error}") from None
     asked = {name for name in hp.given if name.startswith("EVAL_")}
     theirs = {name.lower(): value for name, value in values.items() if name not in asked}
-    hp = dataclasses.replace(hp, bos=int(header.get("bos", 1)), **theirs)
-    scored = dataclasses.replace(hp, train_batch_tokens=hp.train_seq_len, micro_batch_tokens=0)
+    hp = replace(hp, bos=int(header.get("bos", 1)), **theirs)
+    scored = replace(hp, train_batch_tokens=hp.train_seq_len, micro_batch_tokens=0)
     problems = value_problems(scored)
     require(not problems, "; ".join(problems))
     return hp
@@ -1396,7 +1472,7 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # crafted content can raise anything
         raise UserError(f"{path}: malformed, or not for these settings: {error}") from None
-    same = hashlib.sha256(read_once(hp.tokenizer_path)).hexdigest() == header.get("tokenizer")
+    same = sha256(read_once(hp.tokenizer_path)).hexdigest() == header.get("tokenizer")
     require(same, f"{hp.tokenizer_path}: not the tokenizer that {path} was trained with")
     return hp, weights
 
@@ -1411,10 +1487,7 @@ def scheme(hp: Hyperparameters) -> str:
 
 
 def fit_artifact(state: Mapping[str, Tensor], run: Run) -> bytes:
-    """Pack the artifact. With FIT_BUDGET=sigma, it fills at least 99.7% of the cap beside the code.
-
-    Searched is x = log2 k of QUANT_SIGMA's k. By the size law a unit of x is a bit a weight.
-    """
+    """Pack the artifact. With FIT_BUDGET=sigma, it and the code fill 99.7% of the cap, or more."""
     hp = run.hp
     if hp.fit_budget == "none":
         return pack_artifact(state, hp)
@@ -1422,36 +1495,24 @@ def fit_artifact(state: Mapping[str, Tensor], run: Run) -> bytes:
     code = len(read_once(__file__))
     most = cap - code
     slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
-    low = 2.0
-    high = 12.0
-    x = min(max(math.log2(hp.quant_sigma), low), high)
+    x = math.log2(hp.quant_sigma)  # a unit is a bit a weight, by the size law
     made: dict[float, bytes] = {}
-    while len(made) < 16 and x not in made:
-        made[x] = pack_artifact(state, dataclasses.replace(hp, quant_sigma=2**x))
+    size = 0
+    while len(made) < 16 and x not in made and not 0.997 * most <= size <= most:
+        made[x] = pack_artifact(state, replace(hp, quant_sigma=2**x))
         size = len(made[x])
-        if size > most:
-            low = x
-        elif size >= 0.997 * most or x == low:
-            break
-        else:
-            high = x
-        x = min(max(x + (size - 0.9985 * most) / slope, low), high)
-        if x in made:
-            x = (low + high) / 2
+        x += (size - 0.9985 * most) / slope
+        x = min(max(x, 2.0), 12.0)
     sizes = {x: len(data) for x, data in made.items()}
-    fitting = [x for x in sizes if sizes[x] <= most]
-    x = max(fitting, key=sizes.get) if fitting else min(sizes, key=sizes.get)
-    fill = (code + len(made[x])) / cap
+    x = max(sizes, key=lambda x: sizes[x] if sizes[x] <= most else -sizes[x])
+    fill = (code + sizes[x]) / cap
     further = "" if 0.997 <= fill <= 1 else " (it cannot do more)"
     run.log(f"fit_budget:sigma quant_sigma:{2**x:.4f} tries:{len(made)} fill:{fill:.4f}{further}")
     return made[x]
 
 
 # ===================================== DISTRIBUTED RUN =====================================
-# Every rank runs the same program. Rank 0's clock alone decides when training ends. What a rank is
-# asked, as by a signal, or finds, as that it cannot go on, all ranks learn when they ask the clock.
-FINISH = 10  # as SIGUSR1 asks: train no further, and export
-FAILED = 1000  # over the numbers of all signals: a rank cannot go on
+# Rank 0's clock alone decides when training ends. All ranks learn there what a keeper asks for.
 
 
 def launched(name: str, default: int) -> int:
@@ -1460,7 +1521,7 @@ def launched(name: str, default: int) -> int:
     return int(text) if text.isdecimal() else default
 
 
-@functools.cache
+@cache
 def read_once(path: str) -> bytes:
     """Read a file once: what a run was started with counts, whatever is edited meanwhile."""
     return Path(path).read_bytes()
@@ -1484,7 +1545,7 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@functools.cache
+@cache
 def find_keeper() -> ModuleType | None:
     """Import keeper.py, which protects, resumes and explains a run, if it is beside this file."""
     is_posix = importlib.util.find_spec("fcntl") is not None
@@ -1506,17 +1567,14 @@ class Run:
         self.dir = Path(hp.out_dir, hp.run_id or str(uuid.uuid4()))  # on rank 0 alone
         self.text: IO[str] | None = None  # the text log, once it is open
         self.metrics: IO[str] | None = None
-        self.warnings: list[str] = []  # from before that
         self.device = choose_device(hp, self.local_rank)
         self.dtype = choose_dtype(hp, self.device.type)
         tokens = hp.micro_batch_tokens or FORWARD_TOKENS[self.device.type]
-        self.forward_rows = max(1, tokens // hp.train_seq_len)
+        self.forward_rows = max(1, tokens // row_length(hp))
         self.compile = chooses_to_compile(hp, self.device.type)
-        self.kernels = contextlib.ExitStack()  # what is set in PyTorch for this run
-        self.signal = 0  # what this process was asked: a signal's number, FINISH or FAILED
-        self.stop = 0  # what one of all processes was asked
-        self.stopped = False  # whether that ends the run without a result
-        self.problem = ""  # why this process cannot go on
+        self.kernels = ExitStack()  # what is set in PyTorch for this run
+        self.signal = 0  # that the keeper sets, to end training
+        self.stop = 0  # the largest one of all ranks
         keeper = find_keeper()
         self.keeper = keeper.Keeper(self) if keeper else None
 
@@ -1532,10 +1590,9 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         attention = choose_attention(self)
-        if attention == "sdpa" and self.device.type == "cuda":  # PyTorch's own choice
-            attention = f"sdpa:{attention_backend(self)}"
-        if self.world_size > 1:
-            self.meet()
+        if self.world_size > 1:  # gloo for what is on the CPU
+            meet = self.keeper.meet if self.keeper else dist.init_process_group
+            meet("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         if self.rank == 0:
             self.open_logs(attention)
 
@@ -1556,16 +1613,6 @@ class Run:
         line += f"attention:{attention}"
         settings = {name.lower(): getattr(self.hp, name.lower()) for name in FIELDS}
         self.log(line, "start", versions=line, settings=settings)
-        for warning in self.warnings:
-            self.log(f"warning: {warning}")
-
-    def meet(self) -> None:
-        """Form a group with the other ranks: gloo for what is on the CPU, NCCL on CUDA."""
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        if self.keeper:
-            self.keeper.meet(backend)
-        else:
-            dist.init_process_group(backend)
 
     def log(self, line: str, event: str = "", **fields: Any) -> None:
         """Write a line to console and text log, and an event to metrics.jsonl (rank 0 only)."""
@@ -1573,14 +1620,14 @@ class Run:
             return
         say = self.keeper.say if self.keeper else print
         say(line)
-        with contextlib.suppress(OSError):  # a full disk
+        with suppress(OSError):  # a full disk
             if self.text:
                 print(line, file=self.text)
             if self.metrics and event:
                 print(json.dumps({"event": event, **fields}), file=self.metrics)
 
     def clock(self, synchronize: bool = False) -> float:
-        """Tell rank 0's seconds, and all ranks, which call it together, what one was asked."""
+        """Tell rank 0's seconds to all ranks, which call it together, and set `stop`."""
         if synchronize and self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
         seconds = time.perf_counter() if self.rank == 0 else 0.0
@@ -1588,31 +1635,7 @@ class Run:
         if self.world_size > 1:
             dist.all_reduce(now, dist.ReduceOp.MAX)
         self.stop = int(now[1])
-        self.stopped = self.stop not in (0, FINISH)
         return now[0].item()
-
-    def fail(self, problem: str) -> None:
-        """Let all ranks stop, since this one cannot go on."""
-        self.problem = problem
-        self.signal = FAILED
-
-    def recover(self) -> None:
-        """Take back `fail`, on whichever rank it was."""
-        if self.signal == FAILED:
-            self.signal = 0
-        self.stop = 0
-        self.stopped = False
-
-    def on_first(self, action: Callable[[], None]) -> None:
-        """Call a function on rank 0 alone. If it raises there, all ranks raise UserError."""
-        try:
-            if self.rank == 0:
-                action()
-        except (OSError, UserError) as error:
-            self.fail(str(error))  # only rank 0 has a message
-        self.clock()
-        require(self.stop != FAILED, self.problem)
-        self.stopped = False  # a signal is not for what must be done whole
 
 
 def choose_device(hp: Hyperparameters, local_rank: int) -> torch.device:
@@ -1629,7 +1652,7 @@ def choose_dtype(hp: Hyperparameters, kind: str) -> torch.dtype:
     if kind == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:  # other CPUs multiply bf16 no faster than fp32; these, 2 to 8 times as fast
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities = torch.cpu.get_capabilities()
         names = ("amx_bf16", "avx512_bf16")
         fast = kind == "cpu" and any(capabilities.get(name) for name in names)
     return torch.bfloat16 if fast else torch.float32
@@ -1646,24 +1669,40 @@ def chooses_to_compile(hp: Hyperparameters, kind: str) -> bool:
     return bool(large and shutil.which("g++") and headers.exists())
 
 
-Forward = Callable[[Tensor, Tensor], Tensor]  # of a batch's inputs and targets: the NLL
+Forward = Callable[..., Tensor]  # of a batch: the NLL
 GRAPHS = 64  # shapes of a batch that a model may be compiled for; PyTorch's own limit is 8
 
 
 def compile_model(model: GPT) -> Forward:
     """Compile a model, for a batch of any shape when it first comes."""
     torch._dynamo.config.recompile_limit = GRAPHS
-    return torch.compile(model, dynamic=False, fullgraph=True)
+    compiled = torch.compile(model, dynamic=False, fullgraph=True)
+
+    def forward(*batch: Any) -> Tensor:
+        if isinstance(batch[-1], Documents):  # one graph for any number of them
+            torch._dynamo.mark_dynamic(batch[-1].offsets, 0)
+        return compiled(*batch)
+
+    return forward
 
 
 # PyTorch tries the kernel that is asked for, then these. FA 3 and 4 are packages in place of its 2.
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-KERNELS = {"cudnn": BACKENDS[0], "fa2": BACKENDS[1], "fa3": BACKENDS[1], "fa4": BACKENDS[1]}
-FASTEST = {8: ("fa2",), 9: ("fa3", "fa4", "cudnn", "fa2"), 10: ("fa4", "cudnn", "fa2")}
+KERNELS = {
+    "cudnn": "CUDNN_ATTENTION",
+    "fa2": "FLASH_ATTENTION",
+    "fa3": "FLASH_ATTENTION",
+    "fa4": "FLASH_ATTENTION",
+}
+FASTEST = {  # by the device's major capability
+    8: ["fa2"],
+    9: ["fa3", "fa4", "cudnn", "fa2"],
+    10: ["fa4", "cudnn", "fa2"],
+}
 
 
 def choose_attention(run: Run) -> str:
-    """Use the kernel that ATTENTION names, or the fastest one that is right; return its name."""
+    """Use the kernel that ATTENTION names, or the fastest right one; its name for the log."""
     place = run.device.type if run.dtype == torch.bfloat16 else "fp32"
     names = [run.hp.attention]
     if run.hp.attention == "auto":
@@ -1672,61 +1711,34 @@ def choose_attention(run: Run) -> str:
     problem = ""
     for kernel in names:
         needs = {"sdpa": place, "amx": "cpu"}.get(kernel, "cuda")
-        with contextlib.ExitStack() as undo:
+        with ExitStack() as undo:
             try:
                 require(place == needs, f"needs DEVICE={needs} and DTYPE=bf16")
                 use_kernel(kernel, run, undo)
+                name = run.keeper.check_attention(kernel) if run.keeper else kernel
             except Exception as error:  # a missing package, or one built for another machine
                 problem = str(error)
                 continue
-            keeper = find_keeper()
-            problem = keeper.attention_problem(run) if keeper else ""
-            if not problem:
-                run.kernels = undo.pop_all()
-                # A compiled model holds its kernel, of which the compiler's cache knows nothing.
-                torch.compiler.config.cache_key_tag = kernel
-                return kernel
-            run.warnings.append(f"ATTENTION={kernel}: {problem}")
+            run.kernels = undo.pop_all()
+            torch.compiler.config.cache_key_tag = kernel  # a compiled model holds its own
+            return name
     raise UserError(f"ATTENTION={run.hp.attention}: {problem}")
 
 
-def use_kernel(kernel: str, run: Run, undo: contextlib.ExitStack) -> None:
-    """Let PyTorch use a kernel until `undo`. Raises an Exception if it does not."""
+def use_kernel(kernel: str, run: Run, undo: ExitStack) -> None:
+    """Let PyTorch use a kernel until `undo`. Raises an Exception if it is not there."""
     if kernel == "amx":
         head_dim = run.hp.model_dim // run.hp.num_heads
-        importlib.import_module("amx_attention").activate(head_dim)
+        PACKED["cpu"] = importlib.import_module("amx_attention").activate(head_dim)
+        undo.callback(PACKED.clear)
     if kernel in ("fa3", "fa4"):
         torch.nn.attention.activate_flash_attention_impl(kernel.upper())
         undo.callback(torch.nn.attention.restore_flash_attention_impl)
     if kernel in KERNELS:
-        attention_backend(run)  # PyTorch sets its own order at the first question, over any other
-        wanted = KERNELS[kernel]
-        order = [wanted, *(name for name in BACKENDS if name != wanted)]
-        backends = [getattr(SDPBackend, name) for name in order]
-        undo.enter_context(sdpa_kernel(backends, set_priority=True))
-        taken = attention_backend(run)
-        require(taken == wanted, f"PyTorch takes {taken} for this model")
-
-
-def attention_inputs(run: Run) -> list[Tensor]:
-    """Make random q, k, v, (1, H, T, Dh), and a gradient of their result, as the model's."""
-    hp = run.hp
-    random = torch.Generator().manual_seed(0)
-    T = min(max(hp.train_seq_len, 2), 2048)
-    H = hp.num_heads
-    K = hp.num_kv_heads
-    sizes = (H + K, H + 2 * K, H)
-    made = [torch.randn(1, T, n, hp.model_dim // H, generator=random) for n in sizes]
-    qk, qkv, grad = (x.to(run.device, run.dtype).transpose(1, 2) for x in made)
-    q, k = qk.split((H, K), dim=1)
-    return [q, k, qkv[:, H + K :], grad]
-
-
-def attention_backend(run: Run) -> str:
-    """Ask PyTorch which of its kernels it takes for the model's attention in training."""
-    q, k, v = (x.requires_grad_() for x in attention_inputs(run)[:3])
-    gqa = q.size(1) != k.size(1)
-    return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=gqa)).name
+        x = torch.zeros(1, 1, 1, 8, device=run.device)
+        torch._fused_sdp_choice(x, x, x)  # at the first question, PyTorch sets its own order
+        order = [getattr(SDPBackend, name) for name in (KERNELS[kernel], *BACKENDS)]
+        undo.enter_context(sdpa_kernel(order, set_priority=True))
 
 
 # ===================================== TRAINING =====================================
@@ -1762,9 +1774,7 @@ def later(number: Tensor) -> Callable[[], float]:
 class Trainer:
     """Train a model: its data, gradients and optimizers on one rank.
 
-    Each rank owns a share of the parameters (ZeRO, arXiv 1910.02054) which it updates for all.
-    `params` are views of the weights, fp32 (ranks, width). The gradients lie alike, each rank's
-    last one is the loss, and so do the weights that the model has in its own dtype.
+    A rank owns a share of the weights (ZeRO, 1910.02054), a row of fp32 (ranks, width).
     """
 
     def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
@@ -1788,10 +1798,11 @@ class Trainer:
         self.working.copy_(self.weights)
         self.share = self.weights[run.rank]
         self.average = self.share.clone() if run.hp.ema_decay else None
-        self.owned = {n: p for n, p in self.params.items() if self.places[n][0] == run.rank}
+        mine = [name for name in self.params if self.places[name][0] == run.rank]
+        self.owned = {name: self.params[name] for name in mine}
         self.optimizers = build_optimizers(self.owned, run)
         self.bad_in_a_row = torch.zeros((), device=run.device)
-        self.late: list[tuple[int, Callable[[], float], list[Tensor]]] = []
+        self.late: list[Any] = []  # steps, what waits for them, batches
         self.feed_from(0)
 
     def within(self, name: str, share: Tensor) -> Tensor:
@@ -1801,10 +1812,10 @@ class Trainer:
         return share[offset : offset + p.numel()].view_as(p)
 
     def collect(self) -> None:
-        """Add up the gradients of weights that the model has a copy of."""
-        new = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        if self.working is self.weights or not new:
+        """Add the gradients of the model's copy of the weights to their gradients."""
+        if self.working is self.weights:
             return
+        new = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         if self.grads.is_cpu:  # memory costs more than launches
             sums = [self.params[name].grad for name in new]
             torch._foreach_add_(sums, [*new.values()])
@@ -1818,15 +1829,12 @@ class Trainer:
     def feed_from(self, step: int) -> None:
         """Read the batches from a step on."""
         self.feed = batches(self.stream, self.run, step)
-        self.upcoming: list[Tensor] | None = None
+        self.upcoming: list[Batch] | None = None
 
     def fetch(self) -> None:
-        """Have the next batch ready. If a shard cannot be read any more, all ranks will stop."""
-        self.upcoming = None
-        try:
-            self.upcoming = next(self.feed, None)  # it ends after an error
-        except (OSError, UserError) as error:
-            self.run.fail(f"the training data cannot be read any more: {error}")
+        """Have the next batch ready."""
+        keeper = self.run.keeper
+        self.upcoming = keeper.fetch(self.feed) if keeper else next(self.feed)
 
     def step(self, step: int, elapsed: float, dry: bool = False) -> Tensor:
         """Update the weights, unless `dry` or not finite, from a batch; its mean loss, fp32 ()."""
@@ -1852,12 +1860,11 @@ class Trainer:
     def accumulate(self) -> None:
         """Add up loss and gradients over the micro-batches of this rank."""
         self.grads.zero_()
-        if self.upcoming is None:
+        while self.upcoming is None:
             self.fetch()
-        require(self.upcoming is not None, self.run.problem)
         self.batch = self.upcoming
-        for inputs, targets in self.batch:
-            loss = self.forward(inputs, targets).sum() / self.run.hp.train_batch_tokens
+        for batch in self.batch:
+            loss = self.forward(*batch).sum() / self.run.hp.train_batch_tokens
             loss.backward()
             self.collect()
             self.grads[:, -1] += loss.detach()
@@ -1913,24 +1920,24 @@ class Trainer:
 
     def prime(self) -> None:
         """Take WARMUP_STEPS steps that compile every kernel and change nothing."""
-        step = 0
         with torch.random.fork_rng(devices=[]):
-            while step < self.run.hp.warmup_steps:
-                try:
+            if self.run.keeper:
+                self.run.keeper.prime(self)
+            else:
+                for step in range(self.run.hp.warmup_steps):
                     self.step(step, 0.0, dry=True)
-                    step += 1
-                except RuntimeError as error:
-                    if not self.run.keeper:
-                        raise
-                    self.run.keeper.retry(self, step, error)
-        if self.run.keeper:
-            self.run.keeper.primed()
         self.bad_in_a_row.zero_()
         self.late.clear()
         self.feed_from(0)
 
 
-def report(event: str, losses: dict[str, float], step: int, elapsed: float, run: Run) -> None:
+def report(
+    event: str,
+    losses: dict[str, float],
+    step: int,
+    elapsed: float,
+    run: Run,
+) -> None:
     """Log the losses of a step, `elapsed` seconds into training."""
     values = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
     ms = 1e3 * elapsed
@@ -1943,22 +1950,20 @@ def report(event: str, losses: dict[str, float], step: int, elapsed: float, run:
 def train(
     trainer: Trainer, val: Validation, run: Run, step: int, elapsed: float
 ) -> tuple[int, float]:
-    """Train until ITERATIONS, the wallclock cap, or a signal; the last step, and the seconds."""
+    """Train until ITERATIONS, the wallclock cap, or `stop`; the last step, and the seconds."""
     hp = run.hp
     keeper = run.keeper
     start = run.clock(synchronize=True) - elapsed
     while True:
-        capped = 0 < hp.max_wallclock_seconds <= elapsed
-        last = capped or step >= hp.iterations or run.stop == FINISH
-        if last and run.stop == FAILED:
-            run.recover()  # no more data is needed
-        if last or run.stopped or (keeper and keeper.is_due(step)):
+        done = step >= hp.iterations or 0 < hp.max_wallclock_seconds <= elapsed
+        last = done or run.stop
+        if last or (keeper and keeper.is_due(step)):
             elapsed = run.clock(synchronize=True) - start
             trainer.look_back(0)
             if keeper:
-                keeper.save(trainer, step, elapsed, last)
+                keeper.save(trainer, step, elapsed, done)
             start = run.clock() - elapsed
-        if last or run.stopped:
+        if last:
             return step, elapsed
         if hp.val_loss_every and step % hp.val_loss_every == 0:
             elapsed = run.clock(synchronize=True) - start
@@ -1978,7 +1983,7 @@ def train(
 
 
 def export(params: Mapping[str, Tensor], run: Run) -> None:
-    """Write the artifact and the raw weights. Raises UserError or OSError."""
+    """Write the artifact and the raw weights, on rank 0. Raises UserError or OSError."""
     weights = {name: w.cpu().clone() for name, w in params.items()}  # no views of one buffer
     raw = io.BytesIO()  # torch.save would hide what the disk says
     torch.save(weights, raw)
@@ -1994,7 +1999,7 @@ def export(params: Mapping[str, Tensor], run: Run) -> None:
 
 
 def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
-    """Train, and write artifact and raw weights; if a signal asks for it, a checkpoint instead."""
+    """Train, and write artifact and raw weights. The keeper may exit after a checkpoint instead."""
     keeper = run.keeper
     if keeper:
         keeper.prepare(trainer)
@@ -2003,11 +2008,11 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
     step, elapsed = train(trainer, val, run, *start)
     if keeper:
         keeper.trained(trainer, step, elapsed)
-    require(run.stop != FAILED, run.problem)
-    if run.stopped:
-        return
     trainer.finish()
-    run.on_first(lambda: export(trainer.params, run))
+    if keeper:
+        keeper.on_first(lambda: export(trainer.params, run))
+    elif run.rank == 0:
+        export(trainer.params, run)
     _, losses = score(trainer.forward, val, run)
     report("val", losses, step, elapsed, run)
 
@@ -2041,51 +2046,46 @@ def score_artifact(path: Path, model: GPT, forward: Forward, val: Validation, ru
     require(code + size <= cap, f"{line}, over ARTIFACT_MAX_BYTES={cap}; all is saved")
 
 
-def main(arguments: list[str]) -> int:
-    """Train, export and score a model, or only score one; 0, or the exit code after a signal."""
+def main(arguments: list[str]) -> None:
+    """Train, export and score a model, or only score one."""
     require(arguments in ([], ["--help"], ["--settings"]), f"{arguments}: see --help")
     if arguments == ["--help"]:
-        keeper = find_keeper()
-        table = keeper.settings_table() if keeper else "keeper.py, beside it, has the table."
-        print(__doc__, table, sep="\n", flush=True)
-        return 0
+        print(__doc__)
+        return
     hp = load_settings(os.environ, check_places=not arguments)
     if arguments == ["--settings"]:
         print(settings_dotenv(hp), flush=True)
-        return 0
+        return
     artifact = Path(hp.artifact)
     if hp.eval_only:
         hp, _ = load_artifact(artifact, hp)
     run = Run(hp)
     try:
-        return do_run(run, artifact)
+        do_run(run, artifact)
     finally:
         if run.keeper:
             run.keeper.close()
 
 
-def do_run(run: Run, artifact: Path) -> int:
-    """Do what a run's settings ask for; its exit code."""
+def do_run(run: Run, artifact: Path) -> None:
+    """Do what a run's settings ask for."""
     stream = None if run.hp.eval_only else TokenStream("train", run)
     val = Validation(run)
     if stream:  # an artifact tells what it was trained with
-        run.hp = dataclasses.replace(run.hp, bos=val.bos)
+        run.hp = replace(run.hp, bos=val.bos)
     run.start()
     model = GPT(run.hp, run.dtype).to(run.device)
     forward = model
     if run.compile:
         forward = run.keeper.compiled(model) if run.keeper else compile_model(model)
-    run.log(val.note)
     if run.keeper:
         run.keeper.explain_validation(val)
+    run.log(val.note)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     if stream:
         train_and_export(Trainer(model, forward, stream, run), val, run)
-        if run.stopped:
-            return 128 + run.stop
         artifact = run.dir / "final_model.artifact"
     score_artifact(artifact, model, forward, val, run)
-    return 0
 
 
 if __name__ == "__main__":
@@ -2096,5 +2096,5 @@ if __name__ == "__main__":
         sys.exit(f"{Path(__file__).name}: error: {problem}")
     if dist.is_initialized():
         dist.barrier()
-        os._exit(code)  # gloo's threads now and then abort a regular exit
+        os._exit(code or 0)  # gloo's threads now and then abort a regular exit
     sys.exit(code)
