@@ -61,6 +61,13 @@ MARKS = ["", "", "", "", "", ",", ".", ";", "!", "?", " -", ":"]
 RARE = ["café", "naïve", "Zürich", "señor", "Ångström", "🙂", "日本", "€5", "±0.3", "Ω", "🚀🚀"]
 
 
+@pytest.fixture(autouse=True)
+def own_kernels():
+    """A test leaves no kernel for packed documents to the next one."""
+    yield
+    train_gpt.PACKED.clear()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def away_from_the_checkout(tmp_path_factory) -> Iterator[None]:
     """Fixtures of a wide scope, and programs that they start, begin in an empty folder."""

@@ -8,12 +8,14 @@ import string
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import SCRIPT, run_cli, run_main, tiny_settings
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+import keeper
 import train_gpt
 from train_gpt import UserError, load_settings, typo_of
 
@@ -718,7 +720,8 @@ def test_a_local_rank_without_a_device_is_named(monkeypatch):
 
 def printed(capsys, environ: dict[str, str], *arguments: str) -> str:
     """What the script prints."""
-    run_main(environ, *arguments)
+    with mock.patch.object(sys, "argv", ["train_gpt.py", *arguments]):
+        keeper.run_program(lambda given: run_main(environ, *given))
     return capsys.readouterr().out
 
 
