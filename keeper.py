@@ -553,13 +553,13 @@ def audit_words(tokenizer: core.Tokenizer, tokens: np.ndarray) -> None:
 # ===================================== SAYING WHY =====================================
 
 
-# CaseOps text marks capitals (parameter-golf, 2026-04-18): a mark and what it acts on, or, alone,
-# what no text can become.
+# CaseOps (parameter-golf, 2026-04-18) marks capitals. This finds each mark, and what it acts on.
+# A mark or a capital that it finds alone makes the text malformed.
 CASE_OPS = "[\ue001\ue003][a-z]|\ue002[a-z]+|\ue004[\ue001-\ue004]|[\ue001-\ue004A-Z]"
 # Normalization joins letters with accents, and makes capitals of symbols.
 NORMAL_CASE_OPS = CASE_OPS.replace("[a-z]", r"[^\W\d_]").replace("A-Z", "")
 NORMALIZED = "  \ufb01\xa0 "  # each normalization changes one of these
-MOST_NORMALIZED = 0.01  # of the bytes: FineWeb has 0.0001, text with many blank lines 0.006
+MOST_NORMALIZED = 0.01  # of the bytes: prose with many blank lines has 0.006
 
 
 def invert_case(text: str, pattern: str) -> str:

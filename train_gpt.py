@@ -172,8 +172,8 @@ class Hyperparameters:
     adam_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, gains, scales and head")
     embed_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, embeddings")
     grad_clip_norm: float = result_setting(0.0, "[0, inf)", "cap on the gradient norm; 0: off")
-    given: frozenset[str] = field(default=frozenset(), compare=False)  # names, no setting
-    bos: int = field(default=1, compare=False)  # the id that begins a document, no setting
+    given: frozenset[str] = field(default=frozenset(), compare=False)  # settings that were given
+    bos: int = field(default=1, compare=False)  # the id that begins a document
 
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters) if "role" in f.metadata}
@@ -463,7 +463,7 @@ VARLEN = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).
 
 
 def cut(begins: ndarray, longest: int, device: torch.device) -> Documents:
-    """Cut a batch where rows and, by `begins`, bool (B, T), documents begin, and at `longest`."""
+    """Cut a batch where a row begins, or a document (`begins`, bool (B, T)), and at `longest`."""
     begins[:, 0] = True
     at = np.arange(begins.size)
     last = np.maximum.accumulate(np.where(begins.ravel(), at, 0))
@@ -803,11 +803,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, {"joint": False, **defaults})
+        super().__init__(groups, {"compiled": False, **defaults})
         self.found_inf = groups[0]["params"][0].new_zeros(())
-        self.settings = {key: groups[0][key] for key in ("steps", "dtype", "joint")}
-        joint = self.settings["joint"]
-        self.directions = torch.compile(directions, dynamic=False) if joint else directions
+        self.settings = {key: groups[0][key] for key in ("steps", "dtype", "compiled")}
+        compiled = self.settings["compiled"]
+        self.directions = torch.compile(directions, dynamic=False) if compiled else directions
 
     def momenta(self, params: list[Tensor]) -> Tensor:
         """Give M of a group, (N, rows, cols), which the states of its matrices are views of."""
@@ -858,8 +858,8 @@ def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim
         betas = (hp.beta1, hp.beta2)
         optimizers.append(torch.optim.AdamW(adam, 0.0, betas, hp.adam_eps, fused=True))
     if muon := [*groups["muon"].values()]:
-        joint = run.compile and run.device.type == "cuda"
-        settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype, "joint": joint}
+        compiled = run.compile and run.device.type == "cuda"
+        settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype, "compiled": compiled}
         optimizers.append(Muon(muon, settings))
     return optimizers
 
@@ -972,7 +972,7 @@ Batch = tuple[Tensor, Tensor, Cuts]  # inputs and targets, int64 (B, T)
 
 
 def row_length(hp: Hyperparameters) -> int:
-    """Choose the tokens of a row in training, whatever the ranks and micro-batches."""
+    """Count the tokens of a row in training: ranks and micro-batches do not change it."""
     T = hp.train_seq_len
     return T * math.gcd(hp.train_batch_tokens // T, ROW) if hp.train_doc_isolated else T
 
@@ -1172,7 +1172,7 @@ def lay(rows: list[ndarray], at: ndarray) -> ndarray:
 
 
 def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield this rank's batches, and where the NLL go: to the last place if for padding."""
+    """Yield this rank's batches, and the place of each NLL; padding has the last one."""
     hp = run.hp
     length = hp.eval_seq_len or hp.train_seq_len
     share = min(hp.val_batch_size // run.world_size, run.forward_rows * row_length(hp))
@@ -1512,7 +1512,7 @@ def fit_artifact(state: Mapping[str, Tensor], run: Run) -> bytes:
 
 
 # ===================================== DISTRIBUTED RUN =====================================
-# Rank 0's clock alone decides when training ends. All ranks learn there what a keeper asks for.
+# Rank 0's clock alone decides when training ends. It also tells all ranks what a keeper asks.
 
 
 def launched(name: str, default: int) -> int:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -55,7 +56,7 @@ def write_dataset(source: Path, out: Path, tokens: np.ndarray) -> None:
 def mean_context(begins: np.ndarray, longest: int, row: int) -> float:
     """Give the mean number of tokens before a token in its piece, in rows of `row` tokens."""
     part = begins[: len(begins) // row * row].reshape(-1, row).copy()
-    offsets = tg.cut(part, longest, tg.torch.device("cpu")).offsets.numpy()
+    offsets = tg.cut(part, longest, torch.device("cpu")).offsets.numpy()
     sizes = np.diff(offsets).astype(float)
     return float((sizes * (sizes - 1) / 2).sum() / sizes.sum())
 

@@ -278,7 +278,7 @@ def extern_kernels(graph: Any, node: Any, script: str) -> list[Kernel]:
     if name in PRODUCTS:
         kind = "product"
         flops = product_flops(name, inputs)
-    elif op and op.namespace in ("traffic", "birdie"):  # birdie's is that of packed documents
+    elif op and op.namespace in ("traffic", "amx_attention"):  # whose is that of packed documents
         kind = "attention"
     outputs = [*flat(getattr(kernel, "outputs", None) or [])] or [kernel]
     changed = [graph.get_buffer(buffer) for buffer in kernel.get_mutation_names()]

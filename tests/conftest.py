@@ -196,6 +196,24 @@ def packed_operator():
     return packed
 
 
+def double_model(hp, seed=0, mean=0.2, deviation=0.6, kind=train_gpt.GPT):
+    """A model in float64 (but for its logits) none of whose parameters is as initialized."""
+    torch.manual_seed(seed)
+    model = kind(hp, torch.float64).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean, deviation)
+    return model
+
+
+def document_stream(lengths, seed=0, head=True):
+    """Documents of these lengths, their BOS included, in a row, of ids under 23, uint16 (N,); the
+    first without its BOS, if not head."""
+    tokens = np.random.default_rng(seed).integers(2, 23, sum(lengths)).astype(np.uint16)
+    begins = np.cumsum([0, *lengths[:-1]])
+    tokens[begins if head else begins[1:]] = BOS
+    return tokens
+
+
 def random_model(hp):
     """A model none of whose parameters is as it was initialized: every one gets a gradient."""
     torch.manual_seed(0)

@@ -8,7 +8,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import new_run, packed_operator, resolve, run_main, shard_bytes
+from conftest import (
+    document_stream,
+    double_model,
+    new_run,
+    packed_operator,
+    resolve,
+    run_main,
+    shard_bytes,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -164,25 +172,18 @@ def test_the_last_queries_alone_attend_as_all_do(last):
 # ---- the model
 
 
-def double_model(**values):
-    """A model in float64 (but for its logits) none of whose parameters is as initialized."""
-    hp = settings(**values)
-    torch.manual_seed(0)
-    model = tg.GPT(hp, torch.float64).double()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, 0.2, 0.6)
-    return model, hp
+def model_of(**values):
+    """A model with these settings."""
+    return double_model(settings(**values))
 
 
-def stream(lengths, seed=0):
+def stream(lengths):
     """Documents of these lengths, their BOS included, in a row."""
-    tokens = np.random.default_rng(seed).integers(2, 23, sum(lengths))
-    tokens[np.cumsum([0, *lengths[:-1]])] = BOS
-    return tokens
+    return document_stream(lengths).astype(np.int64)
 
 
 def test_a_packed_row_has_the_loss_and_gradient_of_its_pieces_alone():
-    model, _ = double_model(**STACK)
+    model = model_of(**STACK)
     tokens = stream([3, 1, 8, 20, 9, 23])
     inputs, targets = torch.from_numpy(tokens)[None], torch.from_numpy(np.roll(tokens, -1))[None]
     documents = tg.cut((inputs == BOS).numpy(), 8, CPU)
@@ -200,7 +201,7 @@ def test_a_packed_row_has_the_loss_and_gradient_of_its_pieces_alone():
 @pytest.mark.parametrize("values", [{}, STACK | {"XSA_LAST_N": 3}], ids=["plain", "stack"])
 @pytest.mark.parametrize("last", [1, 3, 8])
 def test_the_last_targets_alone_have_the_same_nll(last, values):
-    model, _ = double_model(**values)
+    model = model_of(**values)
     tokens = torch.from_numpy(stream([9, 7])).view(2, 8)
     whole = model(tokens, tokens.roll(-1, 1))
     some = model(tokens, tokens.roll(-1, 1)[:, -last:])
@@ -208,7 +209,7 @@ def test_the_last_targets_alone_have_the_same_nll(last, values):
 
 
 def test_the_last_layer_and_the_head_compute_the_last_targets_alone():
-    model, _ = double_model()
+    model = model_of()
     tokens = torch.from_numpy(stream([9, 7])).view(2, 8)
     shapes = []
     for block in model.blocks:
@@ -220,7 +221,7 @@ def test_the_last_layer_and_the_head_compute_the_last_targets_alone():
 def test_one_graph_serves_any_number_of_documents(monkeypatch):
     """With a kernel that is one operator, as those of CUDA and of CPUs with AMX are."""
     monkeypatch.setitem(tg.PACKED, "cpu", packed_operator())
-    model, _ = double_model(**STACK)
+    model = model_of(**STACK)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=counter)):
@@ -238,14 +239,17 @@ def test_one_graph_serves_any_number_of_documents(monkeypatch):
 # ---- batches
 
 
+def write_shards(path):
+    """Three shards of documents; the second and the third begin inside one."""
+    tokens = stream(np.random.default_rng(1).integers(1, 60, 200).tolist())
+    for number, part in enumerate(np.split(tokens, [1500, 4001])):
+        (path / f"fineweb_train_{number:06d}.bin").write_bytes(shard_bytes(part))
+    return path
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """Three shards of documents; the second and the third begin inside one."""
-    lengths = np.random.default_rng(1).integers(1, 60, 200).tolist()
-    tokens = stream(lengths)
-    for number, part in enumerate(np.split(tokens, [1500, 4001])):
-        (tmp_path / f"fineweb_train_{number:06d}.bin").write_bytes(shard_bytes(part))
-    return tmp_path
+    return write_shards(tmp_path)
 
 
 def loaded(folder, steps, rank=0, world_size=1, **values):
@@ -309,9 +313,9 @@ def shuffled_stream(folder, **values):
     return tg.TokenStream("train", new_run(TINY | {"DATA_PATH": folder}, DATA_SHUFFLE=1, **values))
 
 
-def documents_in(tokens, at=()):
+def documents_in(tokens):
     """The documents of a stream, each a tuple."""
-    starts = sorted({*np.flatnonzero(tokens == BOS).tolist(), *at} - {0})
+    starts = sorted({*np.flatnonzero(tokens == BOS).tolist()} - {0})
     return [tuple(part.tolist()) for part in np.split(tokens, starts)]
 
 
@@ -359,10 +363,7 @@ def test_any_part_can_be_read_alone(shuffled, start, count):
 
 @pytest.fixture(scope="module")
 def shuffled(tmp_path_factory):
-    path = tmp_path_factory.mktemp("shuffled")
-    lengths = np.random.default_rng(1).integers(1, 60, 200).tolist()
-    for number, part in enumerate(np.split(stream(lengths), [1500, 4001])):
-        (path / f"fineweb_train_{number:06d}.bin").write_bytes(shard_bytes(part))
+    path = write_shards(tmp_path_factory.mktemp("shuffled"))
     stream_ = shuffled_stream(path)
     return stream_, shuffled_stream(path).read(0, 25_000)
 

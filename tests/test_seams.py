@@ -1,5 +1,6 @@
 """How techniques come in: one at each seam of the model, without an edit of train_gpt.py."""
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,8 @@ def settings(**values):
 
 
 def double_model(kind=tg.GPT, **values):
-    """A model in float64 (but for its logits) none of whose parameters is as initialized."""
-    torch.manual_seed(0)
-    model = kind(settings(**values), torch.float64).double()
-    for p in model.parameters():
-        nn.init.normal_(p, 0.3, 0.7)
-    return model
+    """A model of `kind` with these settings."""
+    return conftest.double_model(settings(**values), mean=0.3, deviation=0.7, kind=kind)
 
 
 def tokens(rows=2, length=12, seed=0):

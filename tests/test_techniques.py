@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -58,13 +59,7 @@ STACK = {
 settings = functools.partial(resolve, TINY)
 
 
-def double_model(hp, seed=0):
-    """A model in float64 (but for its logits) none of whose parameters is as initialized."""
-    torch.manual_seed(seed)
-    model = tg.GPT(hp, torch.float64).double()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, 0.3, 0.7)
-    return model
+double_model = functools.partial(conftest.double_model, mean=0.3, deviation=0.7)
 
 
 def tokens_with_bos(hp, rows=2, length=8, seed=0):

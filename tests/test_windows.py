@@ -10,7 +10,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, load_weights, packed_operator, resolve, run_main
+from conftest import VOCAB, double_model, load_weights, packed_operator, resolve, run_main
+from conftest import document_stream as stream
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,23 +44,6 @@ STACK = {
 }
 
 settings = functools.partial(resolve, TINY)
-
-
-def stream(lengths, seed=0, head=True):
-    """Documents of these lengths, their BOS included, in a row; the first without, if not head."""
-    tokens = np.random.default_rng(seed).integers(2, 23, sum(lengths)).astype(np.uint16)
-    begins = np.cumsum([0, *lengths[:-1]])
-    tokens[begins if head else begins[1:]] = BOS
-    return tokens
-
-
-def double_model(hp):
-    """A model in float64 (but for its logits) none of whose parameters is as initialized."""
-    torch.manual_seed(0)
-    model = tg.GPT(hp, torch.float64).double()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, 0.2, 0.6)
-    return model
 
 
 def document_of(tokens, i):

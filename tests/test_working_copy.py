@@ -120,35 +120,33 @@ SHAPES = [(3, 8, 8), (2, 4, 8), (1, 12, 8), (2, 8, 12), (1, 1, 5)]
 
 @pytest.mark.parametrize("bad", [False, True])
 @pytest.mark.parametrize("shapes", [SHAPES, SHAPES[1:2], SHAPES[2:3]], ids=len)
-def test_one_batch_of_all_shapes_gives_what_each_shape_gives(shapes, bad):
-    """Padding with zeros changes no singular value."""
+def test_directions_of_all_shapes_are_those_of_each_matrix(shapes, bad):
+    """By the formula: M ← μM + G, and G + μM orthogonalized, a matrix at a time; or nothing."""
     random = torch.Generator().manual_seed(0)
-    ends = []
     grads = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
     grads = [g * (not bad) for g in grads]
-    for joint in (False, True):
-        momenta = [torch.full_like(g, 0.1) for g in grads]
-        settings = {"steps": 5, "dtype": torch.float64, "joint": joint}
-        mu = torch.tensor(0.9, dtype=torch.float64)
-        found = tg.directions([*grads], momenta, mu, torch.tensor(bad), settings)
-        sizes = [sorted(shape[1:]) for shape in shapes]
-        cut = [x[:, :rows, :cols] for x, (rows, cols) in zip(found, sizes, strict=True)]
-        ends.append([*cut, *momenta])
-    for a, b in zip(*ends, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    momenta = [torch.full_like(g, 0.1) for g in grads]
+    settings = {"steps": 5, "dtype": torch.float64}
+    mu = torch.tensor(0.9, dtype=torch.float64)
+    found = tg.directions([*grads], momenta, mu, torch.tensor(bad), settings)
+    for g, m, x in zip(grads, momenta, found, strict=True):
+        moved = torch.full_like(g, 0.1) if bad else 0.9 * 0.1 + g
+        torch.testing.assert_close(m, moved, rtol=1e-9, atol=1e-12)
+        alone = [tg.orthogonalize(one, 5) for one in (g + 0.9 * moved) * (not bad)]
+        torch.testing.assert_close(x, torch.stack(alone), rtol=1e-9, atol=1e-12)
     if bad:
-        assert all((x == 0).all() for x in ends[0][: len(shapes)])
-        assert all((m == 0.1).all() for m in ends[0][len(shapes) :])
+        assert all((x == 0).all() for x in found)
+        assert all((m == 0.1).all() for m in momenta)
 
 
-def test_a_joint_step_moves_matrices_as_a_step_of_each_group(monkeypatch):
+def test_a_compiled_step_moves_matrices_as_a_plain_one(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     random = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in SHAPES]
     ends = []
-    for joint in (False, True):
+    for compiled in (False, True):
         groups = [{"params": [*w.clone()], "lr": 0.1, "momentum": 0.9} for w in start]
-        settings = {"steps": 5, "dtype": torch.float64, "weight_decay": 0.1, "joint": joint}
+        settings = {"steps": 5, "dtype": torch.float64, "weight_decay": 0.1, "compiled": compiled}
         muon = tg.Muon(groups, settings)
         for step in range(3):
             for group in muon.param_groups:
