@@ -227,7 +227,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]
 @packed_backward.register_fake
 def _(dout: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     layout = (0, 2, 1, 3)
-    return tuple(torch.empty_permuted(x.shape, layout, dtype=x.dtype) for x in inputs[:3])
+    made = {"dtype": dout.dtype, "device": dout.device}
+    return tuple(torch.empty_permuted(x.shape, layout, **made) for x in inputs[:3])
 
 
 def keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
