@@ -32,21 +32,27 @@ def draw_lengths(count: int, mean: float, sigma: float) -> np.ndarray:
     return np.maximum(2, drawn.round().astype(np.int64))
 
 
-def cut_anew(source: Path, lengths: np.ndarray) -> np.ndarray:
-    """Fill documents of these lengths with the validation tokens of a dataset, uint16."""
-    paths = sorted(source.glob("fineweb_val_[0-9]*.bin"))
+def cut_anew(source: Path, split: str, lengths: np.ndarray) -> np.ndarray:
+    """Fill documents of these lengths with the tokens of a dataset's split, uint16."""
+    paths = sorted(source.glob(f"fineweb_{split}_[0-9]*.bin"))
     text = np.concatenate([np.fromfile(path, "<u2", offset=1024) for path in paths])
     text = np.resize(text[text != BOS], lengths.sum())
     text[lengths.cumsum() - lengths] = BOS
     return text
 
 
-def write_dataset(source: Path, out: Path, tokens: np.ndarray) -> None:
-    """Write the validation shard, and link the training shards."""
+def write_shard(out: Path, split: str, tokens: np.ndarray) -> None:
+    """Write a split of one shard."""
     out.mkdir(parents=True, exist_ok=True)
     header = np.zeros(256, "<i4")
     header[:3] = (20240520, 1, len(tokens))
-    (out / "fineweb_val_000000.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    data = header.tobytes() + tokens.astype("<u2").tobytes()
+    (out / f"fineweb_{split}_000000.bin").write_bytes(data)
+
+
+def write_dataset(source: Path, out: Path, tokens: np.ndarray) -> None:
+    """Write the validation shard, and link the training shards."""
+    write_shard(out, "val", tokens)
     for path in source.resolve().glob("fineweb_train_*.bin"):
         link = out / path.name
         link.unlink(missing_ok=True)
@@ -95,7 +101,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=2000)
     args = parser.parse_args()
     lengths = draw_lengths(args.documents, args.mean, args.sigma)
-    tokens = cut_anew(args.dataset, lengths)
+    tokens = cut_anew(args.dataset, "val", lengths)
     write_dataset(args.dataset, args.out, tokens)
     middle = int(np.median(lengths))
     print(

@@ -7,6 +7,7 @@ CUDA all is tiny, and a row that needs a GPU says so.
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import document_lengths
 import measure
 import run_process
 import run_scoring
@@ -128,10 +131,12 @@ class Job:
             settings |= TINY
         return settings | self.data.get(pieces, {}) | self.given | row
 
-    def load(self, folder: str, shape: Settings | None = None, **row: str) -> tg.Hyperparameters:
+    def load(
+        self, folder: str, shape: Settings | None = None, pieces: str = "1024", **row: str
+    ) -> tg.Hyperparameters:
         """Resolve them for a run in this process that writes to a folder."""
         places = {"OUT_DIR": folder, "RUN_ID": "phase"}
-        return tg.load_settings(self.settings(shape, **row) | places)
+        return tg.load_settings(self.settings(shape, pieces, **row) | places)
 
 
 def clean_environment() -> None:
@@ -352,21 +357,25 @@ def attention_ms(inputs: list[Tensor], name: str, device: str) -> float:
     """Time attention forward and backward, ms."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
 
-    def once() -> None:
-        attend(*leaves).backward(inputs[3])
-
     with kernel(name):
-        if device != "cuda":
-            return 1e3 * seconds_each(once, device, 0.03)
-        for _ in range(3):
-            once()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(20):
-            once()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 20
+        return milliseconds(lambda: attend(*leaves).backward(inputs[3]), device)
+
+
+def milliseconds(call: Callable[[], Any], device: str) -> float:
+    """Time a call on a device, ms. The host has asked for all work before the device begins."""
+    if device != "cuda":
+        return 1e3 * seconds_each(call, device, 0.03)
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(10**8)  # cycles: 50 to 100 ms
+    start.record()
+    for _ in range(20):
+        call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 20
 
 
 def attention(report: Report, job: Job) -> None:
@@ -397,6 +406,163 @@ def attention(report: Report, job: Job) -> None:
                     told.append(f"{name} {ms:.3f} ms ({1e-9 * flops / ms:.3g} TFLOP/s)")
             report.row(f"{tokens:,} tokens, T {T}, {layout}, both ways", "; ".join(told))
             report.figure("milliseconds", speeds)
+
+
+# ===================================== DOCUMENTS =====================================
+LONG = 2**24  # tokens of a training split of documents
+
+
+@contextlib.contextmanager
+def document_runs(job: Job) -> Iterator[Callable[..., tg.Hyperparameters]]:
+    """Give what resolves settings of runs on documents as long as FineWeb's, each in a folder."""
+    pieces = "8192" if "8192" in job.data else "1024"
+    source = Path(job.data[pieces]["DATA_PATH"])
+    shape = {} if job.tiny else WIDE
+
+    def load(**row: str) -> tg.Hyperparameters:
+        return job.load(tempfile.mkdtemp(dir=folder), shape, pieces, **row)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for split, tokens in (("train", LONG), ("val", LONG // 16)):
+            count = (tokens // 256 if job.tiny else tokens) // 811
+            lengths = document_lengths.draw_lengths(count, 811, 1.0)
+            cut = document_lengths.cut_anew(source, split, lengths)
+            document_lengths.write_shard(Path(folder), split, cut)
+        job.data[pieces]["DATA_PATH"] = folder
+        # Text that is cut anywhere is no prose, which the byte audit encodes again.
+        with mock.patch.object(tg.Tokenizer, "audit"):
+            yield load
+
+
+def random_pieces(T: int, tokens: int, device: str) -> tg.Documents:
+    """Draw pieces as training on FineWeb's lengths has them, in rows of eight sequences."""
+    lengths = document_lengths.draw_lengths(tokens // 811 + 100, 811, 1.0)
+    begins = np.zeros(max(tokens, int(lengths.sum())), bool)
+    begins[lengths.cumsum()[:-1]] = True
+    rows = min(tokens, 8 * T)
+    return tg.cut(begins[:tokens].reshape(-1, rows), T, torch.device(device))
+
+
+def heads_of(tokens: int, device: str) -> list[Tensor]:
+    """Random q, k, v of so many tokens in one row, parts of one buffer as the model's; dO."""
+    random = torch.Generator(device).manual_seed(tokens)
+    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    made = torch.randn(1, tokens, sum(heads), WIDTH, device=device, generator=random)
+    return [*made.to(torch.bfloat16).transpose(1, 2).split(heads, dim=1)]
+
+
+def both_ways(
+    call: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Give output and gradients of a way to attend, (B, T, heads, Dh)."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs[:3]]
+    y = call(*leaves)
+    grads = torch.autograd.grad(y, leaves, inputs[3].to(dtype))
+    return [x.detach().transpose(1, 2) for x in (y, *grads)]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, T: int) -> Tensor:
+    """Attend within rows of T tokens: what training without documents does."""
+    rows = [x.unflatten(2, (-1, T))[0].transpose(0, 1) for x in (q, k, v)]
+    return tg.attend(*rows).transpose(0, 1).flatten(1, 2)[None]
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, pieces: tg.Documents, window: int) -> Tensor:
+    """Attend within pieces, at most `window` tokens back, by PyTorch's varlen attention."""
+    offsets, longest = pieces
+    flat = [x[0].transpose(0, 1) for x in (q, k, v)]
+    limits = (offsets, offsets, longest, longest)
+    y = tg.varlen_attn(*flat, *limits, window_size=(window, 0), **tg.VARLEN)
+    return y.transpose(0, 1)[None]
+
+
+def check_pieces(report: Report, T: int, device: str) -> None:
+    """Compare attention within pieces of up to T tokens with products in float64."""
+    pieces = random_pieces(T, 8 * T, device)
+    inputs = heads_of(8 * T, device)
+    ours = both_ways(lambda *x: tg.attend(*x, pieces), inputs, torch.bfloat16)
+    with sdpa_kernel(SDPBackend.MATH):
+        alone = functools.partial(tg.attend_by_piece, offsets=pieces.offsets)
+        exact = both_ways(alone, inputs, torch.float64)
+    others = torch.ones(8 * T, dtype=torch.bool, device=device)
+    others[pieces.offsets[:-1].long()] = False  # a piece's first query has one key: its dq is 0
+    errors = errors_of(*([x[:, others] for x in found] for found in (ours, exact)))
+    worst = max(max(pair) for pair in errors.values())
+    report.figure(f"errors T {T}", errors)
+    report.row(f"pieces of up to {T} against float64", f"{verdict(errors)}; {100 * worst:.2g}%")
+    if "WRONG" in verdict(errors):
+        report.found["status"] = "failed"
+
+
+def ways_to_attend(T: int, tokens: int, device: str) -> dict[str, Callable[..., Tensor]]:
+    """Give each way to attend within documents, or beside it, by its name."""
+    pieces = random_pieces(T, tokens, device)
+    rows = tg.cut(np.zeros((tokens // T, T), bool), T, torch.device(device))
+    ways = {
+        "whole rows": lambda *x: dense(*x, T),
+        "pieces": lambda *x: tg.attend(*x, pieces),
+    }
+    if device == "cuda":
+        ways |= {
+            "whole rows as pieces": lambda *x: tg.attend(*x, rows),
+            "pieces, 512 back": lambda *x: windowed(*x, pieces, 512),
+            "whole rows, 512 back": lambda *x: windowed(*x, rows, 512),
+        }
+    return ways
+
+
+def documents(report: Report, job: Job) -> None:
+    """Compare attention within documents with float64, and time it beside whole rows."""
+    device = "cpu" if job.tiny else "cuda"
+    tokens, lengths = (1536, (192,)) if job.tiny else (65536, (1024, 2048))
+    for T in lengths:
+        with report.attempt(f"pieces of up to {T} against float64"):
+            check_pieces(report, T, device)
+    speeds: dict[str, float] = {}
+    inputs = heads_of(tokens, device)
+    for T in lengths:
+        for name, way in ways_to_attend(T, tokens, device).items():
+            with report.attempt(f"{name}, T {T}"):
+                ms = milliseconds(backward_of(way, inputs), device)
+                speeds[f"{name}, T {T}"] = ms
+                report.row(f"{tokens:,} tokens, T {T}, {name}, both ways", f"{ms:.3f} ms")
+                report.figure("milliseconds", speeds)
+    report.found["headline"] = f"{len(speeds)} ways to attend"
+
+
+def backward_of(way: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+    """Make a call of a way to attend, forward and backward."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    return lambda: torch.autograd.grad(way(*leaves), leaves, inputs[3])
+
+
+READING = {  # settings of how training reads, by their name in the results
+    "dense": {},
+    "isolated": {"TRAIN_DOC_ISOLATED": "1"},
+    "isolated, shuffled": {"TRAIN_DOC_ISOLATED": "1", "DATA_SHUFFLE": "1"},
+}
+
+
+def isolation(report: Report, job: Job) -> None:
+    """Measure a step with documents apart beside one without, in turn."""
+    trainers: dict[str, tuple[tg.Run, tg.Trainer]] = {}
+    times: dict[str, list[float]] = {name: [] for name in READING}
+    with document_runs(job) as load:
+        for name, row in READING.items():
+            with report.attempt(f"a step, {name}"):
+                run, _, _, trainer = measure.prepare(load(**row), training=True)
+                trainers[name] = (run, trainer)
+        steps = 2 if job.tiny else 4
+        for _ in range(3):
+            for name, (run, trainer) in trainers.items():
+                seconds, _ = measure.free_running(trainer, run, steps)
+                times[name].append(1e3 * seconds / steps)
+                report.figure("steps_ms", times)
+    for name in trainers:
+        ratio = float(np.median(np.divide(times[name], times["dense"])))
+        told = f"{number(float(np.median(times[name])))} ms, {ratio:.3f} of dense"
+        report.row(f"a step, {name}", told)
+        report.found["headline"] = f"{name}: {told}"
 
 
 # ===================================== TRAINING =====================================
@@ -667,18 +833,16 @@ def show_parts(report: Report, steps: list[dict[str, float]]) -> None:
 
 
 def evaluation(report: Report, job: Job) -> None:
-    """Measure what ways of scoring cost, on the shape of pull request 369."""
-    shape = record_shape() | {"EVAL_STRIDE": "64", "VAL_TOKENS": "262144"}
-    row = {"EVAL_STRIDE": "16"} if job.tiny else {}
-    with tempfile.TemporaryDirectory() as folder:
-        hp = job.load(folder, shape, **row)
+    """Measure what ways of scoring cost, on documents as long as FineWeb's."""
+    row = {"EVAL_STRIDE": "16"} if job.tiny else {"EVAL_STRIDE": "64", "VAL_TOKENS": "524288"}
 
-        def tell(found: dict[str, Any]) -> None:
-            report.figure("evaluation", found)
-            what, measured = run_scoring.evaluation_rows(found)[-1]
-            report.row(what, measured)
+    def tell(found: dict[str, Any]) -> None:
+        report.figure("evaluation", found)
+        what, measured = run_scoring.evaluation_rows(found)[-1]
+        report.row(what, measured)
 
-        found = measure.evaluation(hp, tell)
+    with document_runs(job) as load:
+        found = measure.evaluation(load(**row), tell)
     plain = number(found["tokens_per_s"]["plain"])
     report.found["headline"] = f"{plain} tokens/s in a plain pass"
 
@@ -760,7 +924,7 @@ PHASES = {
     phase.__name__: phase
     for phase in (
         *(environment, attention, baseline, tests, profile),
-        *(pr369, evaluation, collectives, microbatch),
+        *(documents, isolation, pr369, evaluation, collectives, microbatch),
     )
 }
 

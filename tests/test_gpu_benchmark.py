@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import REPO
 
 BENCHMARKS = REPO / "benchmarks"
@@ -333,7 +334,32 @@ def test_a_step_is_taken_apart(job, report):
     assert [*figures["parts_ms"]] == [*gpu_phases.measure.PARTS]
 
 
-def test_ways_of_scoring_are_measured_on_the_records_shape(job, report):
+def test_attention_within_documents_is_checked_and_timed(report, job):
+    gpu_phases.documents(report, job)
+    assert report.found["status"] == "ok"
+    rows = dict(report.found["rows"])
+    assert rows["pieces of up to 192 against float64"].startswith("right; ")
+    assert [*report.found["figures"]["milliseconds"]] == ["whole rows, T 192", "pieces, T 192"]
+
+
+def test_attention_over_the_edges_of_documents_is_found(report, job, monkeypatch):
+    def whole(q, k, v, documents=None):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    monkeypatch.setattr(gpu_phases.tg, "attend", whole)
+    gpu_phases.check_pieces(report, 192, "cpu")
+    assert report.found["status"] == "failed"
+
+
+def test_a_step_with_documents_apart_is_timed_beside_one_without(report, job):
+    gpu_phases.isolation(report, job)
+    assert [what for what, _ in report.found["rows"]] == [
+        *("a step, dense", "a step, isolated", "a step, isolated, shuffled"),
+    ]
+    assert all(len(times) == 3 for times in report.found["figures"]["steps_ms"].values())
+
+
+def test_ways_of_scoring_are_measured_on_documents_as_long_as_finewebs(job, report):
     gpu_phases.evaluation(report, job)
     titles = [what for what, _ in report.found["rows"]]
     assert titles == [
@@ -582,6 +608,8 @@ class Event:
 
 def test_attention_is_timed_by_events_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     inputs = gpu_phases.attention_inputs(1, 32, "BTHD", "cpu")
     assert gpu_phases.attention_ms(inputs, "math", "cuda") == 2.0
 
