@@ -15,6 +15,7 @@ from conftest import (
     SCRIPT,
     checkpoints,
     cli_env,
+    dense_attention,
     events,
     load_weights,
     new_run,
@@ -167,6 +168,94 @@ def test_gradients_of_attention_in_bf16_are_those_in_float64(folder, name, lengt
         assert errors[:, 1:].max() < 0.03, tensor
 
 
+# ---- documents
+PIECES = [1, 2, 63, 64, 65, 1, 100, 500, 224, 4]  # two rows of 512, of pieces of up to 128
+
+
+def documents_of(lengths=PIECES, longest=128, rows=2):
+    begins = np.zeros(sum(lengths), bool)
+    begins[np.cumsum(lengths)[:-1]] = True
+    return tg.cut(begins.reshape(rows, -1), longest, torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_within_documents_in_bf16_is_that_of_a_dense_mask(kv_heads):
+    """At each position: a kernel may be wrong at the ends of pieces alone."""
+    documents = documents_of()
+    heads = (4, kv_heads, kv_heads)
+    random = torch.Generator(DEVICE).manual_seed(0)
+    made = torch.randn(2, 512, sum(heads), 64, device=DEVICE, generator=random)
+    made = made.to(torch.bfloat16).transpose(1, 2)
+    grad = torch.randn(2, 4, 512, 64, device=DEVICE, generator=random).to(torch.bfloat16)
+
+    def results(attend, dtype):
+        x = [y.detach().to(dtype).requires_grad_() for y in made.split(heads, dim=1)]
+        y = attend(*x)
+        return [y.detach(), *torch.autograd.grad(y, x, grad.to(dtype))]
+
+    ours = results(lambda *x: tg.attend(*x, documents), torch.bfloat16)
+    exact = results(lambda *x: dense_attention(*x, documents.offsets), torch.float64)
+    others = torch.ones(2 * 512, dtype=torch.bool, device=DEVICE)
+    others[documents.offsets[:-1].long()] = False  # a query with one key has no gradient
+    for tensor, a, b in zip(("o", "dq", "dk", "dv"), ours, exact, strict=True):
+        errors = (a.double() - b).norm(dim=(1, 3)) / b.norm(dim=(1, 3))
+        kept = errors.flatten()[others] if tensor in ("dq", "dk") else errors
+        assert kept.max() < 0.03, tensor
+
+
+def test_nothing_crosses_a_start():
+    """A token is changed: what attends before it, and in other pieces, has the same bits."""
+    documents = documents_of()
+    made = torch.randn(1, 8, 1024, 64, device=DEVICE).to(torch.bfloat16)
+    changed = made.clone()
+    changed[:, :, 300] += 1
+    first, second = (tg.attend(*x.split((4, 2, 2), dim=1), documents) for x in (made, changed))
+    differs = (first != second).any(1).any(-1).flatten().nonzero().flatten()
+    offsets = documents.offsets.tolist()
+    end = min(offset for offset in offsets if offset > 300)
+    assert differs.tolist() == [*range(300, end)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_the_model_with_documents_are_those_in_float64(folder, compiled):
+    """Compiled once, for any number of documents."""
+    model = WIDE | {"XSA_LAST_N": 1, "TRAIN_SEQ_LEN": 128, "TRAIN_DOC_ISOLATED": 1}
+    exact = random_model(make_run(folder, DEVICE="cpu", DTYPE="fp32", **model)).double()
+    exact.dtype = torch.float64
+    run = make_run(folder, DTYPE="bf16", **model)
+    ours = random_model(run)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    forward = tg.compile_model(ours) if compiled else ours
+    inputs, targets = (x.flatten().unflatten(0, (2, 512)) for x in random_tokens(128))
+    for lengths in ([1000, 24], PIECES):
+        documents = documents_of(lengths)
+        exact.zero_grad()
+        ours.zero_grad()
+        on_cpu = documents._replace(offsets=documents.offsets.cpu())
+        exact(inputs, targets, on_cpu).double().mean().backward()
+        forward(inputs.to(DEVICE), targets.to(DEVICE), documents).mean().backward()
+        for (name, p), q in zip(exact.named_parameters(), ours.parameters(), strict=True):
+            a, b = p.grad.flatten(), q.grad.double().cpu().flatten()
+            assert torch.cosine_similarity(a, b, 0) > 0.995, name
+            assert 0.95 < b.norm() / a.norm() < 1.05, name
+    if compiled:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_training_within_documents_follows_that_on_cpu(folder):
+    values = {"TRAIN_DOC_ISOLATED": 1, "DATA_SHUFFLE": 1, "DTYPE": "fp32", "WARMUP_STEPS": 1}
+    values |= {"TIED_EMBED_LR": 0.01}
+    cuda, cpu = (train(folder, 5, False, DEVICE=d, **values) for d in (DEVICE, "cpu"))
+    assert cuda == pytest.approx(cpu, abs=0.02)
+
+
+def test_compiled_training_within_documents_is_close_to_eager(folder):
+    values = {"TRAIN_DOC_ISOLATED": 1, "DTYPE": "bf16", "WARMUP_STEPS": 1}
+    eager, compiled = (train(folder, 5, c, **values) for c in (False, True))
+    assert compiled == pytest.approx(eager, abs=0.1)
+
+
 # ---- which kernel runs
 
 
@@ -216,9 +305,11 @@ def test_batches_arrive_on_the_device_with_the_right_values(folder, forward_rows
         busy = torch.tanh(busy @ busy)  # the copies must not be read before they are there
         on_device, on_host = (next(feed) for feed in feeds)
         assert len(on_device) == len(on_host)
-        for a, b in zip(on_device, on_host, strict=True):
-            assert a.device.type == DEVICE
-            assert torch.equal((a + 0).cpu(), b)
+        for (*pair, cuts), (*same, _) in zip(on_device, on_host, strict=True):
+            assert cuts is None
+            for a, b in zip(pair, same, strict=True):
+                assert a.device.type == DEVICE
+                assert torch.equal((a + 0).cpu(), b)
 
 
 def make_trainer(folder, compiled, **values):
@@ -227,7 +318,7 @@ def make_trainer(folder, compiled, **values):
     run.log = lambda line, *_, **__: print(line)  # it has no files
     torch.manual_seed(0)
     model = tg.GPT(run.hp, run.dtype).to(run.device)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+    forward = tg.compile_model(model) if compiled else model
     trainer = tg.Trainer(model, forward, tg.TokenStream("train", run), run)
     trainer.prime()
     return trainer
@@ -367,7 +458,7 @@ run = tg.Run(tg.load_settings({"DEVICE": device}, check_places=False))
 run.world_size = 1
 if device == "cuda":
     torch.cuda.set_device(0)
-run.meet()
+run.keeper.meet("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
 assert backend in str(dist.get_backend_config())
 run.world_size = 2  # so that the group of one is asked
 assert run.clock() > 0
