@@ -884,7 +884,7 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
 SHARD_MAGIC = (20240520, 1)
 SHARD_HEADER_BYTES = 1024
 FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
-LOADED = 3  # batches ahead: a new shard takes a while to shuffle
+LOADED = 16  # batches ahead: a new shard takes most of a second to shuffle
 
 
 def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
@@ -903,58 +903,49 @@ def shard_size(path: Path) -> int:
 
 
 class TokenStream:
-    """The shards of a split in an endless sequence; DATA_SHUFFLE orders it anew each time."""
+    """The shards of a split in an endless sequence."""
 
     def __init__(self, split: str, run: Run, ids: int = 0) -> None:
         self.run = run
-        self.shuffle = run.hp.data_shuffle and split == "train"
         self.paths = shard_paths(run.hp, split)
         self.ids = ids or run.hp.vocab_size
         self.sizes = np.array([shard_size(path) for path in self.paths])
-        self.ends = self.sizes.cumsum()
-        self.total = int(self.ends[-1])
+        self.total = int(self.sizes.sum())
         if run.keeper:
             run.keeper.scan(self)
 
-    def read(self, start: int, count: int) -> ndarray:
+    def read(self, start: int, count: int, shuffle: bool = False) -> ndarray:
         """Read tokens [start, start + count), uint16 (count,). Raises UserError at a wrong id."""
         pieces = []
         while count:
-            shard, place, left = self.find(start)
-            piece = self.read_in_shard(shard, place, min(count, left))
+            epoch, place = divmod(start, self.total)
+            order = np.arange(len(self.sizes))
+            if shuffle:  # by a generator whose numbers no version of NumPy changes
+                order = np.random.RandomState([self.run.hp.seed, epoch]).permutation(order)
+            ends = self.sizes[order].cumsum()
+            index = int(np.searchsorted(ends, place, "right"))
+            shard = int(order[index])
+            left = int(ends[index]) - place
+            place = int(self.sizes[shard]) - left
+            few = min(count, left)
+            if shuffle:
+                piece = self.shuffled(shard, epoch)[place : place + few]
+            else:
+                piece = self.read_in_shard(shard, place, few)
             pieces.append(piece)
-            start += len(piece)
-            count -= len(piece)
+            start += few
+            count -= few
         return np.concatenate(pieces)
 
-    def find(self, at: int) -> tuple[int, int, int]:
-        """Find a token: its shard, its place there, and how many to read from there on."""
-        epoch, place = divmod(at, self.total)
-        order = np.arange(len(self.sizes))
-        if self.shuffle:  # by a generator whose numbers no version of NumPy changes
-            order = np.random.RandomState([self.run.hp.seed, epoch]).permutation(order)
-        ends = self.sizes[order].cumsum()
-        index = int(np.searchsorted(ends, place, "right"))
-        shard = int(order[index])
-        left = int(ends[index]) - place
-        place = int(self.sizes[shard]) - left
-        if self.shuffle:
-            stops, ends = self.shuffled(shard, epoch)
-            index = int(np.searchsorted(ends, place, "right"))
-            left = int(ends[index]) - place
-            place = int(stops[index]) - left
-        return shard, place, left
-
-    @lru_cache(2)  # noqa: B019
-    def shuffled(self, shard: int, epoch: int) -> tuple[ndarray, ndarray]:
-        """Shuffle the documents of a shard: where each one ends there, and in the new order."""
+    @lru_cache(1)  # noqa: B019
+    def shuffled(self, shard: int, epoch: int) -> ndarray:
+        """Read a shard, its documents in an order of SEED and epoch."""
         tokens = self.read_in_shard(shard, 0, int(self.sizes[shard]))
         starts = 1 + np.flatnonzero(tokens[1:] == self.run.hp.bos)
-        stops = np.append(starts, len(tokens))
+        documents = np.split(tokens, starts)
         random = np.random.RandomState([self.run.hp.seed, epoch, shard])
-        order = random.permutation(len(stops))
-        sizes = np.diff(stops, prepend=0)
-        return stops[order], sizes[order].cumsum()
+        order = random.permutation(len(documents))
+        return np.concatenate([documents[i] for i in order])
 
     def read_in_shard(self, shard: int, place: int, count: int) -> ndarray:
         """Read `count` tokens of a shard, and check them."""
@@ -997,7 +988,8 @@ def batches(
     padding = (start - stop) % rows * T
 
     def load(step: int) -> list[Batch]:
-        span = stream.read(step * step_tokens + start * T, (stop - start) * T + 1)
+        tokens = (stop - start) * T + 1
+        span = stream.read(step * step_tokens + start * T, tokens, bool(hp.data_shuffle))
         inputs = np.pad(span[:-1].astype(np.int64), (0, padding))
         targets = np.pad(span[1:].astype(np.int64), (0, padding), constant_values=IGNORE)
         pairs = np.stack((inputs, targets)).reshape(2, -1, rows, T).swapaxes(0, 1)
@@ -1099,7 +1091,7 @@ class Validation:
         tokenizer = self.tokenizer = Tokenizer(hp)
         stream = TokenStream("val", run)
         limit = hp.val_tokens or stream.total
-        ends = stream.ends.tolist() if hp.score_streams else [stream.total]
+        ends = stream.sizes.cumsum().tolist() if hp.score_streams else [stream.total]
         spans = [(a, min(b - a, limit)) for a, b in pairwise([0, *ends])]
         self.bos = tokenizer.bos
         self.paths = stream.paths

@@ -1,6 +1,7 @@
 """Documents in packed rows: attention, training, shuffled reading, against dense masks, brute force
 and documents alone."""
 
+import dataclasses
 import functools
 import itertools
 from unittest import mock
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    dense_attention,
     document_stream,
     double_model,
     new_run,
@@ -92,17 +94,6 @@ def documents_of(name, T=40):
     begins = np.zeros(80, bool)
     begins[np.cumsum(STREAMS[name])[:-1]] = True
     return tg.cut(begins.reshape(2, T), LONGEST, CPU)
-
-
-def dense_attention(q, k, v, offsets):
-    """By the definition: a masked softmax over all pairs of the batch's tokens, in float64."""
-    B, H, T, D = q.shape
-    q, k, v = (x.double().transpose(0, 1).flatten(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(H // len(x), 0) for x in (k, v))
-    piece = torch.searchsorted(offsets.long(), torch.arange(B * T), right=True)
-    mask = (piece[:, None] == piece).tril()
-    scores = (q @ k.mT / D**0.5).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v).unflatten(1, (B, T)).transpose(0, 1)
 
 
 def heads(dtype, T=40):
@@ -313,6 +304,11 @@ def shuffled_stream(folder, **values):
     return tg.TokenStream("train", new_run(TINY | {"DATA_PATH": folder}, DATA_SHUFFLE=1, **values))
 
 
+def read_shuffled(stream_, start=0, count=0):
+    """Tokens in the order of training; the first epoch by default."""
+    return stream_.read(start, count or stream_.total, shuffle=True)
+
+
 def documents_in(tokens):
     """The documents of a stream, each a tuple."""
     starts = sorted({*np.flatnonzero(tokens == BOS).tolist()} - {0})
@@ -330,7 +326,7 @@ def test_each_epoch_has_every_shard_and_every_document_once(folder):
     stream_, orders = shuffled_stream(folder), []
     contents = [sorted(itertools.chain(*documents)) for documents in plain_documents(folder)]
     for epoch in range(3):
-        tokens = stream_.read(epoch * stream_.total, stream_.total)
+        tokens = read_shuffled(stream_, epoch * stream_.total)
         for order in itertools.permutations(range(3)):
             ends = stream_.sizes[[*order]].cumsum()[:-1]
             parts = [sorted(part.tolist()) for part in np.split(tokens, ends)]
@@ -341,45 +337,50 @@ def test_each_epoch_has_every_shard_and_every_document_once(folder):
 
 def test_documents_stay_whole(folder):
     """But for those that go on in the next shard, which are read as two."""
-    stream_ = shuffled_stream(folder)
-    tokens = stream_.read(0, stream_.total)
+    tokens = read_shuffled(shuffled_stream(folder))
     text = "," + ",".join(map(str, tokens.tolist())) + ","
     for document in itertools.chain(*plain_documents(folder)):
         assert "," + ",".join(map(str, document)) + "," in text
 
 
-def test_the_order_is_not_that_of_the_shards(folder):
+def test_the_order_is_not_that_of_the_shards_in_training_alone(folder):
     stream_ = shuffled_stream(folder)
     plain = np.concatenate([np.fromfile(p, "<u2", offset=1024) for p in stream_.paths])
-    assert (stream_.read(0, stream_.total) != plain).mean() > 0.5
+    assert np.array_equal(stream_.read(0, stream_.total), plain)
+    trained = read_shuffled(stream_)
+    assert (trained != plain).mean() > 0.5
+    ((first, *_),) = loaded(folder, 1, DATA_SHUFFLE=1)
+    assert first[0].flatten().tolist() == trained[: first[0].numel()].tolist()
+
+
+def test_documents_begin_at_the_bos_that_validation_finds(folder):
+    """Which is known after the stream has been scanned."""
+    stream_ = shuffled_stream(folder)
+    stream_.run.hp = dataclasses.replace(stream_.run.hp, bos=5)
+    parts = [np.fromfile(path, "<u2", offset=1024) for path in stream_.paths]
+    text = "," + ",".join(map(str, read_shuffled(stream_).tolist())) + ","
+    for part in parts:
+        for document in np.split(part, np.flatnonzero(part == 5)):
+            assert "," + ",".join(map(str, document.tolist())) + "," in text
 
 
 @given(start=st.integers(0, 20_000), count=st.integers(1, 3000))
 def test_any_part_can_be_read_alone(shuffled, start, count):
     """So that ranks and resumed runs read what one run reads in a row."""
     stream_, tokens = shuffled
-    assert np.array_equal(stream_.read(start, count), tokens[start : start + count])
+    assert np.array_equal(read_shuffled(stream_, start, count), tokens[start : start + count])
 
 
 @pytest.fixture(scope="module")
 def shuffled(tmp_path_factory):
     path = write_shards(tmp_path_factory.mktemp("shuffled"))
     stream_ = shuffled_stream(path)
-    return stream_, shuffled_stream(path).read(0, 25_000)
+    return stream_, read_shuffled(stream_, 0, 25_000)
 
 
 def test_the_order_is_the_seeds(folder):
-    read = [shuffled_stream(folder, SEED=seed).read(0, 3000).tolist() for seed in (1, 1, 2)]
-    assert read[0] == read[1] != read[2]
-
-
-def test_validation_is_never_shuffled(folder):
-    for path in folder.glob("*.bin"):
-        path.rename(folder / path.name.replace("train", "val"))
-    run = new_run(TINY | {"DATA_PATH": folder}, DATA_SHUFFLE=1)
-    stream_ = tg.TokenStream("val", run)
-    plain = np.concatenate([np.fromfile(p, "<u2", offset=1024) for p in stream_.paths])
-    assert np.array_equal(stream_.read(0, stream_.total), plain)
+    orders = [read_shuffled(shuffled_stream(folder, SEED=s)).tolist() for s in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
 
 
 # ---- a whole run
