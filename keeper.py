@@ -702,30 +702,40 @@ def attention_backend(run: core.Run) -> str:
     return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=gqa)).name
 
 
-def attention_problem(run: core.Run) -> str:
+def attention_problem(run: core.Run, documents: bool = False) -> str:
     """Compare attention and its gradients with plain products in fp32: say what is wrong."""
     if run.dtype == torch.float32:
         return ""  # there is nothing faster than plain products
     *inputs, grad = attention_inputs(run)
+    T = grad.size(2)
+    begins = np.zeros((1, T), bool)
+    begins[0, [T // 3, T // 2]] = documents
+    pieces = core.cut(begins, T, run.device)
 
-    def results(dtype: torch.dtype) -> list[Tensor]:
+    def results(dtype: torch.dtype, attend: Callable[..., Tensor]) -> list[Tensor]:
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
-        y = core.attend(q, k, v)
+        y = attend(q, k, v)
         return [y.detach(), *torch.autograd.grad(y, (q, k, v), grad.to(dtype))]
 
+    packed = functools.partial(core.attend, documents=pieces if documents else None)
     try:
-        ours = results(run.dtype)
+        ours = results(run.dtype, packed)
     except RuntimeError as error:
         return f"does not run here: {error}"
     with sdpa_kernel(SDPBackend.MATH):
-        exact = results(torch.float32)
+        alone = functools.partial(core.attend_by_piece, offsets=pieces.offsets)
+        exact = results(torch.float32, alone)
+    where = " within documents" if documents else ""
     for name, a, b in zip(("result", "dq", "dk", "dv"), ours, exact, strict=True):
         # At each position: kernels have been wrong at a few alone (PyTorch issue 196678).
         errors = (a.float() - b).norm(dim=(1, 3)) / b.norm(dim=(1, 3))
-        first = 1 if name == "dq" else 0  # the first query has one key: its dq is 0
-        error = float(errors[:, first:].max())
+        if name == "dq":
+            errors[:, pieces.offsets[:-1].long()] = 0  # a first query has one key: its dq is 0
+        error = float(errors.max())
         if not error < ATTENTION_ERROR:  # or not a number
-            return f"wrong here: its {name} is {100 * error:.1f}% from that of plain products"
+            return (
+                f"wrong here{where}: its {name} is {100 * error:.1f}% from that of plain products"
+            )
     return ""
 
 
@@ -847,10 +857,16 @@ class Keeper:
         taken = attention_backend(run) if on_cuda else ""
         wanted = core.KERNELS.get(kernel, taken)
         require(taken == wanted, f"PyTorch takes {taken} for this model")
-        if problem := attention_problem(run):
-            self.warnings.append(f"ATTENTION={kernel}: {problem}")
-            raise UserError(problem)
-        return f"sdpa:{taken}" if kernel == "sdpa" and on_cuda else kernel
+        hp = run.hp
+        packed = bool(hp.train_doc_isolated or hp.eval_doc_isolated or hp.score_streams)
+        for documents in (False, True) if packed else (False,):
+            if problem := attention_problem(run, documents):
+                self.warnings.append(f"ATTENTION={kernel}: {problem}")
+                raise UserError(problem)
+        name = f"sdpa:{taken}" if kernel == "sdpa" and on_cuda else kernel
+        if packed and on_cuda and run.dtype == torch.bfloat16:  # by varlen_attn
+            name += " documents:" + (kernel if kernel in ("fa3", "fa4") else "fa2")
+        return name
 
     def compiled(self, model: core.GPT) -> core.Forward:
         """Compile a model, and go on without where that does not work."""

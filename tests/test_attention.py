@@ -23,6 +23,7 @@ class Machine:
     def __init__(self) -> None:
         self.capability, self.packages, self.able = 9, (), ALL
         self.wrong: tuple[str, ...] = ()  # kernels whose gradients are wrong
+        self.wrong_in_documents = False
         self.order: list[str] = []
         self.asked, self.active = False, ""
 
@@ -51,8 +52,10 @@ class Machine:
     def restore(self) -> None:
         self.active = ""
 
-    def problem(self, _: tg.Run) -> str:
+    def problem(self, _: tg.Run, documents: bool) -> str:
         self.choose()
+        if documents and self.wrong_in_documents:
+            return "wrong within documents"
         return "wrong here" if self.taken in self.wrong or self.active in self.wrong else ""
 
 
@@ -96,6 +99,27 @@ def test_auto_takes_the_first_that_is_there(machine, capability, packages, chose
     assert (machine.active, machine.taken) == (active, taken)
     run.kernels.close()
     assert machine.active == ""
+
+
+DOCUMENTS = {"EVAL_DOC_ISOLATED": 1}
+
+
+@pytest.mark.parametrize(("name", "runs"), [("cudnn", "fa2"), ("fa2", "fa2"), ("fa3", "fa3")])
+def test_the_kernel_within_documents_is_named_too(machine, name, runs):
+    """PyTorch's varlen attention is Flash Attention, whatever whole rows use."""
+    machine.packages = ["fa3"]
+    run = cuda_run(name, **DOCUMENTS)
+    assert tg.choose_attention(run) == f"{name} documents:{runs}"
+    run.kernels.close()
+    run = cuda_run("sdpa", torch.float32, **DOCUMENTS)
+    assert "documents" not in tg.choose_attention(run)
+
+
+def test_a_kernel_that_is_wrong_within_documents_is_an_error_where_there_are_some(machine):
+    machine.wrong_in_documents = True
+    tg.choose_attention(cuda_run("cudnn"))
+    with pytest.raises(tg.UserError, match="ATTENTION=cudnn: wrong within documents"):
+        tg.choose_attention(cuda_run("cudnn", **DOCUMENTS))
 
 
 @pytest.mark.parametrize("name", ["cudnn", "fa2"])
@@ -190,9 +214,10 @@ def test_pytorch_is_asked_with_tensors_like_the_models(dtype):
 # ---- attention is compared with plain products before it is used
 
 
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_pytorchs_attention_in_bf16_is_right(kv_heads):
-    assert keeper.attention_problem(cpu_run(NUM_KV_HEADS=kv_heads)) == ""
+def test_pytorchs_attention_in_bf16_is_right(kv_heads, documents):
+    assert keeper.attention_problem(cpu_run(NUM_KV_HEADS=kv_heads), documents) == ""
 
 
 class Faulty(torch.autograd.Function):
@@ -239,6 +264,28 @@ def test_a_wrong_result_or_gradient_is_found(which, name, value, monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     assert f"its {name} is " in keeper.attention_problem(cpu_run())
+
+
+@pytest.mark.parametrize(("which", "name"), [*enumerate(("result", "dq", "dk", "dv"))])
+def test_what_is_wrong_within_documents_alone_is_found(which, name, monkeypatch):
+    """A kernel that attends over the starts of documents, forward or backward."""
+
+    def whole(q, k, v, offsets):
+        return RIGHT(q, k, v, is_causal=True, enable_gqa=True)
+
+    def mixed(q, k, v, offsets):
+        right = tg.attend_by_piece(q, k, v, offsets)
+        if which == 0:
+            return whole(q, k, v, offsets).detach() + right - right.detach()
+        inputs = [q.detach(), k.detach(), v.detach()]
+        inputs[which - 1] = (q, k, v)[which - 1]
+        wrong = whole(*inputs, offsets)
+        return right + wrong - wrong.detach()
+
+    monkeypatch.setitem(tg.PACKED, "cpu", mixed)
+    run = cpu_run(NUM_HEADS=2, NUM_KV_HEADS=2)
+    assert keeper.attention_problem(run) == ""
+    assert f"wrong here within documents: its {name} is " in keeper.attention_problem(run, True)
 
 
 def test_a_kernel_that_fails_when_it_runs_is_told(monkeypatch):
