@@ -14,9 +14,9 @@ nothing. The exit code is 1 if a phase failed, or the tool was interrupted.
     environment  the fastest matrix product, copies, empty kernels
     attention    which kernel PyTorch takes; each against float64, and its speed
     baseline     the default configuration to its score: step, tokens/s, MFU, memory, first step
-    tests        tests/test_gpu.py
     documents    attention within documents: right, and how fast
     isolation    a step with documents apart beside one without
+    tests        tests/test_gpu.py
     profile      kernels of a step, how busy they keep the GPU, parts of a step
     pr369        the stack of pull request 369 at T 2048, to its score
     evaluation   ways of scoring
@@ -73,12 +73,12 @@ PHASES = (
     Phase("environment", 60, 10),
     Phase("attention", 75, 15),
     Phase("baseline", 150, 40, data=True),
-    Phase("tests", 240, 20),
     Phase("documents", 100, 30),
     Phase("isolation", 150, 30, data=True),
+    Phase("tests", 240, 20),
     Phase("profile", 100, 30, data=True),
     Phase("pr369", 130, 40, data=True),
-    Phase("evaluation", 120, 30, data=True),
+    Phase("evaluation", 160, 30, data=True),
     Phase("collectives", 45, 15),
     Phase("microbatch", 270, 40, data=True),
 )
