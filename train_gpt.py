@@ -473,10 +473,18 @@ def cut(begins: ndarray, longest: int, device: torch.device) -> Documents:
 
 
 def attend_by_piece(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
-    """Attend within each piece of N tokens, from q (1, H, N, Dh) to k and v: like q."""
+    """Attend within each piece of N tokens, from q (1, H, N, Dh) to k and v: like q.
+
+    Libraries compile products for each new length and keep them: a piece is padded behind its end.
+    """
     sizes = offsets.diff().tolist()
     pieces = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([attend(*piece) for piece in pieces], dim=2)
+    found = []
+    for size, piece in zip(sizes, pieces, strict=True):
+        room = (0, 0, 0, -size % 64)
+        padded = [F.pad(x, room) for x in piece] if room[-1] else piece
+        found.append(attend(*padded).narrow(2, 0, size))
+    return torch.cat(found, dim=2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Cuts = None) -> Tensor:

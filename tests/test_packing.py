@@ -142,6 +142,17 @@ def test_attention_is_that_of_the_dense_mask(name, dtype, near, way):
         assert (a - b).abs().max() <= near * b.abs().max()
 
 
+def test_pieces_of_all_lengths_ask_for_few(monkeypatch):
+    """A CPU's library keeps the code of products for each length, a gigabyte of it in 100 steps."""
+    sizes, asked = [*range(1, 200), 64], set()
+    attend = tg.attend
+    monkeypatch.setattr(tg, "attend", lambda *x: asked.add(x[0].size(2)) or attend(*x))
+    made = torch.randn(1, 2, sum(sizes), 8)
+    offsets = torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32)
+    tg.attend_by_piece(made, made, made, offsets)
+    assert asked == {64, 128, 192, 256}
+
+
 def test_nothing_crosses_a_start():
     """Not even what is not finite."""
     documents, made = documents_of("mixed"), heads(torch.float32).detach()
