@@ -172,8 +172,8 @@ class Hyperparameters:
     adam_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, gains, scales and head")
     embed_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, embeddings")
     grad_clip_norm: float = result_setting(0.0, "[0, inf)", "cap on the gradient norm; 0: off")
-    given: frozenset[str] = field(default=frozenset(), compare=False)  # names, no setting
-    bos: int = field(default=1, compare=False)  # the id that begins a document, no setting
+    given: frozenset[str] = field(default=frozenset(), compare=False)  # settings that were given
+    bos: int = field(default=1, compare=False)  # the id that begins a document
 
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(Hyperparameters) if "role" in f.metadata}
@@ -463,7 +463,7 @@ VARLEN = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).
 
 
 def cut(begins: ndarray, longest: int, device: torch.device) -> Documents:
-    """Cut a batch where rows and, by `begins`, bool (B, T), documents begin, and at `longest`."""
+    """Cut a batch where a row begins, or a document (`begins`, bool (B, T)), and at `longest`."""
     begins[:, 0] = True
     at = np.arange(begins.size)
     last = np.maximum.accumulate(np.where(begins.ravel(), at, 0))
@@ -473,10 +473,18 @@ def cut(begins: ndarray, longest: int, device: torch.device) -> Documents:
 
 
 def attend_by_piece(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
-    """Attend within each piece of N tokens, from q (1, H, N, Dh) to k and v: like q."""
+    """Attend within each piece of N tokens, from q (1, H, N, Dh) to k and v: like q.
+
+    Libraries compile products for each new length and keep them: a piece is padded behind its end.
+    """
     sizes = offsets.diff().tolist()
     pieces = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([attend(*piece) for piece in pieces], dim=2)
+    found = []
+    for size, piece in zip(sizes, pieces, strict=True):
+        room = (0, 0, 0, -size % 64)
+        padded = [F.pad(x, room) for x in piece] if room[-1] else piece
+        found.append(attend(*padded).narrow(2, 0, size))
+    return torch.cat(found, dim=2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Cuts = None) -> Tensor:
@@ -803,11 +811,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, {"joint": False, **defaults})
+        super().__init__(groups, {"compiled": False, **defaults})
         self.found_inf = groups[0]["params"][0].new_zeros(())
-        self.settings = {key: groups[0][key] for key in ("steps", "dtype", "joint")}
-        joint = self.settings["joint"]
-        self.directions = torch.compile(directions, dynamic=False) if joint else directions
+        self.settings = {key: groups[0][key] for key in ("steps", "dtype", "compiled")}
+        compiled = self.settings["compiled"]
+        self.directions = torch.compile(directions, dynamic=False) if compiled else directions
 
     def momenta(self, params: list[Tensor]) -> Tensor:
         """Give M of a group, (N, rows, cols), which the states of its matrices are views of."""
@@ -858,8 +866,8 @@ def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim
         betas = (hp.beta1, hp.beta2)
         optimizers.append(torch.optim.AdamW(adam, 0.0, betas, hp.adam_eps, fused=True))
     if muon := [*groups["muon"].values()]:
-        joint = run.compile and run.device.type == "cuda"
-        settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype, "joint": joint}
+        compiled = run.compile and run.device.type == "cuda"
+        settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype, "compiled": compiled}
         optimizers.append(Muon(muon, settings))
     return optimizers
 
@@ -884,7 +892,7 @@ def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
 SHARD_MAGIC = (20240520, 1)
 SHARD_HEADER_BYTES = 1024
 FORWARD_TOKENS = {"cuda": 65536, "mps": 16384, "cpu": 4096}  # in one forward pass, by default
-LOADED = 3  # batches ahead: a new shard takes a while to shuffle
+LOADED = 16  # batches ahead: a new shard takes most of a second to shuffle
 
 
 def shard_paths(hp: Hyperparameters, split: str) -> list[Path]:
@@ -903,58 +911,49 @@ def shard_size(path: Path) -> int:
 
 
 class TokenStream:
-    """The shards of a split in an endless sequence; DATA_SHUFFLE orders it anew each time."""
+    """The shards of a split in an endless sequence."""
 
     def __init__(self, split: str, run: Run, ids: int = 0) -> None:
         self.run = run
-        self.shuffle = run.hp.data_shuffle and split == "train"
         self.paths = shard_paths(run.hp, split)
         self.ids = ids or run.hp.vocab_size
         self.sizes = np.array([shard_size(path) for path in self.paths])
-        self.ends = self.sizes.cumsum()
-        self.total = int(self.ends[-1])
+        self.total = int(self.sizes.sum())
         if run.keeper:
             run.keeper.scan(self)
 
-    def read(self, start: int, count: int) -> ndarray:
+    def read(self, start: int, count: int, shuffle: bool = False) -> ndarray:
         """Read tokens [start, start + count), uint16 (count,). Raises UserError at a wrong id."""
         pieces = []
         while count:
-            shard, place, left = self.find(start)
-            piece = self.read_in_shard(shard, place, min(count, left))
+            epoch, place = divmod(start, self.total)
+            order = np.arange(len(self.sizes))
+            if shuffle:  # by a generator whose numbers no version of NumPy changes
+                order = np.random.RandomState([self.run.hp.seed, epoch]).permutation(order)
+            ends = self.sizes[order].cumsum()
+            index = int(np.searchsorted(ends, place, "right"))
+            shard = int(order[index])
+            left = int(ends[index]) - place
+            place = int(self.sizes[shard]) - left
+            few = min(count, left)
+            if shuffle:
+                piece = self.shuffled(shard, epoch)[place : place + few]
+            else:
+                piece = self.read_in_shard(shard, place, few)
             pieces.append(piece)
-            start += len(piece)
-            count -= len(piece)
+            start += few
+            count -= few
         return np.concatenate(pieces)
 
-    def find(self, at: int) -> tuple[int, int, int]:
-        """Find a token: its shard, its place there, and how many to read from there on."""
-        epoch, place = divmod(at, self.total)
-        order = np.arange(len(self.sizes))
-        if self.shuffle:  # by a generator whose numbers no version of NumPy changes
-            order = np.random.RandomState([self.run.hp.seed, epoch]).permutation(order)
-        ends = self.sizes[order].cumsum()
-        index = int(np.searchsorted(ends, place, "right"))
-        shard = int(order[index])
-        left = int(ends[index]) - place
-        place = int(self.sizes[shard]) - left
-        if self.shuffle:
-            stops, ends = self.shuffled(shard, epoch)
-            index = int(np.searchsorted(ends, place, "right"))
-            left = int(ends[index]) - place
-            place = int(stops[index]) - left
-        return shard, place, left
-
-    @lru_cache(2)  # noqa: B019
-    def shuffled(self, shard: int, epoch: int) -> tuple[ndarray, ndarray]:
-        """Shuffle the documents of a shard: where each one ends there, and in the new order."""
+    @lru_cache(1)  # noqa: B019
+    def shuffled(self, shard: int, epoch: int) -> ndarray:
+        """Read a shard, its documents in an order of SEED and epoch."""
         tokens = self.read_in_shard(shard, 0, int(self.sizes[shard]))
         starts = 1 + np.flatnonzero(tokens[1:] == self.run.hp.bos)
-        stops = np.append(starts, len(tokens))
+        documents = np.split(tokens, starts)
         random = np.random.RandomState([self.run.hp.seed, epoch, shard])
-        order = random.permutation(len(stops))
-        sizes = np.diff(stops, prepend=0)
-        return stops[order], sizes[order].cumsum()
+        order = random.permutation(len(documents))
+        return np.concatenate([documents[i] for i in order])
 
     def read_in_shard(self, shard: int, place: int, count: int) -> ndarray:
         """Read `count` tokens of a shard, and check them."""
@@ -972,7 +971,7 @@ Batch = tuple[Tensor, Tensor, Cuts]  # inputs and targets, int64 (B, T)
 
 
 def row_length(hp: Hyperparameters) -> int:
-    """Choose the tokens of a row in training, whatever the ranks and micro-batches."""
+    """Count the tokens of a row in training: ranks and micro-batches do not change it."""
     T = hp.train_seq_len
     return T * math.gcd(hp.train_batch_tokens // T, ROW) if hp.train_doc_isolated else T
 
@@ -997,7 +996,8 @@ def batches(
     padding = (start - stop) % rows * T
 
     def load(step: int) -> list[Batch]:
-        span = stream.read(step * step_tokens + start * T, (stop - start) * T + 1)
+        tokens = (stop - start) * T + 1
+        span = stream.read(step * step_tokens + start * T, tokens, bool(hp.data_shuffle))
         inputs = np.pad(span[:-1].astype(np.int64), (0, padding))
         targets = np.pad(span[1:].astype(np.int64), (0, padding), constant_values=IGNORE)
         pairs = np.stack((inputs, targets)).reshape(2, -1, rows, T).swapaxes(0, 1)
@@ -1099,7 +1099,7 @@ class Validation:
         tokenizer = self.tokenizer = Tokenizer(hp)
         stream = TokenStream("val", run)
         limit = hp.val_tokens or stream.total
-        ends = stream.ends.tolist() if hp.score_streams else [stream.total]
+        ends = stream.sizes.cumsum().tolist() if hp.score_streams else [stream.total]
         spans = [(a, min(b - a, limit)) for a, b in pairwise([0, *ends])]
         self.bos = tokenizer.bos
         self.paths = stream.paths
@@ -1172,7 +1172,7 @@ def lay(rows: list[ndarray], at: ndarray) -> ndarray:
 
 
 def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield this rank's batches, and where the NLL go: to the last place if for padding."""
+    """Yield this rank's batches, and the place of each NLL; padding has the last one."""
     hp = run.hp
     length = hp.eval_seq_len or hp.train_seq_len
     share = min(hp.val_batch_size // run.world_size, run.forward_rows * row_length(hp))
@@ -1512,7 +1512,7 @@ def fit_artifact(state: Mapping[str, Tensor], run: Run) -> bytes:
 
 
 # ===================================== DISTRIBUTED RUN =====================================
-# Rank 0's clock alone decides when training ends. All ranks learn there what a keeper asks for.
+# Rank 0's clock alone decides when training ends. It also tells all ranks what a keeper asks.
 
 
 def launched(name: str, default: int) -> int:
