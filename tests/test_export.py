@@ -183,9 +183,12 @@ def test_the_script_and_the_tokenizer_may_change_meanwhile(change, place, whole,
 
 
 def lose_a_shard(place: Place, dataset, folder: Path) -> Path:
-    """Let a place read copies of the shards; the second training shard is needed from step 5 on."""
+    """Let a place read copies of the shards; the second training shard is needed from step 21 on.
+
+    That is later than the batches that are read ahead at step 3.
+    """
     shutil.copytree(dataset.folder, folder)
-    place.settings |= {"DATA_PATH": str(folder), "TRAIN_BATCH_TOKENS": "1024"}
+    place.settings |= {"DATA_PATH": str(folder), "TRAIN_BATCH_TOKENS": "256"}
     return folder / "fineweb_train_000001.bin"
 
 
@@ -194,10 +197,10 @@ def lose_a_shard(place: Place, dataset, folder: Path) -> Path:
 def test_a_shard_that_is_lost_costs_no_step(how, ranks, server, place, dataset, tmp_path):
     shard, go = lose_a_shard(place, dataset, tmp_path / "shards"), tmp_path / "go"
     hold = at(3, f"hold {go}")
-    env = place.env(SAVE_EVERY=0, ITERATIONS=12)
+    env = place.env(SAVE_EVERY=0, ITERATIONS=25)
     runs = [server.start(env, hold)] if ranks == 1 else server.ranks(env, [hold], [hold])
     first, content = runs[0], shard.read_bytes()
-    first.until(lambda: "step:1/12 train" in first.output or first.poll() is not None)
+    first.until(lambda: "step:1/25 train" in first.output or first.poll() is not None)
     shard.unlink() if how == "removed" else shard.write_bytes(content[:1100])
     go.touch()
     assert [run.wait().returncode for run in runs] == [1] * ranks, first.output
@@ -206,17 +209,17 @@ def test_a_shard_that_is_lost_costs_no_step(how, ranks, server, place, dataset, 
     assert re.search(rf"error: the training data cannot be read.*{shard.name}", told)
     (saved,) = checkpoints(place.folder)
     shard.write_bytes(content)
-    env = place.env(SAVE_EVERY=0, ITERATIONS=12, RESUME="auto")
+    env = place.env(SAVE_EVERY=0, ITERATIONS=25, TRAIN_LOG_EVERY=1, RESUME="auto")
     again = server.start(env).wait() if ranks == 1 else server.ranks(env, [], [])[0].wait()
     assert again.returncode == 0, again.output
-    assert f"step:{saved + 1}/12 train_loss" in again.output
+    assert f"step:{saved + 1}/25 train_loss" in again.output
 
 
 def test_a_shard_that_is_lost_when_it_is_not_needed_any_more_is_not_missed(
     place, dataset, tmp_path
 ):
     shard, go = lose_a_shard(place, dataset, tmp_path / "shards"), tmp_path / "go"
-    steps = 5500 // 1024  # in the first shard
+    steps = 5500 // 256  # in the first shard
     run = place.start(at(3, f"hold {go}"), SAVE_EVERY=0, ITERATIONS=steps)
     run.until(lambda: f"step:1/{steps} train" in run.output or run.poll() is not None)
     shard.unlink()
@@ -227,8 +230,8 @@ def test_a_shard_that_is_lost_when_it_is_not_needed_any_more_is_not_missed(
 def test_a_signal_is_as_good_as_before_when_data_is_lost(place, dataset, tmp_path):
     """Both at once: the step is saved, whichever comes first."""
     shard, go = lose_a_shard(place, dataset, tmp_path / "shards"), tmp_path / "go"
-    run = place.start(at(3, f"hold {go}"), SAVE_EVERY=0, ITERATIONS=12)
-    run.until(lambda: "step:1/12 train" in run.output or run.poll() is not None)
+    run = place.start(at(3, f"hold {go}"), SAVE_EVERY=0, ITERATIONS=25)
+    run.until(lambda: "step:1/25 train" in run.output or run.poll() is not None)
     shard.unlink()
     run.send(signal.SIGTERM)
     go.touch()
