@@ -685,7 +685,7 @@ def attention_inputs(run: core.Run) -> list[Tensor]:
     """Make random q, k, v, (1, H, T, Dh), and a gradient of their result, as the model's."""
     hp = run.hp
     random = torch.Generator().manual_seed(0)
-    T = min(max(hp.train_seq_len, 2), 2048)
+    T = min(max(hp.train_seq_len, 8), 2048)
     H = hp.num_heads
     K = hp.num_kv_heads
     sizes = (H + K, H + 2 * K, H)

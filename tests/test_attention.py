@@ -220,6 +220,13 @@ def test_pytorchs_attention_in_bf16_is_right(kv_heads, documents):
     assert keeper.attention_problem(cpu_run(NUM_KV_HEADS=kv_heads), documents) == ""
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 7, 8, 100])
+def test_attention_within_documents_is_right_for_short_sequences(length):
+    """A document of one token has no gradients of q and k, beside which all would be wrong."""
+    run = cpu_run(TRAIN_SEQ_LEN=length, TRAIN_BATCH_TOKENS=length, VAL_BATCH_SIZE=length)
+    assert keeper.attention_problem(run, documents=True) == ""
+
+
 class Faulty(torch.autograd.Function):
     """Attention, one of whose tensors is off: 0 the result, 1 to 3 the gradients of q, k and v."""
 
