@@ -160,6 +160,45 @@ def shard_bytes(tokens, magic: int = 20240520, version: int = 1, count: int | No
     return header.tobytes() + np.asarray(tokens).astype("<u2").tobytes()
 
 
+TITLE, CAPITALS, NEXT, ESCAPE = CASE_MARKS = "\ue001\ue002\ue003\ue004"
+SPECIAL_TEXTS = [  # for CaseOps
+    "  Two blanks  and McDonald's iPhone, USA. \n\n\tA a AB Ab aB aBC ÀB éX ﬁ\u00a0½  ",
+    f"marks {TITLE}{ESCAPE}{ESCAPE}x{NEXT}Y {CAPITALS}",
+    "日本 🚀 ＡＢＣ e\u0301 E\u0301t \u212b",
+]
+
+
+def small_letters(text: str) -> str:
+    """A text as CaseOps writes it (techniques.md 2.14), letter by letter."""
+    written, place = [], 0
+    while place < len(text):
+        end = place
+        while end < len(text) and text[end].isascii() and text[end].isalpha():
+            end += 1
+        word = text[place:end]
+        if not word:
+            written.append(ESCAPE * (text[place] in CASE_MARKS) + text[place])
+            place += 1
+            continue
+        place = end
+        if len(word) > 1 and word.isupper():
+            written.append(CAPITALS + word.lower())
+            continue
+        for number, letter in enumerate(word):
+            mark = (NEXT if number else TITLE) if letter.isupper() else ""
+            written.append(mark + letter.lower())
+    return "".join(written)
+
+
+def write_validation(folder: Path, parts: Mapping[str, list], border: int) -> None:
+    """Write two shards of each kind, "val" or "val_bytes", cut after `border` tokens."""
+    for kind, documents in parts.items():
+        stream = np.concatenate(documents)
+        for number, part in enumerate((stream[:border], stream[border:])):
+            path = folder / f"fineweb_{kind}_{number:06d}.bin"
+            path.write_bytes(shard_bytes(part))
+
+
 def resolve(base: Mapping[str, object], **changed: object) -> train_gpt.Hyperparameters:
     """The settings in `base`, but for those that are changed, on a CPU unless they say otherwise;
     what paths name need not exist."""
@@ -196,9 +235,9 @@ def packed_operator():
     return packed
 
 
-def double_model(hp, seed=0, mean=0.2, deviation=0.6, kind=train_gpt.GPT):
+def double_model(hp, mean=0.2, deviation=0.6, kind=train_gpt.GPT):
     """A model in float64 (but for its logits) none of whose parameters is as initialized."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = kind(hp, torch.float64).double()
     for p in model.parameters():
         torch.nn.init.normal_(p, mean, deviation)
@@ -212,6 +251,13 @@ def document_stream(lengths, seed=0, head=True):
     begins = np.cumsum([0, *lengths[:-1]])
     tokens[begins if head else begins[1:]] = BOS
     return tokens
+
+
+def cut_documents(lengths, rows, longest, device="cpu"):
+    """Where documents of these lengths, in so many rows, are cut for attention."""
+    begins = np.zeros(sum(lengths), bool)
+    begins[np.cumsum(lengths)[:-1]] = True
+    return train_gpt.cut(begins.reshape(rows, -1), longest, torch.device(device))
 
 
 def dense_attention(q, k, v, offsets):

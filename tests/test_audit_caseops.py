@@ -9,7 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece as spm
-from conftest import BOS, REPO, compose_documents, shard_bytes, train_tokenizer
+from conftest import (
+    BOS,
+    CAPITALS,
+    CASE_MARKS,
+    ESCAPE,
+    NEXT,
+    REPO,
+    SPECIAL_TEXTS,
+    TITLE,
+    compose_documents,
+    shard_bytes,
+    small_letters,
+    train_tokenizer,
+    write_validation,
+)
 from field import InProcess
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,47 +42,19 @@ from reading import Verdict
 from sentence_piece import read_normalizer
 from streams import ByteCounter
 
-TITLE, CAPITALS, NEXT, ESCAPE = MARKS = "\ue001\ue002\ue003\ue004"
 VOCABULARY = 420
 EXACT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-SPECIAL = [
-    "  Two blanks  and McDonald's iPhone, USA. \n\n\tA a AB Ab aB aBC ÀB éX ﬁ\u00a0½  ",
-    f"marks {TITLE}{ESCAPE}{ESCAPE}x{NEXT}Y {CAPITALS}",
-    "日本 🚀 ＡＢＣ e\u0301 E\u0301t \u212b",
-]
-TEXTS = [*compose_documents(60), *SPECIAL, *compose_documents(120, seed=2)]
+TEXTS = [*compose_documents(60), *SPECIAL_TEXTS, *compose_documents(120, seed=2)]
 KINDS = {
-    "case_ops": {**EXACT, "user_defined_symbols": list(MARKS)},
-    "case_ops_nfkc": {"user_defined_symbols": list(MARKS)},
+    "case_ops": {**EXACT, "user_defined_symbols": list(CASE_MARKS)},
+    "case_ops_nfkc": {"user_defined_symbols": list(CASE_MARKS)},
     "plain": EXACT,
     "plain_nfkc": {},
     "no_bytes": {**EXACT, "byte_fallback": False},
     "dummy_prefix": {**EXACT, "add_dummy_prefix": True},
-    "three_marks": {**EXACT, "user_defined_symbols": list(MARKS[:3])},
+    "three_marks": {**EXACT, "user_defined_symbols": list(CASE_MARKS[:3])},
 }
 PLAN = Plan(least=1000, plain=1500, dense=24, stream_tokens=20_000, fine=1.0)
-
-
-def small_letters(text: str) -> str:
-    """A text as CaseOps writes it (techniques.md 2.14), letter by letter."""
-    written, place = [], 0
-    while place < len(text):
-        end = place
-        while end < len(text) and text[end].isascii() and text[end].isalpha():
-            end += 1
-        word = text[place:end]
-        if not word:
-            written.append(ESCAPE * (text[place] in MARKS) + text[place])
-            place += 1
-            continue
-        place = end
-        if len(word) > 1 and word.isupper():
-            written.append(CAPITALS + word.lower())
-            continue
-        for number, letter in enumerate(word):
-            mark = (NEXT if number else TITLE) if letter.isupper() else ""
-            written.append(mark + letter.lower())
-    return "".join(written)
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +106,10 @@ class Case:
 
     def write(self, sidecar: bool = True) -> None:
         """Write two shards, the border inside a document, and their sidecars."""
-        border = sum(map(len, self.documents[:11])) + 5
-        kinds = {"val": self.documents, "val_bytes": self.sizes}
-        for kind, parts in kinds.items() if sidecar else [("val", self.documents)]:
-            stream = np.concatenate(parts)
-            for number, part in enumerate((stream[:border], stream[border:])):
-                path = self.data / f"fineweb_{kind}_{number:06d}.bin"
-                path.write_bytes(shard_bytes(part))
+        parts = {"val": self.documents}
+        if sidecar:
+            parts["val_bytes"] = self.sizes
+        write_validation(self.data, parts, sum(map(len, self.documents[:11])) + 5)
 
     def judge(self) -> tuple[str, str]:
         """Write all and judge the sidecar: state and evidence of the rule "bytes", "" if none."""
@@ -151,7 +134,7 @@ def own_bytes(raw: bytes, start: int, end: int) -> int:
     escapes = len(before) - len(before.rstrip(ESCAPE))
     size, escaped = end - start, bool(escapes % 2)
     for char in part:
-        acts = char in MARKS and not escaped
+        acts = char in CASE_MARKS and not escaped
         escaped = acts and char == ESCAPE
         size -= 3 * acts
     return size
@@ -164,7 +147,7 @@ def case(tokenizers, tmp_path) -> Callable[[str], Case]:
 
 # ------------------------------------ the transform ------------------------------------
 
-ANY_TEXT = st.text(st.sampled_from("aBcD é\ufb01▁\n" + MARKS) | st.characters(codec="utf-8"))
+ANY_TEXT = st.text(st.sampled_from("aBcD é\ufb01▁\n" + CASE_MARKS) | st.characters(codec="utf-8"))
 
 
 @given(ANY_TEXT)
@@ -318,7 +301,7 @@ def test_bytes_of_the_written_text_are_refused(case, kind):
     made = case(kind)
     for ids, sizes in zip(made.documents, made.sizes, strict=True):
         for place, i in enumerate(ids):
-            sizes[place] += 3 * (sizes[place] == 0 and made.sp.id_to_piece(i) in MARKS)
+            sizes[place] += 3 * (sizes[place] == 0 and made.sp.id_to_piece(i) in CASE_MARKS)
     refused(made, "counts 3 bytes for a mark of CaseOps, .*ue001.*, which has 0")
 
 

@@ -4,7 +4,6 @@ honest scripts pass every rule."""
 import functools
 import itertools
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -14,10 +13,15 @@ import numpy as np
 import pytest
 from conftest import (
     BOS,
+    CASE_MARKS,
+    ESCAPE,
+    NEXT,
     REPO,
+    TITLE,
     compose_documents,
     run_cli,
     shard_bytes,
+    small_letters,
     tiny_settings,
     train_tokenizer,
 )
@@ -283,31 +287,13 @@ def test_byte_level_vocabularies_count_a_byte_a_token(tmp_path):
     assert streams.ByteCounter(path).count(ids) == 7
 
 
-TITLE, CAPITALS, NEXT, ESCAPE = "\ue001\ue002\ue003\ue004"
-
-
-def small_letters(text: str) -> str:
-    """A text as CaseOps writes it (techniques.md 2.14): capitals are marks before small letters."""
-
-    def word(match: re.Match) -> str:
-        letters = match[0]
-        if letters.islower():
-            return letters
-        if letters.isupper() and len(letters) > 1:
-            return CAPITALS + letters.lower()
-        first = TITLE if letters[0].isupper() else ""
-        rest = "".join(NEXT + c.lower() if c.isupper() else c for c in letters[1:])
-        return first + letters[0].lower() + rest
-
-    escaped = "".join(ESCAPE + c if c in TITLE + CAPITALS + NEXT + ESCAPE else c for c in text)
-    return re.sub("[A-Za-z]+", word, escaped)
-
-
 def test_bytes_of_case_ops_text_are_those_of_the_original(tmp_path):
-    marks = [TITLE, CAPITALS, NEXT, ESCAPE]
     texts = [*compose_documents(60), f"a {TITLE}B {ESCAPE}{ESCAPE}{NEXT}c DeF GHI"]
     model = train_tokenizer(
-        tmp_path / "case.model", map(small_letters, texts), 400, user_defined_symbols=marks
+        tmp_path / "case.model",
+        map(small_letters, texts),
+        400,
+        user_defined_symbols=list(CASE_MARKS),
     )
     counter, sp = streams.ByteCounter(model), streams.spm.SentencePieceProcessor(str(model))
     ids = [[BOS, *sp.encode(small_letters(text))] for text in texts]

@@ -1,13 +1,24 @@
 """The byte audit of CaseOps data: bytes of the text before the transform, document by document."""
 
-import io
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece as spm
-from conftest import BOS, compose_documents, new_run, shard_bytes
+from conftest import (
+    BOS,
+    CAPITALS,
+    CASE_MARKS,
+    ESCAPE,
+    NEXT,
+    SPECIAL_TEXTS,
+    TITLE,
+    compose_documents,
+    new_run,
+    small_letters,
+    train_tokenizer,
+    write_validation,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,59 +26,35 @@ import keeper
 import train_gpt as tg
 
 VOCAB = 420
-TITLE, CAPITALS, NEXT, ESCAPE = MARKS = "\ue001\ue002\ue003\ue004"
 PLAIN_TEXT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-TEXTS = [
-    *compose_documents(30),
-    "  Two blanks  and McDonald's iPhone, USA. \n\n\tA a AB Ab aB aBC ÀB éX ﬁ\u00a0½  ",
-    f"marks {TITLE}{ESCAPE}{ESCAPE}x{NEXT}Y {CAPITALS}",
-    "日本 🚀 ＡＢＣ e\u0301 E\u0301t \u212b",
-]
-
-
-def small_letters(text: str) -> str:
-    """A text as CaseOps writes it (techniques.md 2.14), letter by letter."""
-
-    def word(match: re.Match) -> str:
-        letters = match[0]
-        if letters.isupper() and len(letters) > 1:
-            return CAPITALS + letters.lower()
-        first = TITLE + letters[0].lower() if letters[0].isupper() else letters[0]
-        return first + "".join(NEXT + c.lower() if c.isupper() else c for c in letters[1:])
-
-    return re.sub("[A-Za-z]+", word, re.sub(f"[{MARKS}]", rf"{ESCAPE}\g<0>", text))
-
-
-def train(**options: object) -> bytes:
-    """A CaseOps tokenizer of VOCAB pieces."""
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=map(small_letters, TEXTS[:30]),
-        model_writer=model,
-        **{"model_type": "bpe", "vocab_size": VOCAB, "byte_fallback": True},
-        **{"add_dummy_prefix": False, "hard_vocab_limit": False, "minloglevel": 2},
-        **{"num_threads": 1, "pad_id": 0, "bos_id": BOS, "eos_id": 2, "unk_id": 3},
-        **{"user_defined_symbols": list(MARKS), **PLAIN_TEXT} | options,
-    )
-    return model.getvalue()
+TEXTS = [*compose_documents(30), *SPECIAL_TEXTS]
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, bytes]:
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    kinds = {
+        "exact": PLAIN_TEXT,
+        "normal": {},
+        "three": {**PLAIN_TEXT, "user_defined_symbols": list(CASE_MARKS[:3])},
+    }
     return {
-        "exact": train(),
-        "normal": train(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True),
-        "three": train(user_defined_symbols=list(MARKS[:3])),
+        kind: train_tokenizer(
+            folder / f"{kind}.model",
+            map(small_letters, TEXTS[:30]),
+            VOCAB,
+            **{"user_defined_symbols": list(CASE_MARKS)} | options,
+        )
+        for kind, options in kinds.items()
     }
 
 
 class Case:
     """A data folder whose validation split is `TEXTS`."""
 
-    def __init__(self, folder: Path, model: bytes) -> None:
-        self.folder = folder
-        (folder / "case.model").write_bytes(model)
-        self.sp = spm.SentencePieceProcessor(model_proto=model)
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        self.sp = spm.SentencePieceProcessor(model_file=str(model))
         self.documents = [[BOS, *self.sp.encode(small_letters(text))] for text in TEXTS]
         sizes = []
         for text in TEXTS:
@@ -82,19 +69,16 @@ class Case:
             sizes.append([0, *own])
         self.sizes = sizes
 
-    def write(self, sidecar: bool = True, cut: int = 11) -> None:
+    def write(self, sidecar: bool = True) -> None:
         """Write two shards, the border inside a document, and their sidecars."""
-        border = sum(map(len, self.documents[:cut])) + 5
-        kinds = {"val": self.documents, "val_bytes": self.sizes}
-        for kind, parts in kinds.items() if sidecar else [("val", self.documents)]:
-            stream = np.concatenate(parts)
-            for number, part in enumerate((stream[:border], stream[border:])):
-                path = self.folder / f"fineweb_{kind}_{number:06d}.bin"
-                path.write_bytes(shard_bytes(part))
+        parts = {"val": self.documents}
+        if sidecar:
+            parts["val_bytes"] = self.sizes
+        write_validation(self.folder, parts, sum(map(len, self.documents[:11])) + 5)
 
     def read(self, **changed: object) -> tg.Validation:
         """The validation data as a run reads it."""
-        settings = {"DATA_PATH": self.folder, "TOKENIZER_PATH": self.folder / "case.model"}
+        settings = {"DATA_PATH": self.folder, "TOKENIZER_PATH": self.model}
         settings |= {"VOCAB_SIZE": VOCAB, "OUT_DIR": self.folder / "logs", "TRAIN_SEQ_LEN": 16}
         return tg.Validation(new_run(settings | changed))
 
@@ -179,7 +163,7 @@ def token_sizes(sp: spm.SentencePieceProcessor, ids: list[int]) -> list[int]:
     sizes, escaped = [], False
     for i in ids:
         piece = sp.id_to_piece(i)
-        acts = piece in MARKS and not escaped
+        acts = piece in CASE_MARKS and not escaped
         escaped = acts and piece == ESCAPE
         size = 1 if sp.is_byte(i) else len(piece.replace("▁", " ").encode())
         sizes.append(0 if acts else size)
@@ -219,6 +203,6 @@ def test_a_literal_space_marker_is_kept_as_bytes(exact):
     assert exact.read().text_bytes == sum(len(text.encode()) for text in TEXTS) + 3
 
 
-@given(st.text(st.sampled_from("aBcD é\ufb01▁\n" + MARKS) | st.characters(codec="utf-8")))
+@given(st.text(st.sampled_from("aBcD é\ufb01▁\n" + CASE_MARKS) | st.characters(codec="utf-8")))
 def test_the_inverse_gives_any_text_back(text):
     assert keeper.invert_case(small_letters(text), keeper.CASE_OPS) == text

@@ -1,5 +1,6 @@
 """What only a CUDA device shows; skipped where there is none. Under two minutes on an H100."""
 
+import functools
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from conftest import (
     SCRIPT,
     checkpoints,
     cli_env,
+    cut_documents,
     dense_attention,
     events,
     load_weights,
@@ -95,6 +97,13 @@ def choose(run) -> str:
         raise
 
 
+def with_gradients(attend, inputs, grad, dtype):
+    """The result of attention, and the gradients of q, k and v."""
+    x = [y.detach().to(dtype).requires_grad_() for y in inputs]
+    y = attend(*x)
+    return [y.detach(), *torch.autograd.grad(y, x, grad.to(dtype))]
+
+
 # ---- forward and backward
 
 
@@ -136,7 +145,7 @@ def test_gradients_of_the_model_in_bf16_are_those_in_float64(folder, length, com
     run = make_run(folder, DTYPE="bf16", **model)
     tg.choose_attention(run)
     ours = random_model(run)
-    forward = torch.compile(ours, dynamic=False, fullgraph=True) if compiled else ours
+    forward = tg.compile_model(ours) if compiled else ours
     inputs, targets = random_tokens(length)
     exact(inputs, targets).double().mean().backward()
     forward(inputs.to(DEVICE), targets.to(DEVICE)).mean().backward()
@@ -153,15 +162,10 @@ def test_gradients_of_attention_in_bf16_are_those_in_float64(folder, name, lengt
     run = make_run(folder, ATTENTION=name, DTYPE="bf16", TRAIN_SEQ_LEN=length, **WIDE)
     choose(run)
     *inputs, grad = (x.repeat(2, 1, 1, 1) for x in keeper.attention_inputs(run))
-
-    def results(dtype):
-        x = [y.detach().to(dtype).requires_grad_() for y in inputs]
-        y = F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True)
-        return [y.detach(), *torch.autograd.grad(y, x, grad.to(dtype))]
-
-    ours = results(torch.bfloat16)
+    attend = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    ours = with_gradients(attend, inputs, grad, torch.bfloat16)
     with sdpa_kernel(SDPBackend.MATH):
-        exact = results(torch.float64)
+        exact = with_gradients(attend, inputs, grad, torch.float64)
     run.kernels.close()
     for tensor, a, b in zip(("o", "dq", "dk", "dv"), ours, exact, strict=True):
         errors = (a.double() - b).norm(dim=(1, 3)) / b.norm(dim=(1, 3))
@@ -172,10 +176,8 @@ def test_gradients_of_attention_in_bf16_are_those_in_float64(folder, name, lengt
 PIECES = [1, 2, 63, 64, 65, 1, 100, 500, 224, 4]  # two rows of 512, of pieces of up to 128
 
 
-def documents_of(lengths=PIECES, longest=128, rows=2):
-    begins = np.zeros(sum(lengths), bool)
-    begins[np.cumsum(lengths)[:-1]] = True
-    return tg.cut(begins.reshape(rows, -1), longest, torch.device(DEVICE))
+def documents_of(lengths=PIECES):
+    return cut_documents(lengths, 2, 128, DEVICE)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -187,14 +189,11 @@ def test_attention_within_documents_in_bf16_is_that_of_a_dense_mask(kv_heads):
     made = torch.randn(2, 512, sum(heads), 64, device=DEVICE, generator=random)
     made = made.to(torch.bfloat16).transpose(1, 2)
     grad = torch.randn(2, 4, 512, 64, device=DEVICE, generator=random).to(torch.bfloat16)
-
-    def results(attend, dtype):
-        x = [y.detach().to(dtype).requires_grad_() for y in made.split(heads, dim=1)]
-        y = attend(*x)
-        return [y.detach(), *torch.autograd.grad(y, x, grad.to(dtype))]
-
-    ours = results(lambda *x: tg.attend(*x, documents), torch.bfloat16)
-    exact = results(lambda *x: dense_attention(*x, documents.offsets), torch.float64)
+    inputs = made.split(heads, dim=1)
+    packed = functools.partial(tg.attend, documents=documents)
+    ours = with_gradients(packed, inputs, grad, torch.bfloat16)
+    dense = functools.partial(dense_attention, offsets=documents.offsets)
+    exact = with_gradients(dense, inputs, grad, torch.float64)
     others = torch.ones(2 * 512, dtype=torch.bool, device=DEVICE)
     others[documents.offsets[:-1].long()] = False  # a query with one key has no gradient
     for tensor, a, b in zip(("o", "dq", "dk", "dv"), ours, exact, strict=True):
@@ -263,7 +262,7 @@ def kernels_of_a_step(run, compiled: bool) -> list[str]:
     """The names of what the device does in a forward and backward pass."""
     torch._dynamo.reset()  # what was compiled in this process for another kernel
     model = tg.GPT(run.hp, run.dtype).to(run.device)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+    forward = tg.compile_model(model) if compiled else model
     inputs, targets = (x.to(run.device) for x in random_tokens(run.hp.train_seq_len))
     forward(inputs, targets).sum().backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    cut_documents,
     dense_attention,
     document_stream,
     double_model,
@@ -90,10 +91,8 @@ STREAMS = {  # lengths of documents in two rows of 40, the first of which may go
 LONGEST = 10
 
 
-def documents_of(name, T=40):
-    begins = np.zeros(80, bool)
-    begins[np.cumsum(STREAMS[name])[:-1]] = True
-    return tg.cut(begins.reshape(2, T), LONGEST, CPU)
+def documents_of(name):
+    return cut_documents(STREAMS[name], 2, LONGEST)
 
 
 def heads(dtype, T=40):
@@ -143,7 +142,7 @@ def test_attention_is_that_of_the_dense_mask(name, dtype, near, way):
 
 
 def test_pieces_of_all_lengths_ask_for_few(monkeypatch):
-    """A CPU's library keeps the code of products for each length, a gigabyte of it in 100 steps."""
+    """A CPU's library keeps the code of products for each length: 0.8 GB of it in 100 steps."""
     sizes, asked = [*range(1, 200), 64], set()
     attend = tg.attend
     monkeypatch.setattr(tg, "attend", lambda *x: asked.add(x[0].size(2)) or attend(*x))
@@ -320,6 +319,17 @@ def read_shuffled(stream_, start=0, count=0):
     return stream_.read(start, count or stream_.total, shuffle=True)
 
 
+def as_text(tokens):
+    """Tokens as a text that holds those of each part of them."""
+    return "," + ",".join(map(str, tokens)) + ","
+
+
+def shards_of(folder):
+    """The tokens of each training shard."""
+    paths = sorted(folder.glob("*_train_*.bin"))
+    return [np.fromfile(path, "<u2", offset=1024) for path in paths]
+
+
 def documents_in(tokens):
     """The documents of a stream, each a tuple."""
     starts = sorted({*np.flatnonzero(tokens == BOS).tolist()} - {0})
@@ -328,8 +338,7 @@ def documents_in(tokens):
 
 def plain_documents(folder):
     """The documents of each shard; what a shard begins with is one of them."""
-    parts = [np.fromfile(path, "<u2", offset=1024) for path in sorted(folder.glob("*_train_*.bin"))]
-    return [documents_in(part) for part in parts]
+    return [documents_in(part) for part in shards_of(folder)]
 
 
 def test_each_epoch_has_every_shard_and_every_document_once(folder):
@@ -348,15 +357,14 @@ def test_each_epoch_has_every_shard_and_every_document_once(folder):
 
 def test_documents_stay_whole(folder):
     """But for those that go on in the next shard, which are read as two."""
-    tokens = read_shuffled(shuffled_stream(folder))
-    text = "," + ",".join(map(str, tokens.tolist())) + ","
+    text = as_text(read_shuffled(shuffled_stream(folder)))
     for document in itertools.chain(*plain_documents(folder)):
-        assert "," + ",".join(map(str, document)) + "," in text
+        assert as_text(document) in text
 
 
 def test_the_order_is_not_that_of_the_shards_in_training_alone(folder):
     stream_ = shuffled_stream(folder)
-    plain = np.concatenate([np.fromfile(p, "<u2", offset=1024) for p in stream_.paths])
+    plain = np.concatenate(shards_of(folder))
     assert np.array_equal(stream_.read(0, stream_.total), plain)
     trained = read_shuffled(stream_)
     assert (trained != plain).mean() > 0.5
@@ -368,11 +376,10 @@ def test_documents_begin_at_the_bos_that_validation_finds(folder):
     """Which is known after the stream has been scanned."""
     stream_ = shuffled_stream(folder)
     stream_.run.hp = dataclasses.replace(stream_.run.hp, bos=5)
-    parts = [np.fromfile(path, "<u2", offset=1024) for path in stream_.paths]
-    text = "," + ",".join(map(str, read_shuffled(stream_).tolist())) + ","
-    for part in parts:
+    text = as_text(read_shuffled(stream_))
+    for part in shards_of(folder):
         for document in np.split(part, np.flatnonzero(part == 5)):
-            assert "," + ",".join(map(str, document.tolist())) + "," in text
+            assert as_text(document) in text
 
 
 @given(start=st.integers(0, 20_000), count=st.integers(1, 3000))
