@@ -717,9 +717,9 @@ def attention_problem(run: core.Run, documents: bool = False) -> str:
         y = attend(q, k, v)
         return [y.detach(), *torch.autograd.grad(y, (q, k, v), grad.to(dtype))]
 
-    packed = functools.partial(core.attend, documents=pieces if documents else None)
+    attend = functools.partial(core.attend, documents=pieces if documents else None)
     try:
-        ours = results(run.dtype, packed)
+        ours = results(run.dtype, attend)
     except RuntimeError as error:
         return f"does not run here: {error}"
     with sdpa_kernel(SDPBackend.MATH):
@@ -733,9 +733,8 @@ def attention_problem(run: core.Run, documents: bool = False) -> str:
             errors[:, pieces.offsets[:-1].long()] = 0  # a first query has one key: its dq is 0
         error = float(errors.max())
         if not error < ATTENTION_ERROR:  # or not a number
-            return (
-                f"wrong here{where}: its {name} is {100 * error:.1f}% from that of plain products"
-            )
+            off = f"its {name} is {100 * error:.1f}% from that of plain products"
+            return f"wrong here{where}: {off}"
     return ""
 
 
@@ -859,10 +858,12 @@ class Keeper:
         require(taken == wanted, f"PyTorch takes {taken} for this model")
         hp = run.hp
         packed = bool(hp.train_doc_isolated or hp.eval_doc_isolated or hp.score_streams)
-        for documents in (False, True) if packed else (False,):
-            if problem := attention_problem(run, documents):
-                self.warnings.append(f"ATTENTION={kernel}: {problem}")
-                raise UserError(problem)
+        problem = attention_problem(run)
+        if packed and not problem:
+            problem = attention_problem(run, documents=True)
+        if problem:
+            self.warnings.append(f"ATTENTION={kernel}: {problem}")
+            raise UserError(problem)
         name = f"sdpa:{taken}" if kernel == "sdpa" and on_cuda else kernel
         if packed and on_cuda and run.dtype == torch.bfloat16:  # by varlen_attn
             name += " documents:" + (kernel if kernel in ("fa3", "fa4") else "fa2")

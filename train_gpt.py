@@ -475,7 +475,7 @@ def cut(begins: ndarray, longest: int, device: torch.device) -> Documents:
 def attend_by_piece(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
     """Attend within each piece of N tokens, from q (1, H, N, Dh) to k and v: like q.
 
-    Libraries compile products for each new length and keep them: a piece is padded behind its end.
+    Pieces are padded to few lengths: oneDNN keeps compiled code for each of them.
     """
     sizes = offsets.diff().tolist()
     pieces = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
 
 BOS = 1
+FINEWEB = 811.0  # tokens of a document, on the average, of 8192 pieces
 
 
-def draw_lengths(count: int, mean: float, sigma: float) -> np.ndarray:
+def draw_lengths(count: int, mean: float = FINEWEB, sigma: float = 1.0) -> np.ndarray:
     """Draw the lengths of documents, BOS included, int64 (count,)."""
     drawn = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
     return np.maximum(2, drawn.round().astype(np.int64))
@@ -96,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--mean", type=float, default=811.0)
+    parser.add_argument("--mean", type=float, default=FINEWEB)
     parser.add_argument("--sigma", type=float, default=1.0)
     parser.add_argument("--documents", type=int, default=2000)
     args = parser.parse_args()

@@ -416,19 +416,19 @@ LONG = 2**24  # tokens of a training split of documents
 def document_runs(job: Job) -> Iterator[Callable[..., tg.Hyperparameters]]:
     """Give what resolves settings of runs on documents as long as FineWeb's, each in a folder."""
     pieces = "8192" if "8192" in job.data else "1024"
-    source = Path(job.data[pieces]["DATA_PATH"])
+    source = Path(job.settings(pieces=pieces)["DATA_PATH"])
     shape = {} if job.tiny else WIDE
 
     def load(**row: str) -> tg.Hyperparameters:
-        return job.load(tempfile.mkdtemp(dir=folder), shape, pieces, **row)
+        out = tempfile.mkdtemp(dir=folder)
+        return job.load(out, shape, pieces, DATA_PATH=folder, **row)
 
     with tempfile.TemporaryDirectory() as folder:
         for split, tokens in (("train", LONG), ("val", LONG // 16)):
-            count = (tokens // 256 if job.tiny else tokens) // 811
-            lengths = document_lengths.draw_lengths(count, 811, 1.0)
+            tokens = tokens // 256 if job.tiny else tokens
+            lengths = document_lengths.draw_lengths(int(tokens / document_lengths.FINEWEB))
             cut = document_lengths.cut_anew(source, split, lengths)
             document_lengths.write_shard(Path(folder), split, cut)
-        job.data[pieces]["DATA_PATH"] = folder
         # Text that is cut anywhere is no prose, which the byte audit encodes again.
         with mock.patch.object(tg.Tokenizer, "audit"):
             yield load
@@ -436,7 +436,7 @@ def document_runs(job: Job) -> Iterator[Callable[..., tg.Hyperparameters]]:
 
 def random_pieces(T: int, tokens: int, device: str) -> tg.Documents:
     """Draw pieces as training on FineWeb's lengths has them, in rows of eight sequences."""
-    lengths = document_lengths.draw_lengths(tokens // 811 + 100, 811, 1.0)
+    lengths = document_lengths.draw_lengths(int(tokens / document_lengths.FINEWEB) + 100)
     begins = np.zeros(max(tokens, int(lengths.sum())), bool)
     begins[lengths.cumsum()[:-1]] = True
     rows = min(tokens, 8 * T)

@@ -52,7 +52,7 @@ class Machine:
     def restore(self) -> None:
         self.active = ""
 
-    def problem(self, _: tg.Run, documents: bool) -> str:
+    def problem(self, _: tg.Run, documents: bool = False) -> str:
         self.choose()
         if documents and self.wrong_in_documents:
             return "wrong within documents"
