@@ -81,7 +81,9 @@ def value_rules(hp: core.Hyperparameters, context: int) -> list[tuple[Any, str]]
     odd_rope = hp.rope_dims % 2 or hp.rope_dims > head_dim
     width = f"heads of {head_dim} channels; rotary positions need an even number"
     least = context * core.launched("WORLD_SIZE", 1)
-    unfit = hp.fit_budget == "sigma" and hp.quant_clip != "sigma"
+    gptq = hp.quant_method == "gptq"
+    unfit = hp.fit_budget == "sigma" and (gptq or hp.quant_clip != "sigma")
+    kept = gptq and 0 < hp.max_wallclock_seconds <= hp.calibration_seconds
     return [
         (uneven, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
         (head_dim % 2 and not uneven, f"{{MODEL_DIM}}: over {{NUM_HEADS}} makes {width}"),
@@ -96,7 +98,9 @@ def value_rules(hp: core.Hyperparameters, context: int) -> list[tuple[Any, str]]
         (hp.val_batch_size < least, "{VAL_BATCH_SIZE}: under {CONTEXT} a rank"),
         (hp.val_tokens == 1, "{VAL_TOKENS}: the first token is only context; use 0, or 2 and more"),
         (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
-        (unfit, "{FIT_BUDGET}: needs QUANT_CLIP=sigma"),
+        (unfit, "{FIT_BUDGET}: needs QUANT_METHOD=round and QUANT_CLIP=sigma"),
+        (hp.fit_budget == "step" and not gptq, "{FIT_BUDGET}: needs QUANT_METHOD=gptq"),
+        (kept, "{CALIBRATION_SECONDS}: all of {MAX_WALLCLOCK_SECONDS}; nothing is left to train"),
     ]
 
 
@@ -609,8 +613,10 @@ def forecast(params: Mapping[str, Tensor], run: core.Run) -> None:
     for name, w in params.items():
         if not w.any():
             state[name] = torch.randn(w.shape, generator=noise)
-    code = len(core.read_once(core.__file__))
-    size = len(core.pack_artifact(state, run.hp))
+    module = core.quantizer(run.hp)
+    make = module.forecast if module else core.pack_artifact
+    code = core.code_bytes(run.hp)
+    size = len(make(state, run.hp))
     cap = run.hp.artifact_max_bytes
     line = f"forecast: {code + size} bytes ({code} code, {size} artifact) of {cap}"
     if code + size > cap:

@@ -154,7 +154,19 @@ class Hyperparameters:
     quant_clip: str = model_setting("rowmax", "rowmax, sigma", "where a row's levels end")
     quant_sigma: float = model_setting(12.85, "(0, inf)", "sigma: they end at N deviations")
     compressor: str = model_setting("zstd", "zstd, rans", "codes the levels")
-    fit_budget: str = result_setting("none", "none, sigma", "QUANT_SIGMA that fills the cap")
+    quant_method: str = model_setting("round", "round, gptq", "gptq: quantizer.py's, calibrated")
+    quant_trellis: int = model_setting(8, "1, 8", "gptq: states of the trellis; 1: no trellis")
+    quant_classes: int = model_setting(1, "0, 1", "gptq: histograms by deviation; 0: by matrix")
+    quant_steps: str = result_setting(
+        "loss",
+        "sigma, columns, rows, loss",
+        "gptq: what is in a step: rows' sigma, U, g, or U and g",
+    )
+    quant_step: float = result_setting(0.4, "(0, inf)", "gptq: mean step, in deviations")
+    quant_lambda: float = result_setting(0.37, "[0, inf)", "gptq: price of a bit, squared steps")
+    calibration_tokens: int = result_setting(2**20, "[1, inf)", "gptq: training tokens it sees")
+    calibration_seconds: float = result_setting(8.0, "[0, inf)", "gptq: kept from the wallclock")
+    fit_budget: str = result_setting("none", "none, sigma, step", "QUANT_* that fills the cap")
     embed_lr: float = result_setting(0.6, "[0, inf)", "Adam, token embedding, untied")
     head_lr: float = result_setting(0.008, "[0, inf)", "Adam, output head, untied")
     tied_embed_lr: float = result_setting(0.05, "[0, inf)", "Adam, token embedding, tied")
@@ -271,6 +283,7 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
     elif hp.save_every or hp.resume:
         problems.append(f"SAVE_EVERY, RESUME: need keeper.py beside {Path(__file__).name}")
     require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
+    quantizer(hp)
     return hp
 
 
@@ -379,6 +392,7 @@ class CappedLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         c: float,
+        listen: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         capped = torch.tanh(F.linear(x, weight).to(wide) / c)
@@ -393,6 +407,7 @@ class CappedLoss(torch.autograd.Function):
             slope = torch.exp(logits - total) - onehot
             slope = slope * (1 - capped.square())
             ctx.save_for_backward(x, weight, slope.to(x.dtype), inside)
+            ctx.listen = listen
         nll = (total - target) * inside
         return nll[:, 0]
 
@@ -401,9 +416,11 @@ class CappedLoss(torch.autograd.Function):
         x, weight, slope, inside = ctx.saved_tensors
         scale = grad[:, None] * inside
         scale = scale.to(x.dtype)
+        if ctx.listen:
+            ctx.listen(x, slope * scale)
         dx = (slope @ weight) * scale
         dw = slope.mT @ (x * scale)
-        return dx, dw, None, None
+        return dx, dw, None, None, None
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -693,6 +710,7 @@ class GPT(nn.Module):
         self.bos = hp.bos
         self.trained = hp.train_seq_len
         self.visits = [*range(hp.num_layers)]
+        self.listen: Callable[[Tensor, Tensor], None] | None = None  # to the head's x, gradients
         self.tok_emb = Table(hp.vocab_size, dim)
         self.bigram = BigramHash(hp) if hp.bigram_buckets else None
         self.smear = parameter(dim) if hp.smear_gate else None
@@ -756,7 +774,8 @@ class GPT(nn.Module):
         losses = []
         for t in targets:
             pairs = zip(parts, t.flatten().split(rows), strict=True)
-            nll = [CappedLoss.apply(part, weight, label, self.softcap) for part, label in pairs]
+            how = (self.softcap, self.listen)
+            nll = [CappedLoss.apply(part, weight, label, *how) for part, label in pairs]
             losses.append(torch.cat(nll).view_as(t))
         return losses
 
@@ -872,10 +891,16 @@ def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim
     return optimizers
 
 
+def training_seconds(hp: Hyperparameters) -> float:
+    """Give the cap on training alone, without what calibration keeps of it; 0: none."""
+    kept = hp.calibration_seconds if hp.quant_method == "gptq" else 0.0
+    return max(hp.max_wallclock_seconds - kept, 0.0)
+
+
 def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
     """Scale all rates: 1, then linearly to FINAL_LR_FRAC at ITERATIONS or the wallclock cap."""
     left = hp.iterations - step
-    cap = hp.max_wallclock_seconds
+    cap = training_seconds(hp)
     if cap and step and elapsed:
         left = min(left, (cap - elapsed) * step / elapsed)  # at the mean pace so far
     warmdown = hp.warmdown_iters
@@ -1237,82 +1262,8 @@ def save_nll(nll: ndarray, val: Validation, hp: Hyperparameters) -> None:
 # A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), coded levels; no pickle.
 PREAMBLE = struct.Struct("<6sHII")  # 16 bytes
 MAGIC = b"BIRDIE"
-VERSION = 2
-KEEP_FLOAT_NUMEL = 65536  # smaller matrices stay fp16: they cost little and are worth precision
-RANS_BITS = 14  # precision of probabilities
-RANS_TOTAL = 1 << RANS_BITS
-RANS_START = 1 << 16  # a lane's first state
-RANS_LANE = 8192  # symbols for each state, of at most 2048: fast, and under 0.1% of the size
-
-
-def rans_frequencies(symbols: ndarray) -> ndarray:
-    """Scale the counts of symbols to a sum of 2^14. No symbol that occurs gets 0."""
-    counts = np.bincount(symbols)
-    scaled = np.rint(counts * (RANS_TOTAL / symbols.size)).astype(np.int64)
-    f = np.maximum(scaled, counts > 0)
-    while rest := RANS_TOTAL - f.sum():
-        f[f.argmax()] += np.sign(rest)
-    return f.astype(np.uint32)
-
-
-def rans_encode(arrays: list[ndarray]) -> bytes:
-    """Code int8 arrays, each within 0.5% of its order-0 entropy, by rANS (arXiv 1311.2540).
-
-    Of frequencies f (sum 2^14, cumulated c), a lane's state x in [2^16, 2^32) becomes (x // f)·2^14
-    + x mod f + c, after 16 bits left it if x ≥ f·2^18. Encoding runs backwards from the end.
-    """
-    width = np.clip(sum(array.size for array in arrays) // RANS_LANE, 1, 2048)
-    lanes = np.full(width, RANS_START, np.uint32)
-    words = []
-    for array in reversed(arrays):
-        symbols = array.ravel().astype(np.int16) + 128
-        low = symbols.min()
-        symbols -= low
-        f = rans_frequencies(symbols)
-        c = f.cumsum(dtype=np.uint32) - f
-        for at in reversed(range(0, symbols.size, width)):
-            symbol = symbols[at : at + width]
-            freq = f[symbol]
-            x = lanes[: len(symbol)]
-            full = x >> (32 - RANS_BITS) >= freq
-            words.append(x[full].astype("<u2"))
-            x[full] >>= 16
-            x[:] = (x // freq << RANS_BITS) + x % freq + c[symbol]
-        words.append(np.array([low, len(f), *f], "<u2"))
-    words.append(lanes.astype("<u4").view("<u2"))
-    return np.concatenate(words[::-1]).tobytes()
-
-
-def rans_decode(data: bytes, sizes: list[int]) -> ndarray:
-    """Decode the int8 arrays of these sizes that rans_encode coded, as one. Raises ValueError."""
-    stream = io.BytesIO(data)
-
-    def take(count: int) -> ndarray:
-        words = np.frombuffer(stream.read(2 * count), "<u2")
-        require(len(words) == count, "its levels are cut off")
-        return words
-
-    width = np.clip(sum(sizes) // RANS_LANE, 1, 2048)
-    lanes = take(2 * width).view("<u4").astype(np.uint32)
-    levels = np.empty(sum(sizes), np.int8)
-    for part in np.split(levels, np.cumsum(sizes))[:-1]:
-        low, count = take(2).tolist()
-        f = take(count).astype(np.uint32)
-        require(f.sum() == RANS_TOTAL, "its frequencies do not add up")
-        symbol = np.repeat(np.arange(count), f)
-        freq = f[symbol]
-        c = f.cumsum(dtype=np.uint32) - f
-        offset = np.arange(RANS_TOTAL, dtype=np.uint32) - c[symbol]
-        level = (symbol + low - 128).astype(np.int8)
-        for at in range(0, part.size, width):
-            x = lanes[: part.size - at]
-            slot = x % RANS_TOTAL
-            part[at : at + width] = level[slot]
-            x[:] = freq[slot] * (x >> RANS_BITS) + offset[slot]
-            hungry = x < RANS_START
-            x[hungry] = x[hungry] << 16 | take(np.count_nonzero(hungry))
-    require(not stream.read(1) and (lanes == RANS_START).all(), "its levels do not decode")
-    return levels
+VERSION = 3
+KEEP_FLOAT_NUMEL = {"round": 65536, "gptq": 4096}  # smaller matrices stay fp16: they cost little
 
 
 def zstd() -> ModuleType:
@@ -1325,26 +1276,60 @@ def zstd() -> ModuleType:
     return zstandard
 
 
-def compress(compressor: str, arrays: list[ndarray]) -> bytes:
-    """Code the levels of quantized matrices, int8."""
-    if compressor == "rans":
-        return rans_encode(arrays)
-    raw = b"".join(array.tobytes() for array in arrays)
+def quantizer(hp: Hyperparameters) -> ModuleType | None:
+    """Import quantizer.py, where these settings need it. Raises UserError if it is not there."""
+    if (hp.quant_method, hp.compressor, hp.fit_budget) == ("round", "zstd", "none"):
+        return None
+    there = Path(__file__).with_name("quantizer.py").is_file()
+    require(there, "QUANT_METHOD, COMPRESSOR, FIT_BUDGET: need quantizer.py beside train_gpt.py")
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])
+    return importlib.import_module("quantizer")
+
+
+def code_files(hp: Hyperparameters) -> list[str]:
+    """List the files whose code counts."""
+    module = quantizer(hp)
+    return [__file__, str(module.__file__)] if module else [__file__]
+
+
+def code_bytes(hp: Hyperparameters) -> int:
+    """Count the bytes of the code with which an artifact is made and read."""
+    return sum(len(read_once(path)) for path in code_files(hp))
+
+
+def is_plain(hp: Hyperparameters) -> bool:
+    """Tell whether the levels are bytes that zstd compresses."""
+    return hp.quant_method == "round" and hp.compressor == "zstd"
+
+
+def compress(matrices: list[list[ndarray]], hp: Hyperparameters) -> bytes:
+    """Code the levels of quantized matrices, the last one of the arrays of each."""
+    if not is_plain(hp):
+        return quantizer(hp).compress(matrices, hp)
+    raw = b"".join(arrays[-1].tobytes() for arrays in matrices)
     return zstd().compress(raw, 1)  # within 0.7% of level 22, in 1/500 of its time
 
 
-def decompress(compressor: str, data: bytes, sizes: list[int]) -> ndarray:
-    """Decode the levels, int8 (sum of sizes,); of other data, never more. Raises an Exception."""
-    if compressor == "rans":
-        return rans_decode(data, sizes)
+def decompress(
+    data: bytes, scales: list[list[ndarray]], shapes: list[Any], hp: Hyperparameters
+) -> list[ndarray]:
+    """Decode matrices; of other data, never more than these shapes have. Raises an Exception."""
+    if not is_plain(hp):
+        return quantizer(hp).decompress(data, scales, shapes, hp)
+    sizes = [math.prod(shape) for shape in shapes]
     require(zstd().frame_content_size(data) == sum(sizes), "its levels have another size")
     raw = zstd().ZstdDecompressor().decompress(data, allow_extra_data=False)
-    return np.frombuffer(bytearray(raw), np.int8)
+    levels = np.split(np.frombuffer(raw, np.int8), np.cumsum(sizes)[:-1])
+    matrices = []
+    for (scale,), level, shape in zip(scales, levels, shapes, strict=False):
+        wide = scale.astype(np.float32)
+        matrices.append(wide * level.reshape(shape))
+    return matrices
 
 
 def bits_of(name: str, w: Tensor, hp: Hyperparameters) -> int:
     """Give the bits of a parameter's weights in the artifact; 0: they are floats."""
-    large = w.ndim == 2 and w.numel() > KEEP_FLOAT_NUMEL
+    large = w.ndim == 2 and w.numel() > KEEP_FLOAT_NUMEL[hp.quant_method]
     return row_of(name, hp).bits if large else 0
 
 
@@ -1367,14 +1352,21 @@ def quantize(w: ndarray, bits: int, hp: Hyperparameters) -> list[ndarray]:
 
 
 def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
-    """List NumPy type and shape of the arrays that a parameter is stored as."""
-    if bits_of(name, w, hp):
-        return [["<f2", [len(w), 1]], ["|i1", [*w.shape]]]
-    return [["<f4" if row_of(name, hp).bits == 0 else "<f2", [*w.shape]]]
+    """List NumPy type and shape of the arrays that a parameter is stored as.
+
+    Signed integers are the levels of a matrix, which come last, and are coded apart.
+    """
+    shape = [*w.shape]
+    if not bits_of(name, w, hp):
+        return [["<f4" if row_of(name, hp).bits == 0 else "<f2", shape]]
+    if hp.quant_method == "gptq":
+        return quantizer(hp).layout(shape, hp)
+    scale = ["<f2", [len(w), 1]]
+    return [scale, ["|i1", shape]]
 
 
 def stored_arrays(name: str, w: Tensor, hp: Hyperparameters) -> list[ndarray]:
-    """Make the arrays whose product stands for a parameter."""
+    """Make the arrays that stand for a parameter."""
     bits = bits_of(name, w, hp)
     array = w.float().cpu().contiguous().numpy()
     if not bits:
@@ -1382,10 +1374,19 @@ def stored_arrays(name: str, w: Tensor, hp: Hyperparameters) -> list[ndarray]:
     return quantize(array, bits, hp)
 
 
-def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters) -> bytes:
-    """Quantize and compress the weights. Raises UserError if they cannot be stored."""
+Coded = Mapping[str, list[ndarray]]  # of matrices: scales, codes of steps and deviations, levels
+
+
+def pack_artifact(
+    state: Mapping[str, Tensor], hp: Hyperparameters, coded: Coded | None = None
+) -> bytes:
+    """Pack the weights: `coded` ones, and others. Raises UserError if they cannot be stored."""
+    coded = coded or {}
     with np.errstate(over="ignore", invalid="ignore"):
-        tensors = {name: stored_arrays(name, w, hp) for name, w in state.items()}
+        tensors = {
+            name: coded[name] if name in coded else stored_arrays(name, w, hp)
+            for name, w in state.items()
+        }
     bad = [name for name, arrays in tensors.items() if not np.isfinite(arrays[0]).all()]
     require(not bad, f"no artifact: values not finite or over 65504 in {', '.join(bad)}")
     texts = setting_texts(hp)
@@ -1397,13 +1398,13 @@ def pack_artifact(state: Mapping[str, Tensor], hp: Hyperparameters) -> bytes:
     }
     text = json.dumps(header).encode()
     # The first bytes of all numbers, then the second ones: sign and exponent are often alike.
-    floats = [arrays[0].reshape(-1, 1).view("u1").T.tobytes() for arrays in tensors.values()]
-    levels = [arrays[1] for arrays in tensors.values() if len(arrays) > 1]
+    kept = [array for arrays in tensors.values() for array in arrays if array.dtype.kind != "i"]
+    floats = [array.reshape(-1, 1).view("u1").T.tobytes() for array in kept]
+    matrices = [arrays for arrays in tensors.values() if arrays[-1].dtype.kind == "i"]
     head = zstd().compress(text + b"".join(floats), 22)
-    coded = compress(hp.compressor, levels)
     preamble = PREAMBLE.pack(MAGIC, VERSION, len(text), len(head))
-    digest = sha256(preamble + head + coded).digest()
-    return preamble + digest + head + coded
+    body = head + compress(matrices, hp)
+    return preamble + sha256(preamble + body).digest() + body
 
 
 def open_artifact(data: bytes) -> tuple[dict[str, Any], IO[bytes], bytes]:
@@ -1413,11 +1414,12 @@ def open_artifact(data: bytes) -> tuple[dict[str, Any], IO[bytes], bytes]:
     body = data[48:]
     require(data.startswith(MAGIC) and body, "not an artifact, or cut off at its start")
     _, version, text_size, head_size = PREAMBLE.unpack(preamble)
-    require(version == VERSION, f"format version {version}; this script reads {VERSION}")
+    require(2 <= version <= VERSION, f"format version {version}; this script reads {VERSION}")
     require(sha256(preamble + body).digest() == digest, "truncated or damaged")
     require(text_size < 2**21 and head_size <= len(body), "its header cannot be that long")
     head = zstd().ZstdDecompressor().stream_reader(body[:head_size])
-    return json.loads(head.read(text_size)), head, body[head_size:]
+    header = json.loads(head.read(text_size)) | {"version": version}
+    return header, head, body[head_size:]
 
 
 def read_settings(header: dict[str, Any], hp: Hyperparameters) -> Hyperparameters:
@@ -1439,13 +1441,12 @@ def read_settings(header: dict[str, Any], hp: Hyperparameters) -> Hyperparameter
     return hp
 
 
-def read_floats(head: IO[bytes], kind: str, shape: list[int]) -> Tensor:
-    """Read an array of this NumPy type, as fp32."""
+def read_array(head: IO[bytes], kind: str, shape: list[int]) -> ndarray:
+    """Read an array of this NumPy type."""
     width = np.dtype(kind).itemsize
     raw = head.read(width * math.prod(shape))
-    planes = np.frombuffer(raw, "u1").reshape(width, -1)
-    floats = planes.T.copy().view(kind).reshape(shape)
-    return torch.from_numpy(floats.astype(np.float32))
+    planes = np.frombuffer(raw, "u1").reshape(width, math.prod(shape))
+    return planes.T.copy().view(kind).reshape(shape)
 
 
 def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dict[str, Tensor]]:
@@ -1460,55 +1461,37 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         count = sum(w.numel() for w in state.values())
         require(count < 1000 * len(data), "it is too small for its model")
         table = {name: layout(name, w, hp) for name, w in state.items()}
+        old = header["version"] < VERSION and not is_plain(hp)
+        require(not old, "format version 2, whose rANS is gone")
         require(header["tensors"] == table, "its tensors are not those of its settings")
-        weights = {name: read_floats(head, *arrays[0]) for name, arrays in table.items()}
+        shapes = {name: arrays[-1][1] for name, arrays in table.items() if "i" in arrays[-1][0]}
+        scales = []
+        weights = {}
+        for name, arrays in table.items():
+            kept = [read_array(head, *array) for array in arrays if "i" not in array[0]]
+            if name in shapes:
+                scales.append(kept)
+            weights[name] = kept[0]
         require(not head.read(1), "there is more than its tensors")
-        matrices = [name for name, arrays in table.items() if len(arrays) > 1]
-        sizes = [state[name].numel() for name in matrices]
-        levels = torch.from_numpy(decompress(hp.compressor, coded, sizes)).split(sizes)
-        for name, part in zip(matrices, levels, strict=True):
-            weights[name] = weights[name] * part.view(state[name].shape)
+        weights |= zip(shapes, decompress(coded, scales, [*shapes.values()], hp), strict=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # crafted content can raise anything
         raise UserError(f"{path}: malformed, or not for these settings: {error}") from None
     same = sha256(read_once(hp.tokenizer_path)).hexdigest() == header.get("tokenizer")
     require(same, f"{hp.tokenizer_path}: not the tokenizer that {path} was trained with")
-    return hp, weights
+    return hp, {name: torch.from_numpy(w.astype(np.float32)) for name, w in weights.items()}
 
 
 def scheme(hp: Hyperparameters) -> str:
     """Name a quantization for log lines: its bits and its coder, such as int568_zstd."""
+    if hp.quant_method == "gptq":
+        return "gptq_rans"
     bits = {hp.quant_bits_mlp, hp.quant_bits_attn, hp.quant_bits_embed}
     if hp.bigram_buckets:
         bits.add(hp.quant_bits_bigram)
     digits = "".join(map(str, sorted(bits)))
     return f"int{digits}_{hp.compressor}"
-
-
-def fit_artifact(state: Mapping[str, Tensor], run: Run) -> bytes:
-    """Pack the artifact. With FIT_BUDGET=sigma, it and the code fill 99.7% of the cap, or more."""
-    hp = run.hp
-    if hp.fit_budget == "none":
-        return pack_artifact(state, hp)
-    cap = hp.artifact_max_bytes
-    code = len(read_once(__file__))
-    most = cap - code
-    slope = sum(w.numel() for name, w in state.items() if bits_of(name, w, hp)) / 8 or 1.0
-    x = math.log2(hp.quant_sigma)  # a unit is a bit a weight, by the size law
-    made: dict[float, bytes] = {}
-    size = 0
-    while len(made) < 16 and x not in made and not 0.997 * most <= size <= most:
-        made[x] = pack_artifact(state, replace(hp, quant_sigma=2**x))
-        size = len(made[x])
-        x += (size - 0.9985 * most) / slope
-        x = min(max(x, 2.0), 12.0)
-    sizes = {x: len(data) for x, data in made.items()}
-    x = max(sizes, key=lambda x: sizes[x] if sizes[x] <= most else -sizes[x])
-    fill = (code + sizes[x]) / cap
-    further = "" if 0.997 <= fill <= 1 else " (it cannot do more)"
-    run.log(f"fit_budget:sigma quant_sigma:{2**x:.4f} tries:{len(made)} fill:{fill:.4f}{further}")
-    return made[x]
 
 
 # ===================================== DISTRIBUTED RUN =====================================
@@ -1601,9 +1584,10 @@ class Run:
         options = {"buffering": 1, "encoding": "utf-8", "errors": "surrogateescape"}  # of any bytes
         self.text = open(f"{self.dir}.txt", "a", **options)  # noqa: SIM115
         self.metrics = open(self.dir / "metrics.jsonl", "a", **options)  # noqa: SIM115
-        parts = [read_once(__file__).decode(), settings_dotenv(self.hp)]
+        parts = [read_once(path).decode() for path in code_files(self.hp)]
         if self.keeper:
-            parts.insert(1, self.keeper.source)
+            parts.append(self.keeper.source)
+        parts.append(settings_dotenv(self.hp))
         print(f"\n{'=' * 100}\n".join(parts), file=self.text)
         device = self.device.type
         if device == "cuda":
@@ -1955,7 +1939,7 @@ def train(
     keeper = run.keeper
     start = run.clock(synchronize=True) - elapsed
     while True:
-        done = step >= hp.iterations or 0 < hp.max_wallclock_seconds <= elapsed
+        done = step >= hp.iterations or 0 < training_seconds(hp) <= elapsed
         last = done or run.stop
         if last or (keeper and keeper.is_due(step)):
             elapsed = run.clock(synchronize=True) - start
@@ -1982,20 +1966,34 @@ def train(
             report("train", {"train_loss": loss.item()}, step, elapsed, run)
 
 
-def export(params: Mapping[str, Tensor], run: Run) -> None:
-    """Write the artifact and the raw weights, on rank 0. Raises UserError or OSError."""
+def export(params: Mapping[str, Tensor], seen: Any, run: Run) -> None:
+    """Write the artifact and the raw weights, on rank 0. Raises UserError or OSError.
+
+    For gptq, all ranks quantize together, by what calibration has `seen`.
+    """
     weights = {name: w.cpu().clone() for name, w in params.items()}  # no views of one buffer
     raw = io.BytesIO()  # torch.save would hide what the disk says
     torch.save(weights, raw)
-    files = {
-        run.dir / "final_model.artifact": lambda file: file.write(fit_artifact(weights, run)),
-        run.dir / "final_model.pt": lambda file: file.write(raw.getbuffer()),
-    }
+    files = {run.dir / "final_model.pt": raw.getvalue}
+    artifact = run.dir / "final_model.artifact"
+    make = partial(pack_artifact, weights, run.hp)
+    if module := quantizer(run.hp):
+        make = partial(module.make_artifact, weights, seen, run)
+    if run.hp.quant_method == "gptq":
+        write_files(files, run)
+        write_files({artifact: partial(bytes, make())}, run)
+    else:
+        write_files({artifact: make, **files}, run)
+
+
+def write_files(makers: dict[Path, Callable[[], bytes]], run: Run) -> None:
+    """Let rank 0 write files of what their makers give."""
+    files = {path: lambda file, make=make: file.write(make()) for path, make in makers.items()}
     if run.keeper:
-        run.keeper.write(files)
-        return
-    for path, fill in files.items():
-        atomic_write(path, fill)
+        run.keeper.on_first(lambda: run.keeper.write(files))
+    elif run.rank == 0:
+        for path, fill in files.items():
+            atomic_write(path, fill)
 
 
 def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
@@ -2009,10 +2007,10 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
     if keeper:
         keeper.trained(trainer, step, elapsed)
     trainer.finish()
-    if keeper:
-        keeper.on_first(lambda: export(trainer.params, run))
-    elif run.rank == 0:
-        export(trainer.params, run)
+    seen = None
+    if run.hp.quant_method == "gptq":
+        seen = quantizer(run.hp).calibrate(trainer, step, elapsed)
+    export(trainer.params, seen, run)
     _, losses = score(trainer.forward, val, run)
     report("val", losses, step, elapsed, run)
 
@@ -2033,7 +2031,7 @@ def score_artifact(path: Path, model: GPT, forward: Forward, val: Validation, ru
     name = scheme(run.hp)
     text = " ".join(f"{key}:{value:.8f}" for key, value in final.items())
     run.log(f"final_{name}_roundtrip_exact {text}")
-    code = len(read_once(__file__))
+    code = code_bytes(run.hp)
     size = path.stat().st_size
     cap = run.hp.artifact_max_bytes
     sizes = {"code_bytes": code, "artifact_bytes": size, "max_bytes": cap}

@@ -5,8 +5,8 @@
 Quantizes the raw weights of a trained model as the settings say and codes the levels with each
 COMPRESSOR, and with higher levels of zstd for comparison. The entropy is that of each matrix's own
 level counts (order 0). With --copies the matrices are coded several times over, their
-elements shuffled, to get the seconds of a larger model. This benchmark imports train_gpt.py: what
-it measures is inside.
+elements shuffled, to get the seconds of a larger model. Decoding makes fp32 matrices, as loading
+an artifact does. This benchmark imports train_gpt.py: what it measures is inside, or beside it.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
 
 COMPRESSORS = ("zstd", "rans")
+Coder = tuple[Callable[[], bytes], Callable[[bytes], list[np.ndarray]]]
 
 
 def entropy_bits(levels: np.ndarray) -> float:
@@ -34,11 +37,38 @@ def entropy_bits(levels: np.ndarray) -> float:
 
 def quantized(path: Path, hp: tg.Hyperparameters, copies: int) -> list[np.ndarray]:
     """Quantize all matrices that are stored as int8; copies after the first are shuffled."""
-    state, rng = torch.load(path, weights_only=True, map_location="cpu"), np.random.default_rng(0)
-    arrays = [tg.stored_arrays(name, w, hp, 0.0) for name, w in state.items()]
-    levels = [stored[1] for stored in arrays if len(stored) == 2]
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    rng = np.random.default_rng(0)
+    levels = [tg.stored_arrays(name, w, hp)[-1] for name, w in state.items()]
+    levels = [a for a in levels if a.dtype == np.int8]
     more = [rng.permuted(a) for _ in range(copies - 1) for a in levels]
     return levels + more
+
+
+def coder(levels: list[np.ndarray], hp: tg.Hyperparameters) -> Coder:
+    """Give what codes these matrices by a COMPRESSOR, and what decodes them."""
+    scales = [np.ones((len(a), 1), "<f2") for a in levels]
+    shapes = [a.shape for a in levels]
+
+    def encode() -> bytes:
+        return tg.compress([[*pair] for pair in zip(scales, levels, strict=True)], hp)
+
+    def decode(data: bytes) -> list[np.ndarray]:
+        return tg.decompress(data, [[scale] for scale in scales], shapes, hp)
+
+    return encode, decode
+
+
+def zstd_coder(levels: list[np.ndarray], level: int) -> Coder:
+    """Give what compresses and decompresses these matrices by a level of zstd."""
+    raw = b"".join(a.tobytes() for a in levels)
+
+    def decode(data: bytes) -> list[np.ndarray]:
+        whole = np.frombuffer(zstandard.decompress(data), np.int8)
+        parts = np.split(whole, np.cumsum([a.size for a in levels])[:-1])
+        return [part.reshape(a.shape) for part, a in zip(parts, levels, strict=True)]
+
+    return partial(zstandard.compress, raw, level), decode
 
 
 def main() -> None:
@@ -50,34 +80,27 @@ def main() -> None:
     args = parser.parse_args()
     texts = dict(item.split("=", 1) for item in args.settings)
     hp = tg.load_settings(texts | {"DEVICE": "cpu"}, check_places=False)
+    if hp.quant_method != "round":
+        sys.exit(f"QUANT_METHOD={hp.quant_method}: has one coder alone; see quantization.py")
     levels = quantized(args.model, hp, args.copies)
     if not levels:
-        sys.exit(f"{args.model}: no matrix over {tg.KEEP_FLOAT_NUMEL} elements")
-    sizes, raw = [a.size for a in levels], b"".join(a.tobytes() for a in levels)
-    bound = sum(map(entropy_bits, levels)) / len(raw)
-    coders: dict[str, tuple[Callable[[], bytes], Callable[[bytes], np.ndarray | bytes]]] = {
-        name: (
-            lambda name=name: tg.compress(name, levels),
-            lambda data, name=name: tg.decompress(name, data, sizes),
-        )
-        for name in COMPRESSORS
-    }
+        sys.exit(f"{args.model}: no matrix over {tg.KEEP_FLOAT_NUMEL['round']} elements")
+    count = sum(a.size for a in levels)
+    bound = sum(map(entropy_bits, levels)) / count
+    coders = {name: coder(levels, replace(hp, compressor=name)) for name in COMPRESSORS}
     for level in (3, 9, 19, 22):
-        coders[f"zstd, level {level}"] = (
-            lambda level=level: zstandard.compress(raw, level),
-            zstandard.decompress,
-        )
-    print(f"{len(raw):,} weights, {' '.join(args.settings) or 'defaults'}; entropy {bound:.4f}\n")
+        coders[f"zstd, level {level}"] = zstd_coder(levels, level)
+    print(f"{count:,} weights, {' '.join(args.settings) or 'defaults'}; entropy {bound:.4f}\n")
     print("| coder | bits a weight | over the entropy | encode, s | decode, s |")
     print("|---|---|---|---|---|")
     for name, (encode, decode) in coders.items():
         start = time.perf_counter()
         data = encode()
         middle = time.perf_counter()
-        back = bytes(decode(data))
+        back = decode(data)
         end = time.perf_counter()
-        assert back == raw, name
-        bits = 8 * len(data) / len(raw)
+        assert all(map(np.array_equal, back, levels)), name
+        bits = 8 * len(data) / count
         over = f"{bits / bound - 1:+.2%}"
         print(f"| {name} | {bits:.4f} | {over} | {middle - start:.2f} | {end - middle:.2f} |")
 

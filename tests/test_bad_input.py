@@ -283,6 +283,7 @@ def test_the_current_folder_need_not_be_writable(job, monkeypatch):
 
 PREAMBLE = struct.Struct("<6sHII")  # magic, version, bytes of header and head
 BODY = PREAMBLE.size + 32  # behind the SHA-256
+VERSION = 3
 
 
 def sealed(version: int, header: bytes, payload: tuple[bytes, bytes]) -> bytes:
@@ -321,7 +322,7 @@ def test_flipped_bit_in_the_artifact(place, bit, job, artifact):
     assert environ["ARTIFACT"] in refusal(environ)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, 256, 65535])
+@pytest.mark.parametrize("version", [0, 1, VERSION + 1, 256, 65535])
 def test_artifact_of_another_version(version, job, artifact):
     header, payload = opened(artifact)
     environ = eval_job(job, sealed(version, json.dumps(header).encode(), payload))
@@ -343,9 +344,10 @@ def test_artifact_of_another_tokenizer(job, artifact):
     assert environ["TOKENIZER_PATH"] in message
 
 
-def test_the_helper_that_seals_artifacts_makes_good_ones(job, artifact):
+@pytest.mark.parametrize("version", [2, VERSION])
+def test_the_helper_that_seals_artifacts_makes_good_ones(version, job, artifact):
     header, payload = opened(artifact)
-    run_main(eval_job(job, sealed(2, json.dumps(header).encode(), payload)))
+    run_main(eval_job(job, sealed(version, json.dumps(header).encode(), payload)))
 
 
 def without(header: dict, key: str) -> dict:
@@ -392,7 +394,7 @@ MALFORMED = {
 @pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
 def test_malformed_artifact_with_a_digest_that_fits(change, job, artifact):
     header, payload = opened(artifact)
-    environ = eval_job(job, sealed(2, json.dumps(change(header)).encode(), payload))
+    environ = eval_job(job, sealed(VERSION, json.dumps(change(header)).encode(), payload))
     assert environ["ARTIFACT"] in refusal(environ)
 
 
@@ -410,7 +412,7 @@ def test_artifact_that_sets_more_than_the_model(name, text, job, artifact):
     """What is scored, and where files go, is not for an artifact to say."""
     header, payload = opened(artifact)
     header = with_settings(header, **{name: text})
-    environ = eval_job(job, sealed(2, json.dumps(header).encode(), payload))
+    environ = eval_job(job, sealed(VERSION, json.dumps(header).encode(), payload))
     assert environ["ARTIFACT"] in refusal(environ)
 
 
@@ -421,13 +423,13 @@ def test_artifact_whose_sequences_are_longer_than_the_validation_batch(job, arti
 
 
 def test_artifact_whose_header_is_no_json(job, artifact):
-    environ = eval_job(job, sealed(2, b"{", opened(artifact)[1]))
+    environ = eval_job(job, sealed(VERSION, b"{", opened(artifact)[1]))
     assert environ["ARTIFACT"] in refusal(environ)
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (1, 1), (2**32 - 1, 2**32 - 1)])
 def test_artifact_whose_sizes_are_not_those_of_its_body(sizes, job, artifact):
-    preamble = PREAMBLE.pack(b"BIRDIE", 2, *sizes)
+    preamble = PREAMBLE.pack(b"BIRDIE", VERSION, *sizes)
     body = artifact[BODY:]
     environ = eval_job(job, preamble + hashlib.sha256(preamble + body).digest() + body)
     assert environ["ARTIFACT"] in refusal(environ)
@@ -437,13 +439,13 @@ def test_artifact_whose_sizes_are_not_those_of_its_body(sizes, job, artifact):
 def test_artifact_that_would_fill_the_memory(size, job):
     body = struct.pack("<IBQ", 0xFD2FB528, 0xE0, size) + b"\1\0\0"  # zstd: magic, flags, size
     assert zstandard.frame_content_size(body) == size
-    preamble = PREAMBLE.pack(b"BIRDIE", 2, 2, len(body))
+    preamble = PREAMBLE.pack(b"BIRDIE", VERSION, 2, len(body))
     environ = eval_job(job, preamble + hashlib.sha256(preamble + body).digest() + body)
     assert environ["ARTIFACT"] in refusal(environ)
 
 
 def test_artifact_whose_body_is_not_compressed(job):
-    preamble = PREAMBLE.pack(b"BIRDIE", 2, 2, 2)
+    preamble = PREAMBLE.pack(b"BIRDIE", VERSION, 2, 2)
     data = preamble + hashlib.sha256(preamble + b"{}ab").digest() + b"{}ab"
     environ = eval_job(job, data)
     assert environ["ARTIFACT"] in refusal(environ)

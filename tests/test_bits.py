@@ -88,8 +88,9 @@ def job(dataset, folder: Path, script: Path, **changed: object) -> Job:
     """A run with the small settings, but for those that are changed."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {"RUN_ID": "run", "SAVE_NLL": folder / "nll.npy"}
-    if "ARTIFACT_MAX_BYTES" in changed:  # the two scripts are not of one size
-        changed["ARTIFACT_MAX_BYTES"] += script.stat().st_size
+    if "ARTIFACT_MAX_BYTES" in changed:  # the code of the two is not of one size
+        code = [script, script.with_name("quantizer.py")]
+        changed["ARTIFACT_MAX_BYTES"] += sum(path.stat().st_size for path in code if path.exists())
     return Job(folder, script, tiny_settings(dataset, folder, **SMALL | own | changed))
 
 
@@ -104,14 +105,32 @@ def new_settings() -> set[str]:
     return set(train_gpt.MODEL_SETTINGS) - set(frozen_names()["MODEL_SETTINGS"])
 
 
-def artifact_of(job: Job) -> tuple[dict, bytes, bytes]:
-    """The header of a run's artifact without new settings, its floats, and its coded levels."""
+def new_format() -> bool:
+    """Whether artifacts have another format than when the script was frozen."""
+    return frozen_names()["VERSION"] != train_gpt.VERSION
+
+
+def restored(job: Job) -> dict[str, bytes]:
+    """All weights of a run's artifact, as the script that made it reads them."""
+    names = frozen_names() if job.script == FROZEN else vars(train_gpt)
+    hp = names["load_settings"](job.env, check_places=False)
+    _, weights = names["load_artifact"](job.folder / "run/final_model.artifact", hp)
+    return {name: w.numpy().tobytes() for name, w in weights.items()}
+
+
+def artifact_of(job: Job) -> tuple[dict, bytes, bytes | dict[str, bytes]]:
+    """The header of a run's artifact without new settings, its floats, and its coded levels.
+
+    Where the two scripts code levels by rANS in formats of their own, their weights.
+    """
     content = (job.folder / "run/final_model.artifact").read_bytes()
     text_size, head_size = struct.unpack("<II", content[8:16])
     head = zstandard.ZstdDecompressor().stream_reader(content[48 : 48 + head_size]).read()
     header = json.loads(head[:text_size])
     for name in new_settings():
         header["settings"].pop(name, None)
+    if header["settings"]["COMPRESSOR"] == "rans" and new_format():
+        return header, head[text_size:], restored(job)
     return header, head[text_size:], content[48 + head_size :]
 
 

@@ -495,3 +495,16 @@ def test_torchrun_with_one_process_is_a_run_like_any_other(tiny_env, tmp_path):
     done = subprocess.run([*command, SCRIPT], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "final_int8_zstd_roundtrip_exact" in done.stdout
+
+
+def test_a_run_is_calibrated_and_quantized_to_the_cap(tiny_env, tmp_path):
+    """QUANT_METHOD=gptq: the model is heard on the device, and encoded on the CPU."""
+    code = sum(SCRIPT.with_name(name).stat().st_size for name in ("train_gpt.py", "quantizer.py"))
+    given = {"QUANT_METHOD": "gptq", "CALIBRATION_TOKENS": "4096", "FIT_BUDGET": "step"}
+    given |= {"ARTIFACT_MAX_BYTES": str(code + 150_000), "WARMUP_STEPS": "1"}
+    env = {**os.environ, **tiny_env, **CUDA_ENV, **given}
+    done = subprocess.run([sys.executable, SCRIPT], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^calibration: tokens:4096 backward:1024 ", done.stdout, re.M)
+    trained, stored = re.findall(r"val_loss:([\d.]+)", done.stdout)[-2:]
+    assert abs(float(stored) - float(trained)) < 0.05

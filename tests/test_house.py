@@ -18,7 +18,8 @@ ROOT = Path(train_gpt.__file__).parent
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 
 
-FILES = [ROOT / name for name in ("train_gpt.py", "keeper.py") if (ROOT / name).exists()]
+NAMES = ("train_gpt.py", "quantizer.py", "keeper.py")
+FILES = [ROOT / name for name in NAMES if (ROOT / name).exists()]
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 COUNTED = (tokenize.OP, tokenize.NAME, tokenize.NUMBER, tokenize.STRING)
@@ -154,7 +155,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", ["train_gpt.py", "keeper.py"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rule", BROKEN)
 def test_ruff_finds_what_is_hard_to_read(rule, name):
     """Complexity over 12, and docstrings that do not begin with a verb in one short sentence."""
