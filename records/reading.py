@@ -328,7 +328,7 @@ def last_run(lines: list[str]) -> tuple[str, list[str], int]:
     """Find the source and lines of the last run of a log, and count its runs.
 
     A log that is appended to prints the source again; a console's only begins to count again. Ours
-    print keeper.py behind the script, if it was there.
+    print quantizer.py behind the script, if it was used, and keeper.py, if it was there.
     """
     scripts = find_code(lines)
     source, start, runs, last_mark, i = "", 0, 1, -1, 0

@@ -4,9 +4,10 @@
         --github-id ann --track 10min_16mb
 
 Reads logs/<RUN_ID>.txt and logs/<RUN_ID>/final_model.artifact, and writes
-records/track_<track>/<date>_<name>/ with the script exactly as it was logged. Every number in it is
-computed from these files. What cannot be packed is refused before anything is written. At the end
-the static audit (records/audit.py) is run on the new folder.
+records/track_<track>/<date>_<name>/ with the code exactly as it was logged: train_gpt.py, and
+quantizer.py if the run used it. Every number in it is computed from these files. What cannot be
+packed is refused before anything is written. At the end the static audit (records/audit.py) is run
+on the new folder.
 
 It reads logs by itself, not by records/reading.py: the audit then compares two readings.
 """
@@ -16,6 +17,7 @@ import ast
 import datetime
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -44,8 +46,10 @@ TRACKS = {  # name in submission.json: folder
     "non_record_16mb": "track_non_record_16mb",
     "non_record_unlimited_compute_16mb": "track_non_record_16mb",
 }
-# In a log, it stands behind the script, and behind the source of keeper.py if that was there.
+SCRIPT, HELPER, CONFIG = "train_gpt.py", "quantizer.py", "config.env"
+# In a log, it stands behind the script, and behind quantizer.py and keeper.py if they are there.
 RULER = b"=" * 100 + b"\n"
+BETWEEN = b"\n" + RULER  # two sources
 SETTING = re.compile(rb"[A-Z][A-Z0-9_]*=")
 RUN = re.compile(b"\n" + RULER + SETTING.pattern)
 # Settings that say where a run lies, not what it is.
@@ -86,7 +90,7 @@ class FinishedRun:
 
     run_id: str
     log: bytes
-    source: bytes
+    code: dict[str, bytes]  # what counts, by the names of its files
     settings: dict[str, str]
     artifact: Path
     lines: dict[str, list[tuple[str, ...]]] = field(repr=False)  # by the names of LINES
@@ -100,8 +104,12 @@ class FinishedRun:
         return self.artifact.stat().st_size
 
     @property
+    def code_bytes(self) -> int:
+        return sum(map(len, self.code.values()))
+
+    @property
     def total_bytes(self) -> int:
-        return len(self.source) + self.artifact_bytes
+        return self.code_bytes + self.artifact_bytes
 
     def numbers(self) -> dict[str, float]:
         """Collect what submission.json says of this seed, in the field's spellings."""
@@ -160,17 +168,17 @@ def read_run(place: Path) -> FinishedRun:
     if problem := what_is_missing(settings, lines, printed):
         raise UserError(f"{place.name}: {problem}{what_to_do(place)} ({log})")
     counted = int(lines["size"][-1][1])
-    start = find_source(data[: ruler - 1], counted)
-    if start is None:
+    found = find_code(data[: ruler - 1], counted)
+    if found is None:
         raise UserError(
             f"{place.name}: the script in {log} is not the {counted} bytes that it counts"
         )
-    source = data[start : start + counted]
+    start, code = found
     size = artifact.stat().st_size if artifact.is_file() else None
     if size != int(lines["size"][-1][2]):
-        found = "is not there" if size is None else f"has {size} bytes"
-        raise UserError(f"{place.name}: {artifact} {found}; its log says {lines['size'][-1][2]}")
-    return FinishedRun(place.name, data[start:], source, settings, artifact, lines)
+        state = "is not there" if size is None else f"has {size} bytes"
+        raise UserError(f"{place.name}: {artifact} {state}; its log says {lines['size'][-1][2]}")
+    return FinishedRun(place.name, data[start:], code, settings, artifact, lines)
 
 
 def split_settings(text: str) -> tuple[dict[str, str], str]:
@@ -183,20 +191,41 @@ def split_settings(text: str) -> tuple[dict[str, str], str]:
     return {word[0]: word[-1] for word in words if len(word) == 2}, text[len(block) :]
 
 
-def find_source(head: bytes, size: int) -> int | None:
-    """Find where the script of `size` bytes begins in what stands before a run's settings.
+def find_code(head: bytes, size: int) -> tuple[int, dict[str, bytes]] | None:
+    """Find the code of `size` bytes in what stands before a run's settings, and where it begins.
 
-    It ends there, or at a ruler behind which keeper.py stands. Before it is nothing, or a run.
+    It is the script, or the script, a ruler and quantizer.py. It ends there, or at a ruler behind
+    which keeper.py stands. Before it is nothing, or a run.
     """
-    ruler = head.rfind(b"\n" + RULER)
+    ruler = head.rfind(BETWEEN)
     ends = [len(head)]
-    if ruler >= 0 and not SETTING.match(head, ruler + 1 + len(RULER)):
+    if ruler >= 0 and not SETTING.match(head, ruler + len(BETWEEN)):
         ends.insert(0, ruler)
-    for start in (end - size for end in ends):
+    forms = ((split_one, size), (split_two, size + len(BETWEEN)))
+    for (split, length), end in itertools.product(forms, ends):
+        start = end - length
         after_a_run = start > 0 and head[start - 1] == 10 and RUN.search(head, 0, start)
-        if (start == 0 or after_a_run) and compiles(head[start : start + size]):
-            return start
+        if (start == 0 or after_a_run) and (code := split(head[start:end])):
+            return start, code
     return None
+
+
+def split_one(text: bytes) -> dict[str, bytes]:
+    """Take a text for the script; {} if it is none."""
+    return {SCRIPT: text} if compiles(text) else {}
+
+
+def split_two(text: bytes) -> dict[str, bytes]:
+    """Split a text into the script and quantizer.py; {} if it is not both.
+
+    A ruler within Python is within a string, and what stands before it is no Python. So no other
+    ruler than the one between the sources has Python on both sides.
+    """
+    for ruler in re.finditer(BETWEEN, text):
+        code = {SCRIPT: text[: ruler.start()], HELPER: text[ruler.end() :]}
+        if all(map(compiles, code.values())):
+            return code
+    return {}
 
 
 def compiles(source: bytes) -> bool:
@@ -240,7 +269,7 @@ def differences(runs: list[FinishedRun]) -> list[str]:
         problems.append(f"more than one run of seed {', '.join(map(str, twice))}")
     for run in runs[1:]:
         both = f"{first.run_id} and {run.run_id}"
-        if run.source != first.source:
+        if run.code != first.code:
             problems.append(f"{both}: different scripts")
         aside = {"SEED", *PLACES, *PROTECTION}
         for name in sorted({*first.settings, *run.settings} - aside):
@@ -259,23 +288,36 @@ def differences(runs: list[FinishedRun]) -> list[str]:
 # ===================================== SETTINGS =====================================
 
 
-def default_settings(source: bytes) -> dict[str, str]:
+def default_settings(code: dict[str, bytes]) -> dict[str, str]:
     """Ask a script for its defaults: what `--settings` prints in an empty environment."""
+    problem = "the packed script does not tell its defaults"
+    defaults = split_settings(ask_settings(code, "", problem))[0]
+    if "SEED" not in defaults:
+        raise UserError(f"{problem}: --settings prints no SEED")
+    return defaults
+
+
+def ask_settings(code: dict[str, bytes], config: str, problem: str) -> str:
+    """Start a script with `--settings`, and with the file `config` if it holds anything.
+
+    Raises UserError, `problem` and why, if the script fails or does not end.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "train_gpt.py")
-        script.write_bytes(source)
-        basic = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
-        command = [sys.executable, str(script), "--settings"]
-        options = {"env": basic, "cwd": folder, "capture_output": True, "text": True}
+        env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
+        if config:
+            env["CONFIG"] = CONFIG
+        for name, content in (code | {CONFIG: encode_config(config)}).items():
+            Path(folder, name).write_bytes(content)
+        command = [sys.executable, str(Path(folder, SCRIPT)), "--settings"]
+        options = {"env": env, "cwd": folder, "capture_output": True, "text": True}
         try:
             done = subprocess.run(command, timeout=SETTINGS_SECONDS, **options)
         except subprocess.TimeoutExpired as error:
-            raise UserError(f"the packed script does not tell its defaults: {error}") from None
-    defaults = split_settings(done.stdout)[0]
-    if done.returncode or "SEED" not in defaults:
-        heard = done.stderr.strip()[-500:] or "--settings prints no SEED"
-        raise UserError(f"the packed script does not tell its defaults: {heard}")
-    return defaults
+            raise UserError(f"{problem}: {error}") from None
+    if done.returncode:
+        heard = done.stderr.strip()[-500:] or f"exit code {done.returncode}"
+        raise UserError(f"{problem}: {heard}")
+    return done.stdout
 
 
 def data_place(name: str, value: str, root: Path) -> str:
@@ -303,17 +345,23 @@ def config_env(changed: dict[str, str], places: dict[str, str], seed: int) -> st
     return "\n".join(["# For CONFIG, from within this folder.", *rows, ""])
 
 
-def requirements(source: bytes, torch: str, listed: Iterable[str]) -> str:
-    """List what a script's imports require: torch as it was logged, others as they are listed."""
+def encode_config(text: str) -> bytes:
+    """Encode the file for CONFIG: a name that is no UTF-8 is its raw bytes where it is read."""
+    return text.encode(errors="surrogateescape")
+
+
+def requirements(code: dict[str, bytes], torch: str, listed: Iterable[str]) -> str:
+    """List what the code's imports require: torch as it was logged, others as they are listed."""
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in itertools.chain.from_iterable(ast.walk(ast.parse(s)) for s in code.values()):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module.split(".")[0])
     known = {re.split(r"[^\w-]", line)[0]: line.strip() for line in listed if line[:1].isalpha()}
     known["torch"] = f"torch=={torch.split('+')[0]}"
-    return "".join(f"{known.get(name, name)}\n" for name in sorted(names - sys.stdlib_module_names))
+    names -= {*sys.stdlib_module_names, *(Path(name).stem for name in code)}
+    return "".join(f"{known.get(name, name)}\n" for name in sorted(names))
 
 
 # ===================================== WRITING =====================================
@@ -347,6 +395,11 @@ class Record:
         settings = self.runs[0].settings
         return {k: data_place(k, settings[k], self.root) for k in DATA if settings.get(k)}
 
+    @property
+    def config(self) -> str:
+        """The file for CONFIG."""
+        return config_env(self.changed, self.places, self.runs[0].seed)
+
 
 def mean_and_deviation(rows: list[dict[str, float]], name: str) -> dict[str, float]:
     """Average over seeds, with the sample deviation (over n - 1) from two seeds on."""
@@ -376,11 +429,11 @@ def submission(record: Record) -> dict[str, Any]:
         "seeds": [run.seed for run in runs],
         "seed_results": {str(run.seed): row for run, row in zip(runs, rows, strict=True)},
         "bytes_total": max(run.total_bytes for run in runs),
-        "bytes_code": len(first.source),
+        "bytes_code": first.code_bytes,
         "artifact_bytes_max": max(sizes),
         **means,
         "artifact_sha256": {str(run.seed): sha256(run.artifact.read_bytes()) for run in runs},
-        "code_sha256": sha256(first.source),
+        "code_sha256": sha256(first.code[SCRIPT]),
         "model_params": int(first.lines["params"][-1][0]),
         "dataset": PurePosixPath(record.places.get("DATA_PATH", "")).name,
         "val_tokens": int(tokens),
@@ -489,6 +542,9 @@ def readme(record: Record) -> str:
         else "The artifacts are not in this folder; their SHA-256 digests are in submission.json."
     )
     data = record.places.get("DATA_PATH", "")
+    code = "`train_gpt.py` is the script"
+    if HELPER in first.code:
+        code = "`train_gpt.py` and `quantizer.py`, which it imports, are the code"
     parts = [
         f"# {facts['name']}",
         facts["blurb"],
@@ -500,7 +556,7 @@ def readme(record: Record) -> str:
         f"{facts['val_bytes']:,} bytes of the validation text in `{data}`. {artifact}",
         "![Loss over the steps](curve.png)",
         "## Method",
-        f"`train_gpt.py` is the script exactly as the runs logged it. {method}",
+        f"{code} exactly as the runs logged it. {method}",
         "## Again",
         f"The data is expected in `{data}` and the tokenizer in "
         f"`{record.places.get('TOKENIZER_PATH', '')}` of the repository. "
@@ -525,14 +581,12 @@ def write_record(record: Record) -> None:
         texts = {
             "submission.json": json.dumps(submission(record), indent=2, ensure_ascii=False) + "\n",
             "README.md": readme(record),
-            "config.env": config_env(record.changed, record.places, first.seed),
-            "requirements.txt": requirements(first.source, torch, known),
+            "requirements.txt": requirements(first.code, torch, known),
         }
-        for name, text in texts.items():
-            # Names that are not UTF-8 are their raw bytes where the trainer reads them.
-            errors = "surrogateescape" if name == "config.env" else "replace"
-            (partial / name).write_bytes(text.encode(errors=errors))
-        (partial / "train_gpt.py").write_bytes(first.source)
+        files = {name: text.encode(errors="replace") for name, text in texts.items()}
+        files |= {CONFIG: encode_config(record.config), **first.code}
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
         for run in record.runs:
             (partial / f"train_seed{run.seed}.log").write_bytes(run.log)
         draw_curve(record.runs, partial / "curve.png")
@@ -614,10 +668,11 @@ def collect(options: argparse.Namespace) -> Record:
         problems.append(f"{record.folder}: is there already; use another --name or --date")
     if problems:
         raise UserError("\n  ".join(["nothing was packed:", *problems]))
-    defaults = default_settings(runs[0].source)
+    defaults = default_settings(runs[0].code)
     devices = {f"{run.lines['start'][-1][4]}x {run.lines['start'][-1][2]}" for run in runs}
     about["hardware"] = " ".join(options.hardware.split()) or ", ".join(sorted(devices))
     record = Record(about, runs, defaults, record.root, options.with_artifact)
+    ask_settings(runs[0].code, record.config, "the packed script refuses the settings of its run")
     params, changed = int(runs[0].lines["params"][-1][0]), len(record.changed)
     about["blurb"] = (
         about["blurb"] or f"{params:,} parameters, {changed} settings not the defaults."

@@ -557,6 +557,28 @@ def test_helper_that_the_script_imports_counts(folder):
     assert "110,001 code (measured, with cache.py)" in evidence
 
 
+BY_NAME = 'import importlib\nQUANTIZER = lambda: importlib.import_module("quantizer")\n'
+
+
+def test_helper_that_the_script_imports_by_name_counts_where_it_is(folder):
+    folder.write("train_gpt.py", script() + BY_NAME)
+    size = len(script() + BY_NAME)
+    assert f"{size:,} code (measured)" in folder.check()["size"][1]
+    assert folder.failed() == []
+    folder.write("quantizer.py", "#" * 1000)
+    assert f"{size + 1000:,} code (measured, with quantizer.py)" in folder.check()["size"][1]
+
+
+@pytest.mark.parametrize("helpers", [["A helper"], ["A helper", "A keeper"]])
+def test_sources_behind_the_script_are_neither_it_nor_another_run(folder, helpers):
+    parts = [script(), *(f'"""{name}."""\n\nimport math\n' for name in helpers)]
+    head = "".join(f"{part}\n{BAR}\n" for part in parts)
+    folder.write("train_seed42.log", head + log_text("42", 1.0808))
+    found = folder.check()
+    assert found["source"] == ("PASS", "the script in 1 of 3 logs is train_gpt.py")
+    assert "holds" not in found["finished"][1]
+
+
 def test_helper_that_the_script_names_counts(folder):
     folder.write("train_gpt.py", script() + "load('kernel.cu')\n")
     folder.write("kernel.cu", "#" * 1000)

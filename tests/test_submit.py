@@ -52,12 +52,17 @@ def packed(dataset, tmp_path_factory):
         env = tiny_settings(dataset, root / "logs", RUN_ID=f"seed{seed}", SEED=seed)
         env |= {"DATA_PATH": "./data/datasets/tiny", "TOKENIZER_PATH": str(tokenizer)}
         assert run_cli(env | {"OUT_DIR": "logs", "VAL_LOSS_EVERY": "2"}, cwd=root).rc == 0
+    return root, run_program(root, "seed7", "seed3")
+
+
+def run_program(root: Path, *runs: str) -> subprocess.CompletedProcess:
+    """Pack runs by the program, with the first one's artifact."""
     words = [word for pair in OPTIONS.items() for word in pair]
-    command = [sys.executable, REPO / "records/submit.py", "seed7", "seed3", *words]
+    command = [sys.executable, REPO / "records/submit.py", *runs, *words]
     command += ["--with-artifact", "--logs", root / "logs", "--root", root]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (root / FOLDER).is_dir(), done.stderr
-    return root, done
+    return done
 
 
 def finals(root: Path) -> dict[str, dict]:
@@ -177,6 +182,45 @@ def test_the_curve_shows_training_and_validation(packed):
     assert {0, 2} <= {*np.unique(strongest).tolist()}
 
 
+def test_a_quantizer_that_the_runs_did_not_use_is_left_out(packed):
+    assert (REPO / "quantizer.py").is_file()  # beside the script that ran
+    assert not (packed[0] / FOLDER / "quantizer.py").exists()
+    assert facts(packed[0])["bytes_code"] == SCRIPT.stat().st_size
+
+
+@pytest.fixture(scope="module")
+def quantized(dataset, tmp_path_factory):
+    """A repository with a real run that used quantizer.py, packed by the program."""
+    root = tmp_path_factory.mktemp("repository")
+    env = tiny_settings(dataset, root / "logs", RUN_ID="seed3", SEED=3)
+    env |= {"QUANT_METHOD": "gptq", "COMPRESSOR": "rans", "CALIBRATION_TOKENS": "4096"}
+    done = run_cli(env, cwd=root)
+    assert done.rc == 0, done.stderr
+    for name, source in (("datasets", dataset.folder), ("tokenizers", dataset.tokenizer)):
+        (root / "data" / name).mkdir(parents=True)
+        (root / "data" / name / source.name).symlink_to(source)
+    return root, run_program(root, "seed3")
+
+
+def test_both_files_are_packed_byte_for_byte(quantized):
+    for name in ("train_gpt.py", "quantizer.py"):
+        assert (quantized[0] / FOLDER / name).read_bytes() == (REPO / name).read_bytes()
+
+
+def test_the_static_audit_accepts_both_files_and_counts_them(quantized):
+    assert quantized[1].returncode == 0, quantized[1].stdout + quantized[1].stderr
+    size = sum((REPO / name).stat().st_size for name in ("train_gpt.py", "quantizer.py"))
+    assert f"{size:,} code (measured, with quantizer.py)" in quantized[1].stdout
+    assert facts(quantized[0])["bytes_code"] == size
+
+
+@pytest.mark.parametrize("command", ["SEED=3", "EVAL_ONLY=1"])
+def test_both_files_train_and_score_from_within_the_folder(quantized, command):
+    printed = run_line(quantized[0], command)
+    bpb = re.search(r"^final_.* val_bpb:(\S+)$", printed, re.M)[1]
+    assert float(bpb) == facts(quantized[0])["seed_results"]["3"]["val_bpb"]
+
+
 # ===================================== made-up runs =====================================
 
 FAKE = """import os
@@ -195,10 +239,17 @@ PLACES = {"DATA_PATH": "./data/datasets/x", "TOKENIZER_PATH": "./data/tokenizers
 
 
 def fake_log(
-    words: dict[str, str], source: str = FAKE, bpb="1.25", loss="3.5", artifact=100, world=1
+    words: dict[str, str],
+    source: str = FAKE,
+    bpb="1.25",
+    loss="3.5",
+    artifact=100,
+    world=1,
+    helper="",
 ) -> str:
-    """The log of a run, as README.md and design.md describe it."""
-    code = len(source.encode())
+    """The log of a run, as README.md and design.md describe it. The helper is quantizer.py."""
+    code = len(source.encode()) + len(helper.encode())
+    source += f"\n{'=' * 100}\n{helper}" if helper else ""
     block = "\n".join(f"{name}={text}" for name, text in (PLACES | words).items())
     return f"""{source}
 {"=" * 100}
@@ -600,6 +651,129 @@ def test_a_ruler_within_the_script_does_not_end_it_before_a_keeper(root):
     assert (pack(root, "a") / "train_gpt.py").read_text() == source
 
 
+HELPER = '"""Quantize."""\n\nimport struct\n\n\ndef pack():\n    import zstandard\n'
+HELPER += "    import train_gpt as core\n"
+# It imports quantizer.py where its settings say so, as the real one does.
+USER = f"""{FAKE}if "MODE=fine" in open(os.environ.get("CONFIG", os.devnull)).read():
+    __import__("quantizer")
+"""
+FINE = ONE | {"MODE": "fine"}
+BOTH = len(USER) + len(HELPER)
+REFUSED = "the script in .* is not the [0-9]+ bytes that it counts"
+
+
+def helped_log(words: dict[str, str] = FINE, source: str = USER, helper: str = HELPER) -> str:
+    """The log of a run that used quantizer.py."""
+    return fake_log(words, source, helper=helper)
+
+
+@pytest.mark.parametrize("beside", [str, with_keeper])
+def test_both_files_of_a_run_are_packed(root, beside):
+    log = beside(helped_log())
+    write_run(root, "a", log)
+    folder = pack(root, "a")
+    assert (folder / "train_gpt.py").read_text() == USER
+    assert (folder / "quantizer.py").read_text() == HELPER
+    assert (folder / "train_seed1.log").read_text() == log
+    assert not (folder / "keeper.py").exists()
+
+
+def test_both_files_count(root):
+    write_run(root, "a", helped_log())
+    found = json.loads((pack(root, "a") / "submission.json").read_text())
+    sizes = (found["bytes_code"], found["bytes_total"], found["seed_results"]["1"]["bytes_total"])
+    assert sizes == (BOTH, BOTH + 100, BOTH + 100)
+    assert found["code_sha256"] == hashlib.sha256(USER.encode()).hexdigest()
+
+
+def test_what_both_files_import_is_required_but_not_the_files(root):
+    write_run(root, "a", helped_log())
+    lines = (pack(root, "a") / "requirements.txt").read_text().split()
+    assert lines == ["numpy", "zstandard"]
+
+
+@pytest.mark.parametrize(("log", "named"), [(helped_log(), True), (fake_log(ONE, USER), False)])
+def test_the_text_names_the_second_file_where_it_is(root, log, named):
+    write_run(root, "a", log)
+    assert ("quantizer.py" in (pack(root, "a") / "README.md").read_text()) == named
+
+
+def test_one_byte_of_the_second_file_over_the_cap_is_refused(root):
+    log = fake_log(FINE, USER, artifact=CAP - BOTH + 1, helper=HELPER)
+    write_run(root, "a", log, artifact=CAP - BOTH + 1)
+    assert "a: 16,000,001 bytes, 1 bytes over the cap" in refusal(root, "a")
+
+
+def test_seeds_with_other_second_files_are_refused(root):
+    write_run(root, "a", helped_log())
+    write_run(root, "b", helped_log(FINE | {"SEED": "2"}, helper=f"{HELPER}# changed\n"))
+    assert "a and b: different scripts" in refusal(root, "a", "b")
+
+
+@pytest.mark.parametrize("beside", [str, with_keeper])
+@pytest.mark.parametrize("first", [fake_log, helped_log])
+@pytest.mark.parametrize("last", [fake_log, helped_log])
+def test_runs_with_and_without_a_second_file_share_a_log(root, beside, first, last):
+    older = beside(first(ONE | {"SEED": "9"}, USER.replace("numpy", "struct")))
+    log = beside(last(ONE, USER))
+    write_run(root, "a", older + log)
+    folder = pack(root, "a")
+    assert (folder / "train_gpt.py").read_text() == USER
+    assert (folder / "train_seed1.log").read_text() == log
+    assert (folder / "quantizer.py").exists() == (last is helped_log)
+
+
+@pytest.mark.parametrize("beside", [str, with_keeper])
+@pytest.mark.parametrize("start", ["SEED=9", "no settings", "import this"])
+def test_rulers_within_the_sources_do_not_part_them(root, beside, start):
+    ruled = f'"""\n\n{"=" * 100}\n{start}\n"""\n'
+    write_run(root, "a", beside(helped_log(FINE, USER + ruled, HELPER + ruled)))
+    folder = pack(root, "a")
+    assert (folder / "train_gpt.py").read_text() == USER + ruled
+    assert (folder / "quantizer.py").read_text() == HELPER + ruled
+
+
+@pytest.mark.parametrize("beside", [str, with_keeper])
+@pytest.mark.parametrize("counted", [0, len(HELPER), BOTH - 1, BOTH + 1, BOTH + 102, 2 * BOTH])
+def test_sizes_of_both_files_that_do_not_add_up_are_refused(root, beside, counted):
+    log = beside(helped_log()).replace(f"({BOTH} code", f"({counted} code")
+    write_run(root, "a", log)
+    assert re.search(REFUSED.replace("[0-9]+", str(counted)), refusal(root, "a"))
+
+
+def test_a_second_file_that_is_needed_but_not_counted_is_refused(root):
+    log = helped_log().replace(f"({BOTH} code", f"({len(USER)} code")
+    write_run(root, "a", log)
+    message = refusal(root, "a")
+    assert "the packed script refuses the settings of its run" in message
+    assert "No module named 'quantizer'" in message
+
+
+@pytest.mark.parametrize(
+    ("whole", "damaged"),
+    [
+        (HELPER, HELPER[1:]),
+        (HELPER, f"{HELPER}\n"),
+        (HELPER, HELPER.replace("def pack()", "def pack((")),
+        (USER, USER[1:]),
+        (USER, USER.replace("import numpy", "import ((((((")),
+        (f"{USER}\n", USER),
+        ("=" * 100 + f"\n{HELPER}", "=" * 99 + f"\n\n{HELPER}"),
+    ],
+)
+def test_damaged_sources_are_refused(root, whole, damaged):
+    log = helped_log()
+    write_run(root, "a", helped_log(ONE) + log.replace(whole, damaged))
+    assert log.count(whole) == 1
+    assert re.search(REFUSED, refusal(root, "a"))
+
+
+def test_a_lost_ruler_between_the_sources_is_refused(root):
+    log = helped_log().replace(f"\n{'=' * 100}\n{HELPER}", HELPER)
+    write_run(root, "a", log)
+    assert "the packed script refuses the settings of its run" in refusal(root, "a")
+
+
 def test_bytes_that_are_no_text_are_kept(root):
     log = fake_log(ONE).encode().replace(b"model_params", b"\xff\xfe odd\nmodel_params")
     write_run(root, "a", log)
@@ -747,11 +921,18 @@ def test_settings_survive_log_and_configuration(tmp_path_factory, values):
     assert rest == "python:3 x\n"
 
 
+LOGS = {
+    fake_log(ONE): {"train_gpt.py": FAKE.encode()},
+    with_keeper(helped_log()): {"train_gpt.py": USER.encode(), "quantizer.py": HELPER.encode()},
+}
+
+
+@pytest.mark.parametrize("log", LOGS, ids=["one source", "three sources"])
 @settings(max_examples=200)
-@given(st.data())
-def test_a_log_with_a_hole_is_refused_or_its_script_is_whole(tmp_path_factory, data):
-    """Whatever piece of a log is lost: a clear refusal, or the script as it was."""
-    root, log = tmp_path_factory.mktemp("runs"), fake_log(ONE).encode()
+@given(data=st.data())
+def test_a_log_with_a_hole_is_refused_or_its_code_is_whole(tmp_path_factory, log, data):
+    """Whatever piece of a log is lost: a clear refusal, or the code as it was."""
+    root, code, log = tmp_path_factory.mktemp("runs"), LOGS[log], log.encode()
     start, end = sorted(data.draw(st.integers(0, len(log))) for _ in range(2))
     log = log[:start] + log[end:]
     write_run(root, "a", log)
@@ -759,5 +940,5 @@ def test_a_log_with_a_hole_is_refused_or_its_script_is_whole(tmp_path_factory, d
         run = submit.read_run(root / "logs/a")
     except submit.UserError:
         return
-    assert (run.source, run.log) == (FAKE.encode(), log)
+    assert (run.code, run.log) == (code, log)
     assert 0 < run.numbers()["val_bpb"] < math.inf
