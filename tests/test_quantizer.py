@@ -582,7 +582,7 @@ def test_a_committed_artifact_is_near_its_weights(tokenizer, tmp_path):
         assert float((weights[name] - w).norm() / w.norm()) < 0.15
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("share", [0.3, 1.0])
 def test_the_one_constant_fills_the_cap_to_0_1_percent(tokenizer, share):
     hp = hyper(tokenizer, FIT_BUDGET="step", VOCAB_SIZE=4096)
     state = gaussian_state(hp)
