@@ -7,8 +7,8 @@ the later ones make up for it: of H⁻¹ = Uᵀ·U, column j then costs ½·Σ_i
 
 So the best step of a weight is U_jj / sqrt(g_i), times one constant of the network, with which a
 bit saves as much loss anywhere (2603.04956). FIT_BUDGET=step solves for it. The levels of 64 rows
-of a column are a path through a trellis (Ungerboeck 1982): 0.55 dB from the bound that rate and
-distortion have, where single levels are 1.53 dB or more from it. A path's cost counts its bits too.
+of a column are a path through a trellis (Ungerboeck 1982): 0.6 dB from the bound that rate and
+distortion have, where single levels are 1.5 dB or more from it. A path's cost counts its bits too.
 
 train_gpt.py imports this file for QUANT_METHOD=gptq, COMPRESSOR=rans and FIT_BUDGET alone, where
 its bytes count as code. Decoding is integer arithmetic, and products of fp32 in one order.
@@ -259,16 +259,13 @@ def layout(shape: list[int], hp: Hyperparameters) -> list[list[Any]]:
 def contexts_of(
     stored: list[list[ndarray]], shapes: list[list[int]], hp: Hyperparameters
 ) -> list[ndarray]:
-    """Give the classes of matrices: of their weights, or one for each matrix."""
-    found = []
-    for i, shape in enumerate(shapes):
-        classes = np.full(shape, i + 1, np.uint16)
-        if hp.quant_method == "gptq":
-            _, row, col, *deviations = stored[i][:5]
+    """Give the classes of matrices: of their weights, or one for each matrix; 0: the step is 0."""
+    if hp.quant_method == "gptq" and hp.quant_classes:
+        return [classes_of(*arrays[1:5]) for arrays in stored]
+    found = [np.full(shape, i + 1, np.uint16) for i, shape in enumerate(shapes)]
+    if hp.quant_method == "gptq":
+        for classes, (_, row, col, *_) in zip(found, stored, strict=True):
             classes *= (row > 0)[:, None] & (col > 0)
-            if hp.quant_classes:
-                classes = classes_of(row, col, *deviations)
-        found.append(classes)
     return found
 
 
@@ -295,17 +292,11 @@ def decompress(
         codes = rans_decode(data, classes, 1)
         each = zip(stored, codes, strict=True)
         return [scale.astype(np.float32) * (code >> 1) for (scale,), code in each]
-    codes = rans_decode(data, classes, hp.quant_trellis)
-    each = zip(stored, codes, strict=True)
-    return [weights_of(*arrays, code) for arrays, code in each]
-
-
-def weights_of(unit: ndarray, *codes: ndarray) -> ndarray:
-    """Give the weights, float32, that a matrix's arrays stand for."""
-    row, col, *deviations, levels = codes
-    if deviations[0].size:
-        levels = values_of(levels, classes_of(row, col, *deviations))
-    return steps_of(unit, row, col) * levels
+    levels = rans_decode(data, classes, hp.quant_trellis)
+    if hp.quant_classes:
+        levels = map(values_of, levels, classes)
+    each = zip(stored, levels, strict=True)
+    return [steps_of(*arrays[:3]) * level for arrays, level in each]
 
 
 # ===================================== CALIBRATION =====================================
@@ -839,10 +830,9 @@ def usual_constant(works: list[Work], ranks: int) -> float:
     return math.exp(sums[0] / sums[1].clamp(min=1))
 
 
-def count_weights(state: Mapping[str, Tensor], hp: Hyperparameters) -> int:
-    """Count the weights that are stored as levels."""
-    names = [name for name, w in state.items() if core.bits_of(name, w, hp)]
-    return sum(state[name].numel() for name in names)
+def sizes_of(state: Mapping[str, Tensor], hp: Hyperparameters) -> dict[str, int]:
+    """Count the weights of each matrix that is stored as levels."""
+    return {name: w.numel() for name, w in state.items() if core.bits_of(name, w, hp)}
 
 
 def packer(
@@ -859,7 +849,7 @@ def packer(
     """
     if hp.quant_method == "round":
         return partial(core.pack_artifact, state)
-    sizes = {name: w.numel() for name, w in state.items() if core.bits_of(name, w, hp)}
+    sizes = sizes_of(state, hp)
     places, _ = core.divide(sizes, ranks)
     works = []
     problem = ""
@@ -897,7 +887,7 @@ def packer(
 
 def first_try(state: Mapping[str, Tensor], hp: Hyperparameters) -> Hyperparameters:
     """Guess the QUANT_STEP that fills the cap, from the rate of Gaussian weights."""
-    count = count_weights(state, hp)
+    count = sum(sizes_of(state, hp).values())
     if hp.fit_budget != "step" or not count:
         return hp
     room = hp.artifact_max_bytes - core.code_bytes(hp)
@@ -922,7 +912,10 @@ def make_artifact(state: Mapping[str, Tensor], seen: Calibration | None, run: co
         pack = packer(state, hp, seen, run.rank, run.world_size)
     except UserError as problem:
         raise UserError(f"{problem}; the raw weights are in {run.dir}/final_model.pt") from None
-    return pack(hp) if hp.fit_budget == "none" else fit(pack, count_weights(state, hp), hp, run)
+    if hp.fit_budget == "none":
+        return pack(hp)
+    count = sum(sizes_of(state, hp).values())
+    return fit(pack, count, hp, run)
 
 
 def fit(pack: Pack, weights: int, hp: Hyperparameters, run: core.Run) -> bytes:

@@ -158,9 +158,7 @@ class Hyperparameters:
     quant_trellis: int = model_setting(8, "1, 8", "gptq: states of the trellis; 1: no trellis")
     quant_classes: int = model_setting(1, "0, 1", "gptq: histograms by deviation; 0: by matrix")
     quant_steps: str = result_setting(
-        "loss",
-        "sigma, columns, rows, loss",
-        "gptq: what is in a step: rows' sigma, U, g, or U and g",
+        "loss", "sigma, columns, rows, loss", "gptq: steps by sigma, sigma and U, g, or g and U"
     )
     quant_step: float = result_setting(0.4, "(0, inf)", "gptq: mean step, in deviations")
     quant_lambda: float = result_setting(0.37, "[0, inf)", "gptq: price of a bit, squared steps")
@@ -1276,14 +1274,18 @@ def zstd() -> ModuleType:
     return zstandard
 
 
+def is_plain(hp: Hyperparameters) -> bool:
+    """Tell whether the levels are bytes that zstd compresses."""
+    return hp.quant_method == "round" and hp.compressor == "zstd"
+
+
 def quantizer(hp: Hyperparameters) -> ModuleType | None:
     """Import quantizer.py, where these settings need it. Raises UserError if it is not there."""
-    if (hp.quant_method, hp.compressor, hp.fit_budget) == ("round", "zstd", "none"):
+    if is_plain(hp) and hp.fit_budget == "none":
         return None
-    there = Path(__file__).with_name("quantizer.py").is_file()
-    require(there, "QUANT_METHOD, COMPRESSOR, FIT_BUDGET: need quantizer.py beside train_gpt.py")
-    sys.modules.setdefault("train_gpt", sys.modules[__name__])
-    return importlib.import_module("quantizer")
+    module = find_beside("quantizer.py")
+    require(module, "QUANT_METHOD, COMPRESSOR, FIT_BUDGET: need quantizer.py beside train_gpt.py")
+    return module
 
 
 def code_files(hp: Hyperparameters) -> list[str]:
@@ -1295,11 +1297,6 @@ def code_files(hp: Hyperparameters) -> list[str]:
 def code_bytes(hp: Hyperparameters) -> int:
     """Count the bytes of the code with which an artifact is made and read."""
     return sum(len(read_once(path)) for path in code_files(hp))
-
-
-def is_plain(hp: Hyperparameters) -> bool:
-    """Tell whether the levels are bytes that zstd compresses."""
-    return hp.quant_method == "round" and hp.compressor == "zstd"
 
 
 def compress(matrices: list[list[ndarray]], hp: Hyperparameters) -> bytes:
@@ -1383,10 +1380,7 @@ def pack_artifact(
     """Pack the weights: `coded` ones, and others. Raises UserError if they cannot be stored."""
     coded = coded or {}
     with np.errstate(over="ignore", invalid="ignore"):
-        tensors = {
-            name: coded[name] if name in coded else stored_arrays(name, w, hp)
-            for name, w in state.items()
-        }
+        tensors = {name: coded.get(name) or stored_arrays(name, w, hp) for name, w in state.items()}
     bad = [name for name, arrays in tensors.items() if not np.isfinite(arrays[0]).all()]
     require(not bad, f"no artifact: values not finite or over 65504 in {', '.join(bad)}")
     texts = setting_texts(hp)
@@ -1529,14 +1523,19 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 @cache
-def find_keeper() -> ModuleType | None:
-    """Import keeper.py, which protects, resumes and explains a run, if it is beside this file."""
-    is_posix = importlib.util.find_spec("fcntl") is not None
-    if not is_posix or not Path(__file__).with_name("keeper.py").is_file():
+def find_beside(name: str) -> ModuleType | None:
+    """Import a file of code, if it is beside this one."""
+    if not Path(__file__).with_name(name).is_file():
         return None
-    if __name__ == "__main__":  # the keeper imports this module, not a second one
+    if __name__ == "__main__":  # what it imports is this module, not a second one
         sys.modules["train_gpt"] = sys.modules[__name__]
-    return importlib.import_module("keeper")
+    return importlib.import_module(Path(name).stem)
+
+
+def find_keeper() -> ModuleType | None:
+    """Import keeper.py, which protects, resumes and explains a run, if it is there, and can run."""
+    is_posix = importlib.util.find_spec("fcntl") is not None
+    return find_beside("keeper.py") if is_posix else None
 
 
 class Run:

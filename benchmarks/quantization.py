@@ -41,18 +41,17 @@ class Subject:
     def __init__(self, weights: Path, config: Path, args: argparse.Namespace) -> None:
         settings = {"CONFIG": str(config), "QUANT_METHOD": "gptq", "FIT_BUDGET": "step"}
         settings |= {"VAL_TOKENS": str(args.val_tokens), "DEVICE": "cpu", "DTYPE": "fp32"}
-        settings |= {"CALIBRATION_TOKENS": str(args.calibration_tokens)}
-        settings["SAVE_EVERY"] = "0"
+        settings |= {"CALIBRATION_TOKENS": str(args.calibration_tokens), "SAVE_EVERY": "0"}
         self.hp = replace(tg.load_settings(settings, check_places=False), max_wallclock_seconds=0.0)
         self.run = tg.Run(self.hp)
         self.val = tg.Validation(self.run)
         self.run.hp = self.hp = replace(self.hp, bos=self.val.bos)
         self.state: State = torch.load(weights, weights_only=True, map_location="cpu")
         self.model = tg.GPT(self.hp, self.run.dtype)
-        names = [n for n, w in self.state.items() if tg.bits_of(n, w, self.hp)]
-        self.matrices = {n: self.state[n] for n in names}
-        self.count = sum(w.numel() for w in self.matrices.values())
-        plain = {n: w for n, w in self.state.items() if n not in names}
+        sizes = quantizer.sizes_of(self.state, self.hp)
+        self.matrices = {n: self.state[n] for n in sizes}
+        self.count = sum(sizes.values())
+        plain = {n: w for n, w in self.state.items() if n not in sizes}
         self.plain_bytes = len(tg.pack_artifact(plain, self.hp))
         self.loss = self.score(self.state)
         stream = tg.TokenStream("train", self.run)

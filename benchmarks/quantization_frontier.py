@@ -79,7 +79,7 @@ def main() -> None:
     data = quantizer.make_artifact(state, Drawn(args.u, args.g), run)
     seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    weights = quantizer.count_weights(state, hp)
+    weights = sum(quantizer.sizes_of(state, hp).values())
     total = tg.code_bytes(hp) + len(data)
     print(f"{weights:,} weights: {total:,} bytes, {8 * len(data) / weights:.3f} bits a weight")
     print(f"encoding: {seconds:.1f} s on {torch.get_num_threads()} cores, {memory} MiB")

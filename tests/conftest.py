@@ -1,6 +1,7 @@
 """What the test files share: train_gpt as a module, a tiny dataset, and ways to run the script."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -205,6 +206,41 @@ def resolve(base: Mapping[str, object], **changed: object) -> train_gpt.Hyperpar
     values = {"DEVICE": "cpu", **base, **changed}
     texts = {name: str(value) for name, value in values.items()}
     return train_gpt.load_settings(texts, check_places=False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Path:
+    """A file that stands for a tokenizer: an artifact knows it only by its digest."""
+    path = tmp_path_factory.mktemp("tokenizer") / "some.model"
+    path.write_bytes(b"some tokenizer")
+    return path
+
+
+@functools.cache
+def process_settings(tokenizer: Path, **values: object) -> train_gpt.Hyperparameters:
+    """The settings of a process that knows nothing of the artifact's."""
+    return resolve({}, TOKENIZER_PATH=tokenizer, **values)
+
+
+def load(data: bytes, folder: Path, tokenizer: Path, **values: object):
+    """Load an artifact of these bytes in another process: its settings and its weights."""
+    path = folder / "a.artifact"
+    path.write_bytes(data)
+    return train_gpt.load_artifact(path, process_settings(tokenizer, **values))
+
+
+@dataclass
+class LoggedRun:
+    """What the functions that pack an artifact need of a run, and the lines that they log."""
+
+    hp: train_gpt.Hyperparameters
+    rank: int = 0
+    world_size: int = 1
+    dir: Path = Path("run")
+    lines: list[str] = field(default_factory=list)
+
+    def log(self, line: str, *event: object, **fields: object) -> None:
+        self.lines.append(line)
 
 
 def new_run(base: Mapping[str, object], **changed: object) -> train_gpt.Run:

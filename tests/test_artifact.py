@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from conftest import resolve
+from conftest import load, resolve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,14 +61,6 @@ MODEL_SETTINGS = {
 COMPRESSORS = ("zstd", "rans")
 CODERS = (*COMPRESSORS, "gptq")
 MATRIX = "blocks.0.fc.weight"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A file that stands for a tokenizer: the artifact knows it only by its digest."""
-    path = tmp_path_factory.mktemp("tokenizer") / "some.model"
-    path.write_bytes(b"some tokenizer")
-    return path
 
 
 def settings(tokenizer, **values):
@@ -124,19 +116,6 @@ def coded_artifact(tokenizer, coder):
     how = {"QUANT_METHOD": "gptq"} if coder == "gptq" else {"COMPRESSOR": coder}
     hp = settings(tokenizer, **CODED, **how)
     return quantizer.packer(random_model(hp).state_dict(), hp)(hp)
-
-
-@functools.cache
-def process_settings(tokenizer, **values):
-    """The settings of a process that knows nothing of the artifact's."""
-    return resolve({}, TOKENIZER_PATH=tokenizer, **values)
-
-
-def load(data, tmp_path, tokenizer, **values):
-    """Load an artifact of these bytes in another process."""
-    path = tmp_path / "a.artifact"
-    path.write_bytes(data)
-    return tg.load_artifact(path, process_settings(tokenizer, **values))
 
 
 def multiplied(arrays):

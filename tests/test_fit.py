@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import resolve, run_cli, tiny_settings
+from conftest import LoggedRun, load, resolve, run_cli, tiny_settings
 
 import keeper
 import quantizer
@@ -17,27 +17,6 @@ import train_gpt as tg
 ALONE = Path(tg.__file__).stat().st_size  # the code, where quantizer.py is not used
 CODE = ALONE + Path(quantizer.__file__).stat().st_size
 DIMS = (288, 320, 384)  # at least 257, so that every matrix of a block is quantized
-
-
-@dataclasses.dataclass
-class Log:
-    """What the functions that log need of a run."""
-
-    hp: tg.Hyperparameters
-    rank: int = 0
-    world_size: int = 1
-    lines: list[str] = dataclasses.field(default_factory=list)
-
-    def log(self, line, *event, **fields):
-        self.lines.append(line)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A file that stands for a tokenizer."""
-    path = tmp_path_factory.mktemp("tokenizer") / "some.model"
-    path.write_bytes(b"some tokenizer")
-    return path
 
 
 SHAPE = {
@@ -75,7 +54,7 @@ def cap_for(model, hp, share):
 
 def fit(model, hp, cap):
     """The artifact of a cap, and the lines that were logged."""
-    run = Log(dataclasses.replace(hp, artifact_max_bytes=cap))
+    run = LoggedRun(dataclasses.replace(hp, artifact_max_bytes=cap))
     return quantizer.make_artifact(model.state_dict(), None, run), run.lines
 
 
@@ -83,13 +62,6 @@ def fit_settings(tokenizer, dim, **values):
     bits = {f"QUANT_BITS_{part}": 6 for part in ("MLP", "ATTN")}
     sigma = {"FIT_BUDGET": "sigma", "QUANT_CLIP": "sigma"}
     return settings(tokenizer, MODEL_DIM=dim, **sigma, **bits, **values)
-
-
-def load(data, tmp_path, tokenizer):
-    path = tmp_path / "a.artifact"
-    path.write_bytes(data)
-    hp = resolve({}, TOKENIZER_PATH=tokenizer)
-    return tg.load_artifact(path, hp)
 
 
 # ---- filling the cap
@@ -315,7 +287,7 @@ def test_forecast_is_the_size_of_the_initial_model_with_gaussian_for_zero_weight
     hp = settings(tokenizer, MODEL_DIM=dim, BIGRAM_BUCKETS=2048, **values)
     torch.manual_seed(0)
     model = tg.GPT(hp)
-    run = Log(hp)
+    run = LoggedRun(hp)
     keeper.forecast(model.state_dict(), run)
     total, code, size, cap = map(int, re.findall(r"\d+", run.lines[0]))
     state = model.state_dict()
@@ -331,14 +303,14 @@ def test_forecast_leaves_the_model_and_the_random_state_alone(tokenizer):
     hp = settings(tokenizer, MODEL_DIM=288)
     model = tg.GPT(hp)
     before, state = {n: w.clone() for n, w in model.state_dict().items()}, torch.get_rng_state()
-    keeper.forecast(model.state_dict(), Log(hp))
+    keeper.forecast(model.state_dict(), LoggedRun(hp))
     assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_forecast_warns_exactly_if_the_total_is_over_the_cap(tokenizer):
     hp = settings(tokenizer, MODEL_DIM=288)
-    model, run = gaussian_model(288), Log(hp)
+    model, run = gaussian_model(288), LoggedRun(hp)
     keeper.forecast(model.state_dict(), run)
     total = int(re.search(r"\d+", run.lines[0])[0])
     for cap in (total, total - 1):
@@ -349,7 +321,7 @@ def test_forecast_warns_exactly_if_the_total_is_over_the_cap(tokenizer):
 
 def test_forecast_over_the_cap_names_the_fit_budget(tokenizer):
     hp = fit_settings(tokenizer, 288, ARTIFACT_MAX_BYTES=CODE + 100_000)
-    run = Log(hp)
+    run = LoggedRun(hp)
     keeper.forecast(gaussian_model(288).state_dict(), run)
     assert run.lines[0].endswith("; warning: over the cap, with FIT_BUDGET=sigma")
 

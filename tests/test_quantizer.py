@@ -5,14 +5,13 @@ import fractions
 import hashlib
 import itertools
 import math
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zstandard
-from conftest import double_model, resolve
+from conftest import LoggedRun, double_model, load, resolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,14 +32,6 @@ SHAPE = {
     "QUANT_METHOD": "gptq",
 }
 PLAIN = {"quant_trellis": 1, "quant_lambda": 0.0}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A file that stands for a tokenizer."""
-    path = tmp_path_factory.mktemp("tokenizer") / "some.model"
-    path.write_bytes(b"some tokenizer")
-    return path
 
 
 def hyper(tokenizer, **values):
@@ -66,17 +57,17 @@ def work_of(weights, products, rows=None, cols=None):
     return quantizer.Work("w", weights.astype(np.float32), u.astype(np.float32), rows, cols)
 
 
+def weights_of(unit, row, col, sigma, tau, codes):
+    """What the arrays of a matrix with classes stand for."""
+    levels = quantizer.values_of(codes, quantizer.classes_of(row, col, sigma, tau))
+    return quantizer.steps_of(unit, row, col) * levels
+
+
 def gaussian_state(hp, seed=0):
     """The weights of a model, all Gaussian."""
     torch.manual_seed(seed)
     state = tg.GPT(hp).state_dict()
     return {name: 0.05 * torch.randn(w.shape) for name, w in state.items()}
-
-
-def load(data, tmp_path, tokenizer):
-    path = tmp_path / "a.artifact"
-    path.write_bytes(data)
-    return tg.load_artifact(path, resolve({}, TOKENIZER_PATH=tokenizer))[1]
 
 
 # ---- U, GPTQ
@@ -144,7 +135,7 @@ def test_gptq_loses_less_than_rounding():
 
     def loss(seen):
         ((unit, row, col, *rest),) = quantizer.encode([work_of(weights, seen)], 0.2, hp).values()
-        error = quantizer.weights_of(unit, row, col, *rest) - weights
+        error = weights_of(unit, row, col, *rest) - weights
         return float((error @ products.numpy() * error).sum())
 
     assert loss(products) < 0.5 * loss(torch.eye(48, dtype=torch.float64))
@@ -222,7 +213,7 @@ def test_the_trellis_is_within_0_7_db_of_the_bound(tokenizer):
         hp = dataclasses.replace(hyper(tokenizer), quant_trellis=states, quant_lambda=lam)
         (arrays,) = quantizer.encode([work], 0.25, hp).values()
         data = quantizer.rans_encode(arrays[5:], [quantizer.classes_of(*arrays[1:5])])
-        error = quantizer.weights_of(*arrays) - weights
+        error = weights_of(*arrays) - weights
         bits = 8 * len(data) / weights.size
         gaps[states] = 10 * math.log10(float((error**2).mean()) * 4**bits)
     assert gaps[8] < 0.7
@@ -236,7 +227,7 @@ def test_coarse_rows_are_no_worse_than_zeros(tokenizer):
     weights[64:] *= 0.02
     work = work_of(weights, torch.eye(64, dtype=torch.float64))
     (arrays,) = quantizer.encode([work], 0.25, hyper(tokenizer)).values()
-    assert not quantizer.weights_of(*arrays)[64:].any()
+    assert not weights_of(*arrays)[64:].any()
 
 
 # ---- scales, exact on every machine
@@ -538,10 +529,10 @@ def test_what_is_packed_is_read_again(tokenizer, tmp_path):
     works = [quantizer.prepare(n, w, None, hp) for n, w in state.items() if tg.bits_of(n, w, hp)]
     usual = quantizer.usual_constant(works, 1) / 2
     coded = quantizer.encode(works, usual * hp.quant_step, hp)
-    weights = load(quantizer.packer(state, hp)(hp), tmp_path, tokenizer)
+    _, weights = load(quantizer.packer(state, hp)(hp), tmp_path, tokenizer)
     assert coded
     for name, arrays in coded.items():
-        expected = quantizer.weights_of(*arrays)
+        expected = weights_of(*arrays)
         np.testing.assert_array_equal(weights[name].numpy(), expected)
         error = weights[name] - state[name]
         assert float(error.norm() / state[name].norm()) < 0.15
@@ -553,7 +544,7 @@ def test_what_is_packed_is_read_again(tokenizer, tmp_path):
 def test_all_kinds_of_artifacts_are_read_again(tokenizer, tmp_path, changed):
     hp = hyper(tokenizer, **changed)
     state = gaussian_state(hp)
-    weights = load(quantizer.packer(state, hp)(hp), tmp_path, tokenizer)
+    _, weights = load(quantizer.packer(state, hp)(hp), tmp_path, tokenizer)
     for name, w in state.items():
         assert float((weights[name] - w).norm() / w.norm()) < 0.15
 
@@ -569,7 +560,7 @@ def golden_state():
 
 
 def test_a_committed_artifact_decodes_to_the_same_bits(tokenizer, tmp_path):
-    weights = load(GOLDEN.read_bytes(), tmp_path, tokenizer)
+    _, weights = load(GOLDEN.read_bytes(), tmp_path, tokenizer)
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(weights[name].numpy().astype("<f4").tobytes())
@@ -577,7 +568,7 @@ def test_a_committed_artifact_decodes_to_the_same_bits(tokenizer, tmp_path):
 
 
 def test_a_committed_artifact_is_near_its_weights(tokenizer, tmp_path):
-    weights = load(GOLDEN.read_bytes(), tmp_path, tokenizer)
+    _, weights = load(GOLDEN.read_bytes(), tmp_path, tokenizer)
     for name, w in golden_state().items():
         assert float((weights[name] - w).norm() / w.norm()) < 0.15
 
@@ -588,17 +579,16 @@ def test_the_one_constant_fills_the_cap_to_0_1_percent(tokenizer, share):
     state = gaussian_state(hp)
     cap = tg.code_bytes(hp) + int(share * len(quantizer.packer(state, hp)(hp)))
     hp = dataclasses.replace(hp, artifact_max_bytes=cap)
-    run = types.SimpleNamespace(hp=hp, rank=0, world_size=1, log=print, dir=Path("run"))
+    run = LoggedRun(hp)
     total = tg.code_bytes(hp) + len(quantizer.make_artifact(state, None, run))
     assert 0.999 * cap <= total <= cap
 
 
 def test_a_cap_that_no_step_fills_is_said(tokenizer):
     hp = hyper(tokenizer, FIT_BUDGET="step", ARTIFACT_MAX_BYTES=1000)
-    lines = []
-    run = types.SimpleNamespace(hp=hp, rank=0, world_size=1, log=lines.append, dir=Path("run"))
+    run = LoggedRun(hp)
     quantizer.make_artifact(gaussian_state(hp), None, run)
-    assert lines[0].endswith("(it cannot do more)")
+    assert run.lines[0].endswith("(it cannot do more)")
 
 
 def test_the_forecast_is_near_what_is_packed(tokenizer):
@@ -624,7 +614,7 @@ def test_a_calibration_that_met_nan_names_the_matrix_and_where_the_weights_are(t
     model = small_model()
     seen = calibrated(model, *tokens_of(96))
     seen.uses["blocks.0.fc"].products[0, 0] = math.nan
-    run = types.SimpleNamespace(hp=hp, rank=0, world_size=1, log=print, dir=Path("run"))
+    run = LoggedRun(hp)
     what = (
         r"calibration: blocks\.0\.fc\.weight met values that are not finite; .*run/final_model\.pt"
     )
@@ -637,7 +627,7 @@ def test_matrices_and_rows_of_zeros_stay_zeros(tokenizer, tmp_path):
     state = gaussian_state(hp)
     state["blocks.0.proj.weight"].zero_()
     state["blocks.0.fc.weight"][5].zero_()
-    weights = load(quantizer.packer(state, hp)(hp), tmp_path, tokenizer)
+    _, weights = load(quantizer.packer(state, hp)(hp), tmp_path, tokenizer)
     assert not weights["blocks.0.proj.weight"].any()
     assert not weights["blocks.0.fc.weight"][5].any()
     assert weights["blocks.0.fc.weight"].any()
@@ -649,7 +639,7 @@ def test_a_model_that_saw_nothing_but_one_token_is_packed(tokenizer, tmp_path):
     model = small_model()
     inputs = torch.full((1, 4), 7)
     seen = calibrated(model, inputs, inputs)
-    weights = load(quantizer.packer(gaussian_state(hp), hp, seen)(hp), tmp_path, tokenizer)
+    _, weights = load(quantizer.packer(gaussian_state(hp), hp, seen)(hp), tmp_path, tokenizer)
     assert all(w.isfinite().all() for w in weights.values())
 
 
@@ -673,7 +663,7 @@ def test_a_damaged_artifact_is_refused_or_has_its_shapes(tmp_path_factory, edits
         with pytest.raises(tg.UserError, match="truncated or damaged"):
             load(bytes(data), folder, folder / "some.model")
     try:
-        weights = load(resealed(bytes(data)), folder, folder / "some.model")
+        _, weights = load(resealed(bytes(data)), folder, folder / "some.model")
     except tg.UserError:
         return
     assert {n: w.shape for n, w in weights.items()} == {
