@@ -101,7 +101,105 @@ def value_rules(hp: core.Hyperparameters, context: int) -> list[tuple[Any, str]]
         (unfit, "{FIT_BUDGET}: needs QUANT_METHOD=round and QUANT_CLIP=sigma"),
         (hp.fit_budget == "step" and not gptq, "{FIT_BUDGET}: needs QUANT_METHOD=gptq"),
         (kept, "{CALIBRATION_SECONDS}: all of {MAX_WALLCLOCK_SECONDS}; nothing is left to train"),
+        *technique_rules(hp),
+        *schedule_rules(hp),
     ]
+
+
+def changed_settings(hp: core.Hyperparameters) -> set[str]:
+    """Name the settings that are not at their defaults, given or not."""
+    return {name for name, f in core.FIELDS.items() if getattr(hp, name.lower()) != f.default}
+
+
+def technique_rules(hp: core.Hyperparameters) -> list[tuple[Any, str]]:
+    """List the rules between settings of frontier.py that shape the model or its updates."""
+    layers = hp.num_layers
+    loops = hp.loop_repeats
+    order = loops and hp.loop_last < hp.loop_first
+    beyond = loops and hp.loop_last >= layers
+    changed = changed_settings(hp)
+    visits = layers + loops * (hp.loop_last + 1 - hp.loop_first)
+    muon = {"MUON_ROW_NORM", "MUON_COEFFICIENTS", "NORMUON_BETA2", "CAUTIOUS_WD"} & changed
+    adamw = hp.matrix_optimizer == "adamw" and muon
+    blend = hp.ema_blend < 1 and not hp.ema_decay
+    return [
+        (order, "{LOOP_LAST}: before {LOOP_FIRST}"),
+        (beyond, "{LOOP_LAST}: layers are 0 to {NUM_LAYERS} - 1"),
+        (loops and hp.loop_start == 1, "{LOOP_START}: leaves no step that trains the loops"),
+        (hp.skips == "mudd" and visits < 3, "{SKIPS}: mudd needs three visits of blocks"),
+        (hp.parallel_last_n > layers, "{PARALLEL_LAST_N}: over {NUM_LAYERS}"),
+        (set(hp.window_pattern) - {*"SL"}, "{WINDOW_PATTERN}: has other letters than S and L"),
+        (hp.sparse_attn_gate > hp.model_dim, "{SPARSE_ATTN_GATE}: over {MODEL_DIM}"),
+        (hp.smear_gate == 2 and hp.model_dim < 12, "{SMEAR_GATE}: needs MODEL_DIM=12 or more"),
+        (adamw, f"{{MATRIX_OPTIMIZER}}: has no use for {', '.join(sorted(muon))}"),
+        (hp.cautious_wd and not hp.muon_wd, "{CAUTIOUS_WD}: needs MUON_WD"),
+        (blend, "{EMA_BLEND}: needs EMA_DECAY"),
+    ]
+
+
+def schedule_rules(hp: core.Hyperparameters) -> list[tuple[Any, str]]:
+    """List the rules of schedules: each is one that can be read, and none undoes another."""
+    both = hp.lr_warmup_steps and hp.lr_warmup_ratio
+    falls = {"WARMDOWN_ITERS", "WARMDOWN_FRAC"} & changed_settings(hp)
+    idle = hp.lr_schedule in ("cosine", "constant") and falls
+    slow = 0 < hp.iterations <= hp.lr_warmup_steps
+    fall = float(hp.warmdown_frac or 0)
+    early = hp.lr_schedule in ("linear", "wsd") and hp.lr_warmup_ratio + fall > 1
+    rules = [
+        (slow, "{LR_WARMUP_STEPS}: not under {ITERATIONS}"),
+        (early, "{LR_WARMUP_RATIO}: the rates fall before they have risen ({WARMDOWN_FRAC})"),
+        (both, "{LR_WARMUP_STEPS}: or {LR_WARMUP_RATIO}, not both"),
+        (idle, f"{{LR_SCHEDULE}}: has no use for {', '.join(sorted(falls))}"),
+    ]
+    if not (hp.seq_len_schedule or hp.batch_schedule):
+        return rules
+    module = core.find_beside("frontier.py")
+    try:
+        stages = module.stages_of(hp) if module else []
+    except ValueError:
+        form = "expected VALUE@SHARE, ... with whole values, and shares that rise between 0 and 1"
+        return [*rules, (True, f"{{SEQ_LEN_SCHEDULE}}, {{BATCH_SCHEDULE}}: {form}")]
+    for stage in stages:
+        length = stage.hp.train_seq_len
+        tokens = stage.hp.train_batch_tokens
+        where = f"from {stage.begin:g} of the run on, {tokens} tokens in sequences of {length}"
+        long = not 0 < length <= hp.train_seq_len
+        uneven = not long and (tokens < length or tokens % length)
+        micro = hp.micro_batch_tokens
+        unfit = micro and not (long or uneven) and (micro % length or tokens % micro)
+        rules += [
+            (long, f"{{SEQ_LEN_SCHEDULE}}: {length} is not between 1 and {{TRAIN_SEQ_LEN}}"),
+            (uneven, f"{{SEQ_LEN_SCHEDULE}}, {{BATCH_SCHEDULE}}: {where}: not divisible"),
+            (unfit, f"{{MICRO_BATCH_TOKENS}}: {where}: does not fit"),
+        ]
+    return rules
+
+
+def flops_per_token(hp: core.Hyperparameters, loops: bool = True) -> float:
+    """Count the FLOPs of training on one token: 3·(2·W + 4·D·keys), a third of them forward.
+
+    W are the weights that it is multiplied with, in all visits of the blocks and in the head; a
+    key costs 2·D for its score and 2·D for its value, and there are (T + 1)/2 on the mean, or what
+    a window leaves. Backward has two products for each one forward. Nothing elementwise counts.
+    """
+    dim = hp.model_dim
+    T = hp.train_seq_len
+    kv_dim = dim // hp.num_heads * hp.num_kv_heads
+    layer = 2 * dim * (dim + kv_dim + int(hp.mlp_mult * dim)) + hp.sparse_attn_gate * hp.num_heads
+    again = [*range(hp.loop_first, hp.loop_last + 1)] * (hp.loop_repeats if loops else 0)
+    visits = [*range(hp.num_layers), *again]
+    pattern = hp.window_pattern or "L"
+    keys = 0.0
+    for i in visits:
+        is_short = pattern[i % len(pattern)] == "S" and i < hp.num_layers - 1
+        most = min(T, hp.window_tokens) if is_short else T
+        keys += (most * (most + 1) / 2 + (T - most) * most) / T
+    weights = len(visits) * layer + hp.vocab_size * dim
+    if hp.bigram_buckets:
+        weights += hp.bigram_dim * dim
+    if hp.skips == "mudd":
+        weights += sum(64 * (dim + i) for i in range(2, len(visits), 2))
+    return 3 * (2 * weights + 4 * dim * keys)
 
 
 def device_problems(hp: core.Hyperparameters) -> list[str]:
@@ -389,13 +487,10 @@ def check_origin(state: dict[str, Any], path: Path, data: str, run: core.Run) ->
     return grave
 
 
-def optimizer_state(trainer: core.Trainer, p: Tensor) -> dict[str, Any]:
-    """Find what its optimizer keeps for a parameter, empty before the first step."""
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            if any(p is q for q in group["params"]):
-                return optimizer.state[p]
-    raise KeyError("a parameter that no optimizer owns")
+def optimizer_states(trainer: core.Trainer, p: Tensor) -> list[dict[str, Any]]:
+    """List what each of its optimizers keeps for a parameter, empty before the first step."""
+    groups = [(optimizer, g) for optimizer in trainer.optimizers for g in optimizer.param_groups]
+    return [o.state[p] for o, group in groups if any(p is q for q in group["params"])]
 
 
 def gather_state(trainer: core.Trainer, step: int, elapsed: float, whole: bool) -> dict[str, Any]:
@@ -411,7 +506,8 @@ def gather_state(trainer: core.Trainer, step: int, elapsed: float, whole: bool) 
         if trainer.average is not None:
             kept["average"] = trainer.within(name, trainer.average)
         if whole:
-            kept |= optimizer_state(trainer, p)
+            for state in optimizer_states(trainer, p):
+                kept |= state
         params[name] = {
             key: value.detach().cpu().clone() if isinstance(value, Tensor) else value
             for key, value in kept.items()
@@ -424,6 +520,8 @@ def gather_state(trainer: core.Trainer, step: int, elapsed: float, whole: bool) 
             params |= share
     return {
         "step": step,
+        "tokens": trainer.tokens,
+        "visits": trainer.model.visits,
         "elapsed": elapsed,
         "stop": int(run.stop),
         "whole": whole,
@@ -450,13 +548,16 @@ def restore_state(trainer: core.Trainer, state: dict[str, Any]) -> None:
             trainer.within(name, trainer.average).copy_(average)
         restore_optimizer(trainer, p, kept)
     torch.set_rng_state(state["random"])
+    trainer.tokens = state.get("tokens", state["step"] * trainer.run.hp.train_batch_tokens)
     trainer.feed_from(state["step"])
+    trainer.model.visits = state.get("visits", trainer.model.visits)
 
 
 def restore_optimizer(trainer: core.Trainer, p: Tensor, kept: dict[str, Any]) -> None:
-    """Put back what an optimizer kept for a parameter, be that made yet or not."""
-    state = optimizer_state(trainer, p)
+    """Put back what its optimizers kept for a parameter, be that made yet or not."""
+    states = optimizer_states(trainer, p)
     for key, value in kept.items():
+        state = next((state for state in states if key in state), states[0])
         if isinstance(state.get(key), Tensor):
             state[key].detach().copy_(value)  # others may hold views of it
         else:
@@ -466,7 +567,7 @@ def restore_optimizer(trainer: core.Trainer, p: Tensor, kept: dict[str, Any]) ->
 def parts(stream: core.TokenStream, count: int) -> Iterator[np.ndarray]:
     """Read the first `count` tokens of a split, in parts that take little memory."""
     for start in range(0, count, PART_TOKENS):
-        yield stream.read(start, min(PART_TOKENS, count - start))
+        yield core.TokenStream.read(stream, start, min(PART_TOKENS, count - start))
 
 
 class Identity:
@@ -889,6 +990,10 @@ class Keeper:
         """Do what rank 0 does of `prepare`."""
         run = self.run
         self.data = Identity(trainer.stream)
+        line = f"flops_per_token:{flops_per_token(run.hp):.4g}"
+        if run.hp.loop_repeats:
+            line += f" before_loops:{flops_per_token(run.hp, loops=False):.4g}"
+        run.log(line)
         forecast(trainer.params, run)
         path = None
         if run.hp.resume:
@@ -1102,7 +1207,7 @@ class Keeper:
         run = self.run
         if why := why_ended(run, step):
             run.log(f"stopping_early: {why} train_time:{1e3 * elapsed:.0f}ms step:{step}")
-        epochs = step * run.hp.train_batch_tokens / trainer.stream.total
+        epochs = trainer.tokens / trainer.stream.total
         if epochs > 1:
             run.log(f"epochs:{epochs:.2f}")
         if run.device.type == "cuda":

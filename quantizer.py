@@ -476,7 +476,7 @@ def calibrate(trainer: core.Trainer, step: int, elapsed: float) -> Calibration:
     start = run.clock(synchronize=True)
     view = evaluation_view(run)
     tokens = view.hp.train_batch_tokens
-    first = math.ceil(step * hp.train_batch_tokens / tokens)
+    first = math.ceil(trainer.tokens / tokens)
     feed = core.batches(trainer.stream, view, first)
     wanted = math.ceil(hp.calibration_tokens / tokens)
     cap = hp.max_wallclock_seconds - elapsed if hp.max_wallclock_seconds else math.inf

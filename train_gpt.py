@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +58,9 @@ from torch.nn.attention.varlen import varlen_attn
 # A wrong or misspelt setting must stop the run at once, not be ignored for minutes on eight GPUs.
 
 
+Weights = Mapping[str, Tensor]  # by their names
+
+
 class UserError(Exception):
     """What the user can put right: the message says what was wrong, where, and what to do."""
 
@@ -68,9 +71,12 @@ def require(condition: Any, problem: str) -> None:
         raise UserError(problem)
 
 
-def setting(role: str, default: Any, valid: str, doc: str) -> Any:
-    """Declare a setting; `valid` is an interval, or "a, b, c" for choices, or empty: any text."""
-    about = {"valid": valid, "choices": valid.split(", "), "doc": doc, "role": role}
+def setting(role: str, default: Any, valid: str, doc: str, file: str = "") -> Any:
+    """Declare a setting; `valid` is an interval, or "a, b, c" for choices, or empty: any text.
+
+    Values but the default need `file` beside this one.
+    """
+    about = {"valid": valid, "choices": valid.split(", "), "doc": doc, "role": role, "file": file}
     if valid.startswith(("[", "(")):  # a round bracket leaves its end out
         low, high = map(float, valid[1:-1].split(","))
         about["least"] = math.nextafter(low, math.inf) if valid.startswith("(") else low
@@ -82,6 +88,8 @@ def setting(role: str, default: Any, valid: str, doc: str) -> Any:
 model_setting = partial(setting, "model")
 result_setting = partial(setting, "result")
 run_setting = partial(setting, "run")
+model_technique = partial(setting, "model", file="frontier.py")
+result_technique = partial(setting, "result", file="frontier.py")
 
 
 @dataclass(frozen=True)
@@ -119,32 +127,49 @@ class Hyperparameters:
     warmdown_iters: int = result_setting(1200, "[0, inf)", "steps in which the rates fall to 0")
     warmdown_frac: float | str = result_setting("", "[0, 1]", "or: share of the run; empty: off")
     final_lr_frac: float = result_setting(0.0, "[0, 1]", "share of the rates where it ends")
-    ema_decay: float = result_setting(0.0, "[0, 1)", "export the moving average; 0: off")
+    lr_schedule: str = result_technique("linear", "linear, cosine, wsd, constant", "of the rates")
+    lr_warmup_steps: int = result_technique(0, "[0, inf)", "steps in which the rates rise")
+    lr_warmup_ratio: float = result_technique(0.0, "[0, 1)", "or: share of the run; 0: off")
+    ema_decay: float = result_technique(0.0, "[0, 1)", "export the moving average; 0: off")
+    ema_blend: float = result_technique(1.0, "[0, 1]", "its share in what is exported")
     train_batch_tokens: int = result_setting(524288, "[1, inf)", "tokens a step, all ranks")
     train_doc_isolated: int = result_setting(0, "0, 1", "train without attention over documents")
-    data_shuffle: int = result_setting(0, "0, 1", "read documents in an order that SEED gives")
+    batch_schedule: str = result_technique("", "", "tokens a step until shares: 8192@0.2,16384@0.5")
+    seq_len_schedule: str = result_technique("", "", "sequence lengths until shares of the run")
+    data_shuffle: int = result_technique(0, "0, 1", "read documents in an order that SEED gives")
     train_seq_len: int = model_setting(1024, "[1, 1048576]", "sequence length in training")
     vocab_size: int = model_setting(1024, "[1, 65536]", "must equal the tokenizer's")
     num_layers: int = model_setting(9, "[1, 1024]", "blocks; first half feeds skips to the second")
+    loop_repeats: int = model_technique(0, "[0, 64]", "more visits of LOOP_FIRST to LOOP_LAST")
+    loop_first: int = model_setting(0, "[0, 1023]", "first block, from 0, of those")
+    loop_last: int = model_setting(0, "[0, 1023]", "last block of those")
+    loop_start: float = result_setting(0.0, "[0, 1]", "share of the run before they come")
+    skips: str = model_technique("unet", "unet, gated, mudd, none", "ways around blocks")
+    resid_mix: int = model_technique(1, "0, 1", "mix each block's input with the first one")
+    channel_gains: int = model_technique(1, "0, 1", "scale what blocks add, channel by channel")
+    parallel_last_n: int = model_technique(0, "[0, inf)", "last layers whose MLP skips attention")
     model_dim: int = model_setting(512, "[1, 65536]", "width of the residual stream")
     num_heads: int = model_setting(8, "[1, 65536]", "query heads; divides MODEL_DIM")
     num_kv_heads: int = model_setting(4, "[1, 65536]", "key and value heads; divides NUM_HEADS")
     mlp_mult: float = model_setting(2.0, "(0, 64]", "MLP hidden width, in units of MODEL_DIM")
-    mlp_act: str = model_setting("relu2", "relu2, leaky_relu2", "the MLP's activation")
+    mlp_act: str = model_technique("relu2", "relu2, leaky_relu2", "the MLP's activation")
     mlp_leaky_slope: float = model_setting(0.5, "[0, 1]", "leaky_relu2: slope of negative side")
     tie_embeddings: int = model_setting(1, "0, 1", "the output head is the token embedding")
     rope_base: float = model_setting(10000.0, "(0, inf)", "base of the rotary frequencies")
     rope_dims: int = model_setting(0, "[0, 65536]", "rotated channels of each head; 0: all")
-    rope_scaling: str = model_setting("none", "none, linear, ntk, yarn", "past the trained length")
+    rope_scaling: str = model_technique("none", "none, linear, ntk, yarn", "past TRAIN_SEQ_LEN")
     eval_seq_len: int = model_setting(0, "[0, 1048576]", "context in validation; 0: TRAIN_SEQ_LEN")
-    eval_stride: int = model_setting(0, "[0, inf)", "tokens that a window moves; 0: no overlap")
+    eval_stride: int = model_technique(0, "[0, inf)", "tokens that a window moves; 0: no overlap")
     eval_doc_isolated: int = model_setting(0, "0, 1", "validate without attention over documents")
-    xsa_last_n: int = model_setting(0, "[0, inf)", "last layers with exclusive self-attention")
-    smear_gate: int = model_setting(0, "0, 1", "mix each embedding with the one before it")
-    bigram_buckets: int = model_setting(0, "[0, inf)", "rows for hashed pairs of tokens; 0: off")
+    window_pattern: str = model_technique("", "", "S and L tiled over layers, the last L; empty: L")
+    window_tokens: int = model_setting(512, "[1, inf)", "that S attends to, its own included")
+    sparse_attn_gate: int = model_technique(0, "[0, inf)", "channels that gate heads; 0: no gate")
+    xsa_last_n: int = model_technique(0, "[0, inf)", "last layers with exclusive self-attention")
+    smear_gate: int = model_technique(0, "0, 1, 2", "mix each embedding with the last; 2: by token")
+    bigram_buckets: int = model_technique(0, "[0, inf)", "rows for hashed pairs of tokens; 0: off")
     bigram_dim: int = model_setting(128, "[1, 65536]", "width of those rows")
-    ln_scale: int = model_setting(0, "0, 1", "divide layer i's normed inputs by the root of i + 1")
-    ortho_init: int = model_setting(0, "0, 1", "orthogonal matrices; the writing ones scaled")
+    ln_scale: int = model_technique(0, "0, 1", "divide layer i's normed inputs by sqrt(i + 1)")
+    ortho_init: int = model_technique(0, "0, 1", "orthogonal matrices; the writing ones scaled")
     logit_softcap: float = model_setting(30.0, "(0, inf)", "c in c*tanh(logits/c)")
     qk_gain_init: float = model_setting(1.5, "(-inf, inf)", "initial gain of each query head")
     quant_bits_mlp: int = model_setting(8, "[2, 8]", "bits of a stored weight, MLP")
@@ -153,8 +178,8 @@ class Hyperparameters:
     quant_bits_bigram: int = model_setting(8, "[2, 8]", "the same, BIGRAM_BUCKETS")
     quant_clip: str = model_setting("rowmax", "rowmax, sigma", "where a row's levels end")
     quant_sigma: float = model_setting(12.85, "(0, inf)", "sigma: they end at N deviations")
-    compressor: str = model_setting("zstd", "zstd, rans", "codes the levels")
-    quant_method: str = model_setting("round", "round, gptq", "gptq: quantizer.py's, calibrated")
+    compressor: str = model_setting("zstd", "zstd, rans", "codes the levels", "quantizer.py")
+    quant_method: str = model_setting("round", "round, gptq", "gptq: calibrated", "quantizer.py")
     quant_trellis: int = model_setting(8, "1, 8", "gptq: states of the trellis; 1: no trellis")
     quant_classes: int = model_setting(1, "0, 1", "gptq: histograms by deviation; 0: by matrix")
     quant_steps: str = result_setting(
@@ -164,23 +189,35 @@ class Hyperparameters:
     quant_lambda: float = result_setting(0.37, "[0, inf)", "gptq: price of a bit, squared steps")
     calibration_tokens: int = result_setting(2**20, "[1, inf)", "gptq: training tokens it sees")
     calibration_seconds: float = result_setting(8.0, "[0, inf)", "gptq: kept from the wallclock")
-    fit_budget: str = result_setting("none", "none, sigma, step", "QUANT_* that fills the cap")
+    fit_budget: str = result_setting("none", "none, sigma, step", "fills the cap", "quantizer.py")
+    mtp_tokens: int = result_technique(0, "[0, 8]", "further next tokens to learn from; 0: off")
+    prefix_weight: float = result_technique(0.0, "[0, inf)", "of the target's prefix; 0: off")
     embed_lr: float = result_setting(0.6, "[0, inf)", "Adam, token embedding, untied")
     head_lr: float = result_setting(0.008, "[0, inf)", "Adam, output head, untied")
     tied_embed_lr: float = result_setting(0.05, "[0, inf)", "Adam, token embedding, tied")
     tied_embed_init_std: float = result_setting(0.005, "[0, inf)", "initial deviation, if tied")
-    matrix_lr: float = result_setting(0.04, "[0, inf)", "Muon, matrices of the blocks")
+    matrix_optimizer: str = result_technique("muon", "muon, adamw", "for matrices of the blocks")
+    matrix_lr: float = result_setting(0.04, "[0, inf)", "its rate")
     scalar_lr: float = result_setting(0.04, "[0, inf)", "Adam, gains and scales")
     muon_momentum: float = result_setting(0.95, "[0, 1)", "momentum after its warmup")
     muon_backend_steps: int = result_setting(5, "[1, 100]", "Newton-Schulz iterations")
+    muon_coefficients: str = result_technique("quintic", "quintic, polar", "polar: Polar Express")
+    muon_row_norm: int = result_setting(0, "0, 1", "norm the rows before them (MuonEq-R)")
+    normuon_beta2: float = result_technique(0.0, "[0, 1)", "norm neurons after them; 0: off")
     muon_momentum_warmup_start: float = result_setting(0.85, "[0, 1)", "momentum at step 0")
     muon_momentum_warmup_steps: int = result_setting(500, "[0, inf)", "steps of that warmup")
+    muon_momentum_warmdown_frac: float = result_technique(0.0, "[0, 1]", "share of its way back")
+    ema_nesterov: float = result_technique(0.0, "[0, 1)", "look ahead along mean steps; 0: off")
     beta1: float = result_setting(0.9, "[0, 1)", "Adam, first moment")
     beta2: float = result_setting(0.95, "[0, 1)", "Adam, second moment")
+    embed_beta2: float = result_technique(0.0, "[0, 1)", "the same, embeddings; 0: BETA2")
+    scalar_beta2: float = result_technique(0.0, "[0, 1)", "the same, gains and scales; 0: BETA2")
     adam_eps: float = result_setting(1e-8, "[0, inf)", "Adam, added to the denominator")
     muon_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, matrices of the blocks")
     adam_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, gains, scales and head")
     embed_wd: float = result_setting(0.0, "[0, inf)", "decoupled decay, embeddings")
+    wd_schedule: str = result_technique("constant", "constant, linear, cosine", "of all decays")
+    cautious_wd: int = result_technique(0, "0, 1", "decay a matrix where its step does so too")
     grad_clip_norm: float = result_setting(0.0, "[0, inf)", "cap on the gradient norm; 0: off")
     given: frozenset[str] = field(default=frozenset(), compare=False)  # settings that were given
     bos: int = field(default=1, compare=False)  # the id that begins a document
@@ -248,6 +285,48 @@ def read_dotenv(path: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
+@cache
+def find_beside(name: str) -> ModuleType | None:
+    """Import a file of code, if it is beside this one."""
+    if not Path(__file__).with_name(name).is_file():
+        return None
+    if __name__ == "__main__":  # what it imports is this module, not a second one
+        sys.modules["train_gpt"] = sys.modules[__name__]
+    return importlib.import_module(Path(name).stem)
+
+
+def find_keeper() -> ModuleType | None:
+    """Import keeper.py, which protects, resumes and explains a run, if it is there, and can run."""
+    is_posix = importlib.util.find_spec("fcntl")
+    return find_beside("keeper.py") if is_posix else None
+
+
+def extra(name: str, hp: Hyperparameters) -> ModuleType | None:
+    """Import a file that these settings need. Raises UserError if it is not beside this one."""
+    ours = [key for key, f in FIELDS.items() if f.metadata["file"] == name]
+    asking = [key for key in ours if getattr(hp, key.lower()) != FIELDS[key].default]
+    if not asking:
+        return None
+    module = find_beside(name)
+    require(module, f"{', '.join(asking)}: {name} must lie beside {Path(__file__).name}")
+    return module
+
+
+quantizer = partial(extra, "quantizer.py")
+frontier = partial(extra, "frontier.py")
+
+
+def part(name: str, hp: Hyperparameters) -> Any:
+    """Give frontier.py's class of this name, if settings need that file; or else this file's."""
+    return getattr(frontier(hp) or sys.modules[__name__], name)
+
+
+def code_files(hp: Hyperparameters) -> list[str]:
+    """List the files whose code counts."""
+    modules = [quantizer(hp), frontier(hp)]
+    return [__file__, *(str(module.__file__) for module in modules if module)]
+
+
 def value_problems(hp: Hyperparameters) -> list[str]:
     """Say what is wrong between settings that are each valid; the keeper has more to say."""
     context = hp.eval_seq_len or hp.train_seq_len
@@ -281,30 +360,25 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
     elif hp.save_every or hp.resume:
         problems.append(f"SAVE_EVERY, RESUME: need keeper.py beside {Path(__file__).name}")
     require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
-    quantizer(hp)
+    code_files(hp)
     return hp
 
 
 # ===================================== MODEL =====================================
 
 
+def frequencies(hp: Hyperparameters, length: int) -> Tensor:
+    """Give the angles by which a position turns pairs of channels, base^(-2i/r): double (r/2)."""
+    r = hp.rope_dims or hp.model_dim // hp.num_heads
+    return hp.rope_base ** -(torch.arange(r // 2).double() / (r // 2))
+
+
 def rotary_table(hp: Hyperparameters, length: int, rows: int = 1) -> Tensor:
     """Tabulate cos and ±sin of t·f for positions t and frequencies f: double (2, T, r).
 
-    f_i = base^(-2i/r) (arXiv 2104.09864). T is `rows` contexts. Where one is s times as long as in
-    training, linear divides f by s, ntk takes base·s^(r/(r-2)), yarn divides slow f (2309.00071).
+    T is `rows` contexts (RoPE, arXiv 2104.09864).
     """
-    r = hp.rope_dims or hp.model_dim // hp.num_heads
-    s = max(1.0, length / hp.train_seq_len)
-    base = hp.rope_base
-    if hp.rope_scaling == "ntk":
-        base *= s ** (r / (r - 2))
-    part = torch.arange(r // 2).double() / (r // 2)
-    f = base**-part
-    if hp.rope_scaling == "linear":
-        f /= s
-    elif hp.rope_scaling == "yarn":
-        f /= 1 + (s - 1) * ((part - 0.25) / 0.75).clamp(0, 1)
+    f = part("frequencies", hp)(hp, length)
     angles = torch.outer(torch.arange(rows * length).double(), f)
     cos = angles.cos().repeat(1, 2)
     sin = torch.cat((angles.sin(), -angles.sin()), dim=1)
@@ -378,9 +452,10 @@ LOGITS = {"cuda": 2**29, "mps": 2**24, "cpu": 2**18}  # that are made at once
 
 
 class CappedLoss(torch.autograd.Function):
-    """Give the NLL of targets (N) by softmax(c·tanh(x·Wᵀ/c)), for x (N, D) and W (V, D).
+    """Give the NLL of targets (N, K) by softmax(c·tanh(x·Wᵀ/c)), for x (N, D) and W (V, D): (N).
 
-    Of the logits z their gradient alone is kept, (softmax(z) - onehot)·(1 - (z/c)²), in x's dtype.
+    It is the sum over K by `weights` (K). Of the logits z the gradient alone is kept, in x's dtype:
+    (softmax(z)·sum(weights) - sum(weights·onehot))·(1 - (z/c)²).
     """
 
     @staticmethod
@@ -389,36 +464,36 @@ class CappedLoss(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         targets: Tensor,
+        weights: Tensor | float,
         c: float,
-        listen: Callable[[Tensor, Tensor], None] | None = None,
+        listen: Callable[[Tensor, Tensor], None] | None,
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         capped = torch.tanh(F.linear(x, weight).to(wide) / c)
         logits = c * capped
         total = torch.logsumexp(logits, dim=-1, keepdim=True)
-        targets = targets[:, None]
-        inside = (targets != IGNORE).to(wide)
-        target = logits.gather(1, targets.clamp(min=0))
+        shares = (targets != IGNORE).to(wide) * weights
+        share = shares.sum(1, keepdim=True)
+        found = logits.gather(1, targets.clamp(min=0))
         if ctx.needs_input_grad[0]:
             classes = torch.arange(len(weight), device=x.device)
-            onehot = (classes == targets).to(wide)
-            slope = torch.exp(logits - total) - onehot
+            slope = torch.exp(logits - (total - share.log()))
+            for label, part in zip(targets.split(1, 1), shares.split(1, 1), strict=True):
+                slope = torch.where(classes == label, slope - part, slope)
             slope = slope * (1 - capped.square())
-            ctx.save_for_backward(x, weight, slope.to(x.dtype), inside)
+            ctx.save_for_backward(x, weight, slope.to(x.dtype))
             ctx.listen = listen
-        nll = (total - target) * inside
-        return nll[:, 0]
+        return (shares * (total - found)).sum(1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, slope, inside = ctx.saved_tensors
-        scale = grad[:, None] * inside
-        scale = scale.to(x.dtype)
+        x, weight, slope = ctx.saved_tensors
+        scale = grad[:, None].to(x.dtype)
         if ctx.listen:
             ctx.listen(x, slope * scale)
         dx = (slope @ weight) * scale
         dw = slope.mT @ (x * scale)
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -427,9 +502,7 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Matrix(nn.Linear):
-    """A linear map by weights W, cast where used; with a `delta` (A, B), by W + BA."""
-
-    delta: tuple[Tensor, Tensor] | None = None  # (..., r, in) and (..., out, r)
+    """A linear map by weights that are cast where they are used."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -439,20 +512,12 @@ class Matrix(nn.Linear):
         weight = self.weight
         if gains is not None:
             weight = gains[:, None] * weight
-        y = F.linear(x, weight.to(x.dtype))
-        if self.delta is None:
-            return y
-        a, b = self.delta
-        low = x @ a.mT.to(x.dtype)
-        low = low @ b.mT.to(x.dtype)
-        if gains is not None:
-            low = gains.to(x.dtype) * low
-        return y + low
+        return F.linear(x, weight.to(x.dtype))
 
 
 def together(x: Tensor, *parts: Matrix) -> Tensor:
-    """Map x by several matrices, side by side: in one product, if no hook or delta is alone."""
-    if any(m.delta or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in parts):
+    """Map x by several matrices, side by side: in one product, if none has a hook."""
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in parts):
         return torch.cat([m(x) for m in parts], dim=-1)
     weight = torch.cat([m.weight for m in parts])
     return F.linear(x, weight.to(x.dtype))
@@ -530,14 +595,6 @@ def tail(x: Tensor, last: int, dim: int) -> Tensor:
     return x if last == x.size(dim) else x.narrow(dim, x.size(dim) - last, last)
 
 
-def exclude_own(y: Tensor, v: Tensor) -> Tensor:
-    """Take from y (B, H, T, Dh) its part along the own v: y - (y·v)v/|v|² (arXiv 2603.09078)."""
-    own = F.normalize(v, dim=-1).unsqueeze(2)
-    grouped = y.unflatten(1, (v.size(1), -1))
-    along = (grouped * own).sum(-1, keepdim=True)
-    return (grouped - along * own).flatten(1, 2)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention with QK-norm and a learned gain of each query head."""
 
@@ -545,15 +602,14 @@ class Attention(nn.Module):
         super().__init__()
         dim = hp.model_dim
         self.head_dim = dim // hp.num_heads
-        self.exclusive = layer >= hp.num_layers - hp.xsa_last_n
         self.c_q = Matrix(dim, dim)
         self.proj = Matrix(dim, dim)
         self.c_k = Matrix(dim, self.head_dim * hp.num_kv_heads)
         self.c_v = Matrix(dim, self.head_dim * hp.num_kv_heads)
         self.q_gain = parameter(hp.num_heads, 1, 1)
 
-    def heads(self, x: Tensor, rotary: Tensor, last: int, documents: Cuts) -> Tensor:
-        """Give the output of each head at the last S positions of x (B, T, D): (B, H, S, Dh)."""
+    def project(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give q (B, H, T, Dh), and k and v (B, K, T, Dh), of x (B, T, D)."""
         H = self.q_gain.size(0)
         K = self.c_k.out_features // self.head_dim
         qkv = together(x, self.c_q, self.c_k, self.c_v)
@@ -562,12 +618,15 @@ class Attention(nn.Module):
         gains = F.pad(self.q_gain.view(H, 1), (0, 0, 0, K), value=1.0)
         qk = Norm.apply(qk, gains, rotary)
         q, k = qk.transpose(1, 2).split((H, K), dim=1)
-        v = v.transpose(1, 2)
-        y = attend(tail(q, last, dim=2), k, v, documents)
-        return exclude_own(y, tail(v, last, dim=2)) if self.exclusive else y
+        return q, k, v.transpose(1, 2)
+
+    def heads(self, x: Tensor, rotary: Tensor, last: int, documents: Cuts) -> Tensor:
+        """Give the output of each head at the last S positions of x (B, T, D): (B, H, S, Dh)."""
+        q, k, v = self.project(x, rotary)
+        return attend(tail(q, last, dim=2), k, v, documents)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, gains: Tensor, last: int, documents: Cuts
+        self, x: Tensor, rotary: Tensor, gains: Tensor | None, last: int, documents: Cuts
     ) -> Tensor:
         """Map x (B, T, D) to what the residual stream gets, (B, S, D), scaled by `gains` (D)."""
         y = self.heads(x, rotary, last, documents)
@@ -577,16 +636,20 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP: x ← m0·x + m1·x0; x ← x + a·Attention(norm x); x ← x + b·MLP(norm x).
 
-    m0, m1, a and b are learned per channel. MLP(x) = W2·relu(W1·x)² is Primer's (2109.08668).
+    m0, m1, a and b are learned per channel, if they are there. In a parallel block (GPT-J) both
+    read the same. MLP(x) = W2·relu(W1·x)² is Primer's (2109.08668).
     """
+
+    Attention = Attention
+    activate = staticmethod(SquaredRelu.apply)
 
     def __init__(self, hp: Hyperparameters, layer: int) -> None:
         super().__init__()
         dim = hp.model_dim
         hidden = int(hp.mlp_mult * dim)
-        self.slope = hp.mlp_leaky_slope if hp.mlp_act == "leaky_relu2" else 0.0
-        self.scale = (layer + 1) ** -0.5 if hp.ln_scale else 1.0
-        self.attn = Attention(hp, layer)
+        self.scale = 1.0  # of what is normed
+        self.parallel = False
+        self.attn = self.Attention(hp, layer)
         self.fc = Matrix(dim, hidden)
         self.proj = Matrix(hidden, dim)
         self.attn_scale = parameter(dim)
@@ -602,13 +665,14 @@ class Block(nn.Module):
         documents: Cuts,
     ) -> Tensor:
         """Map the residual stream x (B, T, D) to its `last` positions; x0 is what it started as."""
-        mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
+        if self.resid_mix is not None:
+            mix = self.resid_mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
         y = rms_norm(x, self.scale)
         x = tail(x, last, dim=1) + self.attn(y, rotary, self.attn_scale, last, documents)
-        y = self.fc(rms_norm(x, self.scale))
-        y = F.leaky_relu(y, self.slope).square() if self.slope else SquaredRelu.apply(y)
-        return x + self.proj(y, self.mlp_scale)
+        y = tail(y, last, dim=1) if self.parallel else rms_norm(x, self.scale)
+        y = self.fc(y)
+        return x + self.proj(self.activate(y), self.mlp_scale)
 
 
 class Table(nn.Embedding):
@@ -620,23 +684,6 @@ class Table(nn.Embedding):
         return F.embedding(ids, self.weight.to(wide)).to(self.weight.dtype)
 
 
-class BigramHash(nn.Module):
-    """A vector for each pair of tokens: row (36313·t_i XOR 27191·t_{i-1}) mod (N - 1) of N."""
-
-    def __init__(self, hp: Hyperparameters) -> None:
-        super().__init__()
-        self.table = Table(hp.bigram_buckets, hp.bigram_dim)
-        self.expand = Matrix(hp.bigram_dim, hp.model_dim)
-        self.bigram_scale = parameter()
-
-    def forward(self, inputs: Tensor, starts: Tensor) -> Tensor:
-        """Map tokens int64 (B, T) and `starts` bool (B, T) to vectors (B, T, D)."""
-        last = self.table.num_embeddings - 1  # for `starts`, where there is no token before
-        pairs = 36313 * inputs ^ 27191 * inputs.roll(1, 1)
-        rows = torch.where(starts, last, pairs % last)
-        return self.bigram_scale * self.expand(self.table(rows))
-
-
 class Row(NamedTuple):
     """How a kind of parameter starts, is trained, and is stored: a row of `parameter_table`."""
 
@@ -644,37 +691,30 @@ class Row(NamedTuple):
     optimizer: str  # "muon", for matrices alone, or "adam"
     lr: float
     decay: float
+    beta2: float  # of the second moment
     start: Any  # values, or what draws them; None: as its module drew them
     bits: int  # of a value in the artifact; 0: fp32
 
 
 def parameter_table(hp: Hyperparameters) -> list[Row]:
     """Describe the parameters of a GPT: the first row that fits a name counts."""
-    adam = ("adam", hp.scalar_lr, hp.adam_wd)
-    muon = ("muon", hp.matrix_lr, hp.muon_wd)
-    head = ("adam", hp.head_lr, hp.adam_wd)
-    embed = ("adam", hp.embed_lr, hp.embed_wd)
-    token = reads = None
-    writes = 0.0  # what writes to the residual stream starts silent
+    adam = ("adam", hp.scalar_lr, hp.adam_wd, hp.beta2)
+    muon = ("muon", hp.matrix_lr, hp.muon_wd, 0.0)
+    head = ("adam", hp.head_lr, hp.adam_wd, hp.beta2)
+    embed = ("adam", hp.embed_lr, hp.embed_wd, hp.beta2)
+    token = None
     if hp.tie_embeddings:
-        embed = ("adam", hp.tied_embed_lr, hp.embed_wd)
+        embed = ("adam", hp.tied_embed_lr, hp.embed_wd, hp.beta2)
         token = partial(nn.init.normal_, std=hp.tied_embed_init_std)
-    if hp.ortho_init:
-        reads = nn.init.orthogonal_
-        writes = partial(nn.init.orthogonal_, gain=(2 * hp.num_layers) ** -0.5)
-    return [
+    return [  # what writes to the residual stream starts silent
         Row("tok_emb.weight", *embed, token, hp.quant_bits_embed),
         Row("lm_head.weight", *head, 0.0, hp.quant_bits_embed),
-        Row("bigram.table.weight", *embed, 0.0, hp.quant_bits_bigram),
-        Row("bigram.expand.weight", *muon, None, hp.quant_bits_bigram),
-        Row("bigram.bigram_scale", *adam, 0.05, 0),
-        Row("smear", *adam, 0.0, 0),
         Row("skip_weights", *adam, 1.0, 0),
-        Row("blocks.*.attn.proj.weight", *muon, writes, hp.quant_bits_attn),
-        Row("blocks.*.attn.c_*.weight", *muon, reads, hp.quant_bits_attn),
+        Row("blocks.*.attn.proj.weight", *muon, 0.0, hp.quant_bits_attn),
+        Row("blocks.*.attn.c_*.weight", *muon, None, hp.quant_bits_attn),
         Row("blocks.*.attn.q_gain", *adam, hp.qk_gain_init, 0),
-        Row("blocks.*.proj.weight", *muon, writes, hp.quant_bits_mlp),
-        Row("blocks.*.fc.weight", *muon, reads, hp.quant_bits_mlp),
+        Row("blocks.*.proj.weight", *muon, 0.0, hp.quant_bits_mlp),
+        Row("blocks.*.fc.weight", *muon, None, hp.quant_bits_mlp),
         Row("blocks.*.resid_mix", *adam, [[1.0], [0.0]], 0),
         Row("blocks.*_scale", *adam, 1.0, 0),
     ]
@@ -682,7 +722,7 @@ def parameter_table(hp: Hyperparameters) -> list[Row]:
 
 def row_of(name: str, hp: Hyperparameters) -> Row:
     """Find a parameter's row of the table. Raises UserError if there is none."""
-    for row in parameter_table(hp):
+    for row in part("parameter_table", hp)(hp):
         if fnmatch.fnmatchcase(name, row.pattern):
             return row
     raise UserError(f"parameter {name}: no row of parameter_table fits its name; add one")
@@ -698,7 +738,9 @@ def initialize(p: Tensor, start: Any) -> None:
 
 
 class GPT(nn.Module):
-    """The baseline model of the challenge, and by settings that of its pull request 369."""
+    """The baseline model of the challenge; frontier.py adds what its records add."""
+
+    Block = Block
 
     def __init__(self, hp: Hyperparameters, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -710,10 +752,8 @@ class GPT(nn.Module):
         self.visits = [*range(hp.num_layers)]
         self.listen: Callable[[Tensor, Tensor], None] | None = None  # to the head's x, gradients
         self.tok_emb = Table(hp.vocab_size, dim)
-        self.bigram = BigramHash(hp) if hp.bigram_buckets else None
-        self.smear = parameter(dim) if hp.smear_gate else None
-        self.blocks = nn.ModuleList(Block(hp, layer) for layer in range(hp.num_layers))
-        self.skip_weights = parameter(len(self.visits) // 2, dim)
+        self.build(hp)
+        self.blocks = nn.ModuleList(self.Block(hp, layer) for layer in range(hp.num_layers))
         self.lm_head = None if hp.tie_embeddings else Matrix(dim, hp.vocab_size)
         for name, p in self.named_parameters():
             initialize(p, row_of(name, hp).start)
@@ -722,93 +762,98 @@ class GPT(nn.Module):
             table = rotary_table(hp, length, rows).to(dtype)
             self.register_buffer(name, table, persistent=False)
 
-    def starts(self, inputs: Tensor, documents: Cuts) -> Tensor:
-        """Find where nothing comes before a token: at BOS, first in a row or piece. Bool (B, T)."""
-        starts = (inputs == self.bos).index_fill(1, inputs.new_zeros(1), True)
-        if documents is None:
-            return starts
-        marks = F.pad(starts.flatten(), (0, 1))
-        marks = marks.index_fill(0, documents.offsets.long(), True)
-        return marks[:-1].view_as(starts)
+    def build(self, hp: Hyperparameters) -> None:
+        """Make the parameters of what lies around the blocks."""
+        self.skip_weights = parameter(len(self.visits) // 2, hp.model_dim)
 
     def embed(self, inputs: Tensor, documents: Cuts = None) -> Tensor:
         """Map tokens int64 (B, T) to the first residual stream (B, T, D)."""
-        x = self.tok_emb(inputs)
-        if self.bigram is not None or self.smear is not None:
-            starts = self.starts(inputs, documents)
-        if self.bigram is not None:
-            x = x + self.bigram(inputs, starts)
-        x = rms_norm(x.to(self.dtype))
-        if self.smear is not None:  # nothing of a document reaches the next one
-            inside = ~starts[..., None]
-            gate = torch.sigmoid(self.smear).to(x.dtype)
-            x = x + gate * inside * (x.roll(1, 1) - x)
-        return x
+        return rms_norm(self.tok_emb(inputs).to(self.dtype))
+
+    def skip(self, x: Tensor, states: list[Tensor], half: int) -> Tensor:
+        """Add to x (B, T, D), in the second half of the visits, what the first gave, last first."""
+        i = len(states) - 1  # visits so far
+        if not half <= i < 2 * half:
+            return x
+        return x + self.skip_weights[i - half].to(x.dtype) * states[2 * half - i]
 
     def trunk(self, x: Tensor, visits: list[int], last: int, documents: Cuts = None) -> Tensor:
-        """Take x (B, T, D) through blocks to its `last` positions; skips go to the second half."""
+        """Take x (B, T, D) through blocks to its `last` positions."""
         T = x.size(1)
         longest = documents.longest if documents else T
         rotary = self.short if longest <= self.trained else self.long
         rotary = rotary[:, :T]
-        half = len(visits) // 2
-        x0 = x
-        skips = []
+        states = [x]
         for i, layer in enumerate(visits):
-            if skips and i >= half:
-                x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
+            x = self.skip(x, states, len(visits) // 2)
             needed = T if i < len(visits) - 1 else last
-            x = self.blocks[layer](x, x0, rotary, needed, documents)
-            if i < half:
-                skips.append(x)
+            x = self.blocks[layer](x, states[0], rotary, needed, documents)
+            states.append(x)
         return x
 
-    def head(self, x: Tensor, *targets: Tensor) -> list[Tensor]:
-        """Give the NLL of each of `targets`, int64 (B, T), on the same logits: fp32 (B, T)."""
+    def head(self, x: Tensor, targets: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+        """Give the NLL of targets, int64 (B, T): fp32 (B, T); of (B, T, K), the sum by weights."""
         head = self.tok_emb if self.lm_head is None else self.lm_head
         weight = head.weight.to(x.dtype)
         rows = max(1, LOGITS[x.device.type] // len(weight))
-        parts = rms_norm(x).flatten(0, 1).split(rows)
-        losses = []
-        for t in targets:
-            pairs = zip(parts, t.flatten().split(rows), strict=True)
-            how = (self.softcap, self.listen)
-            nll = [CappedLoss.apply(part, weight, label, *how) for part, label in pairs]
-            losses.append(torch.cat(nll).view_as(t))
-        return losses
+        x = rms_norm(x).flatten(0, 1)
+        labels = targets.reshape(len(x), -1)
+        how = (weights, self.softcap, self.listen)
+        pairs = zip(x.split(rows), labels.split(rows), strict=True)
+        nll = [CappedLoss.apply(part, weight, label, *how) for part, label in pairs]
+        return torch.cat(nll).view(targets.shape[:2])
 
-    def forward(self, inputs: Tensor, targets: Tensor, documents: Cuts = None) -> Tensor:
-        """Give the NLL of targets, int64 (B, S), at the last S of T inputs (B, T): fp32 (B, S)."""
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        documents: Cuts = None,
+        weights: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Give the NLL of targets, int64 (B, S), at the last S of T inputs (B, T): fp32 (B, S).
+
+        In training, targets may be (B, S, K), with weights (K): the sum of their NLL.
+        """
         x = self.embed(inputs, documents)
         x = self.trunk(x, self.visits, targets.size(1), documents)
-        (nll,) = self.head(x, targets)
-        return nll
+        return self.head(x, targets, weights)
+
+
+def build_model(hp: Hyperparameters, dtype: torch.dtype = torch.float32) -> GPT:
+    """Make the model that settings ask for."""
+    return part("GPT", hp)(hp, dtype)
 
 
 # ===================================== OPTIMIZERS =====================================
 # An optimizer keeps its state in `optimizer.state`, which it may make late, and its step changes
 # nothing if `found_inf`, a number on the device, is not 0: all gradients are 0 then.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+Group = dict[str, Any]  # parameters and settings of an optimizer
+Round = tuple[float, float, float]  # a, b, c of a Newton-Schulz iteration
+NEWTON_SCHULZ: Round = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(g: Tensor, steps: int) -> Tensor:
+def orthogonalize(g: Tensor, rounds: list[Round]) -> Tensor:
     """Push the singular values of each matrix of g, (N, rows, cols), towards 1, in g's dtype.
 
     Newton-Schulz: X ← (aI + bA + cA²)X with A = XXᵀ (Muon, kellerjordan.github.io/posts/muon).
     """
-    a, b, c = NEWTON_SCHULZ
     tall = g.size(-2) > g.size(-1)
     x = g.mT if tall else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     identity = x.new_ones(x.size(-2)).diag()
-    for _ in range(steps):
+    for a, b, c in rounds:
         s = x @ x.mT
         x = torch.add(a * identity + b * s, s @ s, alpha=c) @ x
     return x.mT if tall else x
 
 
+def newton_schulz(hp: Hyperparameters) -> list[Round]:
+    """List the coefficients of all iterations."""
+    return [NEWTON_SCHULZ] * hp.muon_backend_steps
+
+
 def directions(
-    grads: list[Tensor], momenta: list[Tensor], mu: Tensor, bad: Tensor, settings: dict[str, Any]
+    grads: list[Tensor], momenta: list[Tensor], mu: Tensor, bad: Tensor, settings: Group
 ) -> list[Tensor]:
     """Move momenta M, (N, rows, cols), unless `bad`; give G + μM orthogonalized, or 0."""
     kept = torch.where(bad, 1.0, mu)
@@ -816,8 +861,10 @@ def directions(
     for g, m in zip(grads, momenta, strict=True):
         m.mul_(kept).add_(g)
         x = torch.addcmul(g, m, mu).mul_(~bad)
+        if settings.get("row_norm"):  # MuonEq-R (arXiv 2603.28254)
+            x = F.normalize(x, dim=-1, eps=1e-7)
         x = x.to(settings["dtype"])
-        found.append(orthogonalize(x, settings["steps"]))
+        found.append(orthogonalize(x, settings["rounds"]))
     return found
 
 
@@ -827,11 +874,11 @@ class Muon(torch.optim.Optimizer):
     M ← μM + G; W ← (1 - lr·decay)·W - lr·sqrt(max(1, rows/cols))·orthogonalize(G + μM), of one μ.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, {"compiled": False, **defaults})
+    def __init__(self, groups: list[Group], defaults: Group) -> None:
+        super().__init__(groups, defaults)
         self.found_inf = groups[0]["params"][0].new_zeros(())
-        self.settings = {key: groups[0][key] for key in ("steps", "dtype", "compiled")}
-        compiled = self.settings["compiled"]
+        self.settings = defaults
+        compiled = defaults.get("compiled")
         self.directions = torch.compile(directions, dynamic=False) if compiled else directions
 
     def momenta(self, params: list[Tensor]) -> Tensor:
@@ -854,38 +901,41 @@ class Muon(torch.optim.Optimizer):
         mu = grads[0].new_full((), self.param_groups[0]["momentum"])
         found = self.directions(grads, momenta, mu, bad, self.settings)
         for group, x in zip(self.param_groups, found, strict=True):
-            params = group["params"]
-            lr = group["lr"]
-            if decay := group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - lr * decay * ~bad)
-            rows, cols = params[0].shape
-            x = x.to(params[0].dtype, memory_format=torch.contiguous_format)
-            scale = max(1.0, rows / cols) ** 0.5
-            torch._foreach_add_(params, [*x], alpha=-lr * scale)
+            rows, cols = x.shape[-2:]
+            x = x.to(grads[0].dtype, memory_format=torch.contiguous_format)
+            self.apply(group, x, group["lr"] * max(1.0, rows / cols) ** 0.5, bad)
+
+    def apply(self, group: Group, x: Tensor, rate: float, bad: Tensor) -> None:
+        """Let the weights of a group decay, and move them by -rate·x, (N, rows, cols)."""
+        params = group["params"]
+        if decay := group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * decay * ~bad)
+        torch._foreach_add_(params, [*x], alpha=-rate)
 
 
-def build_optimizers(params: Mapping[str, Tensor], run: Run) -> list[torch.optim.Optimizer]:
+def build_optimizers(params: Weights, run: Run) -> list[torch.optim.Optimizer]:
     """Divide the parameters of a GPT, or some of them, among AdamW and Muon by their table."""
     hp = run.hp
     groups = {"adam": {}, "muon": {}}
     for name, p in params.items():
         row = row_of(name, hp)
-        key = (row.lr, row.decay)
+        key = (row.lr, row.decay, row.beta2)
         if row.optimizer == "muon":
             what = f"parameter {name}: Muon takes matrices, not the shape {tuple(p.shape)}"
             require(p.ndim == 2, f"{what}; let its row of parameter_table say adam")
             key = (*key, p.shape)
         group = {"params": [], "lr": row.lr, "base_lr": row.lr, "weight_decay": row.decay}
+        group |= {"base_decay": row.decay, "betas": (hp.beta1, row.beta2)}
         group = groups[row.optimizer].setdefault(key, group)
         group["params"].append(p)
     optimizers = []
     if adam := [*groups["adam"].values()]:
-        betas = (hp.beta1, hp.beta2)
-        optimizers.append(torch.optim.AdamW(adam, 0.0, betas, hp.adam_eps, fused=True))
+        optimizers.append(torch.optim.AdamW(adam, 0.0, eps=hp.adam_eps, fused=True))
     if muon := [*groups["muon"].values()]:
-        compiled = run.compile and run.device.type == "cuda"
-        settings = {"steps": hp.muon_backend_steps, "dtype": run.dtype, "compiled": compiled}
-        optimizers.append(Muon(muon, settings))
+        settings = {"dtype": run.dtype, "row_norm": hp.muon_row_norm, "cautious": hp.cautious_wd}
+        settings["rounds"] = part("newton_schulz", hp)(hp)
+        settings["compiled"] = run.compile and run.device.type == "cuda"
+        optimizers.append(part("Muon", hp)(muon, settings))
     return optimizers
 
 
@@ -895,18 +945,24 @@ def training_seconds(hp: Hyperparameters) -> float:
     return max(hp.max_wallclock_seconds - kept, 0.0)
 
 
-def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
-    """Scale all rates: 1, then linearly to FINAL_LR_FRAC at ITERATIONS or the wallclock cap."""
+def steps_left(hp: Hyperparameters, step: int, elapsed: float) -> float:
+    """Tell how many steps will come until ITERATIONS, or the wallclock cap at the mean pace."""
     left = hp.iterations - step
     cap = training_seconds(hp)
-    if cap and step and elapsed:
-        left = min(left, (cap - elapsed) * step / elapsed)  # at the mean pace so far
-    warmdown = hp.warmdown_iters
+    return min(left, (cap - elapsed) * step / elapsed) if cap and step and elapsed else left
+
+
+def warmdown(hp: Hyperparameters, step: int, left: float) -> float:
+    """Give the share of the rates' fall that is still to come: 1 before it begins, 0 at the end."""
+    steps = hp.warmdown_iters
     if hp.warmdown_frac != "":
-        warmdown = hp.warmdown_frac * (step + left)
-    if warmdown <= 0:
-        return 1.0
-    share = min(1.0, max(0.0, left / warmdown))
+        steps = hp.warmdown_frac * (step + left)
+    return min(1.0, max(0.0, left / steps)) if steps > 0 else 1.0
+
+
+def lr_scale(hp: Hyperparameters, step: int, elapsed: float) -> float:
+    """Scale all rates: 1, then linearly to FINAL_LR_FRAC at ITERATIONS or the wallclock cap."""
+    share = warmdown(hp, step, steps_left(hp, step, elapsed))
     return share + (1 - share) * hp.final_lr_frac
 
 
@@ -945,38 +1001,19 @@ class TokenStream:
         if run.keeper:
             run.keeper.scan(self)
 
-    def read(self, start: int, count: int, shuffle: bool = False) -> ndarray:
+    def read(self, start: int, count: int) -> ndarray:
         """Read tokens [start, start + count), uint16 (count,). Raises UserError at a wrong id."""
         pieces = []
+        ends = self.sizes.cumsum()
         while count:
-            epoch, place = divmod(start, self.total)
-            order = np.arange(len(self.sizes))
-            if shuffle:  # by a generator whose numbers no version of NumPy changes
-                order = np.random.RandomState([self.run.hp.seed, epoch]).permutation(order)
-            ends = self.sizes[order].cumsum()
-            index = int(np.searchsorted(ends, place, "right"))
-            shard = int(order[index])
-            left = int(ends[index]) - place
-            place = int(self.sizes[shard]) - left
+            place = start % self.total
+            shard = int(np.searchsorted(ends, place, "right"))
+            left = int(ends[shard]) - place
             few = min(count, left)
-            if shuffle:
-                piece = self.shuffled(shard, epoch)[place : place + few]
-            else:
-                piece = self.read_in_shard(shard, place, few)
-            pieces.append(piece)
+            pieces.append(self.read_in_shard(shard, int(self.sizes[shard]) - left, few))
             start += few
             count -= few
         return np.concatenate(pieces)
-
-    @lru_cache(1)  # noqa: B019
-    def shuffled(self, shard: int, epoch: int) -> ndarray:
-        """Read a shard, its documents in an order of SEED and epoch."""
-        tokens = self.read_in_shard(shard, 0, int(self.sizes[shard]))
-        starts = 1 + np.flatnonzero(tokens[1:] == self.run.hp.bos)
-        documents = np.split(tokens, starts)
-        random = np.random.RandomState([self.run.hp.seed, epoch, shard])
-        order = random.permutation(len(documents))
-        return np.concatenate([documents[i] for i in order])
 
     def read_in_shard(self, shard: int, place: int, count: int) -> ndarray:
         """Read `count` tokens of a shard, and check them."""
@@ -1003,13 +1040,14 @@ def batches(
     stream: TokenStream,
     run: Run,
     first: int = 0,
+    origin: int = 0,
 ) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of each step from `first` on, loaded ahead."""
+    """Yield the micro-batches of each step from `first` on, loaded ahead; step 0 is at `origin`."""
     hp = run.hp
     step_tokens = hp.train_batch_tokens
     T = row_length(hp)
     total = step_tokens // T
-    # Each rank has a contiguous share of the tokens from s·TRAIN_BATCH_TOKENS on, for step s.
+    # Each rank has a contiguous share of a step's tokens.
     start = total * run.rank // run.world_size
     stop = total * (run.rank + 1) // run.world_size
     # All micro-batches of all ranks have one shape, that one compiled graph serves.
@@ -1020,7 +1058,7 @@ def batches(
 
     def load(step: int) -> list[Batch]:
         tokens = (stop - start) * T + 1
-        span = stream.read(step * step_tokens + start * T, tokens, bool(hp.data_shuffle))
+        span = stream.read(origin + step * step_tokens + start * T, tokens)
         inputs = np.pad(span[:-1].astype(np.int64), (0, padding))
         targets = np.pad(span[1:].astype(np.int64), (0, padding), constant_values=IGNORE)
         pairs = np.stack((inputs, targets)).reshape(2, -1, rows, T).swapaxes(0, 1)
@@ -1169,7 +1207,7 @@ def windows(tokens: ndarray, hp: Hyperparameters) -> ndarray:
     return np.array(spans, np.int64).reshape(-1, 3)
 
 
-def fill_rows(spans: ndarray, most: int) -> list[ndarray]:
+def fill_rows(spans: ndarray, most: int) -> Arrays:
     """Put windows into rows of at most `most` tokens: in each, the longest, then short ones."""
     lengths = spans[:, 1] - spans[:, 0]
     order = collections.deque(np.argsort(-lengths, kind="stable").tolist())
@@ -1184,7 +1222,7 @@ def fill_rows(spans: ndarray, most: int) -> list[ndarray]:
     return rows
 
 
-def lay(rows: list[ndarray], at: ndarray) -> ndarray:
+def lay(rows: Arrays, at: ndarray) -> ndarray:
     """Lay rows of windows in a batch of places `at`, (B, T); where they begin, bool (B, T)."""
     begins = np.zeros(at.shape, bool)
     for i, row in enumerate(rows):
@@ -1219,14 +1257,10 @@ def scoring_batches(val: Validation, run: Run) -> Iterator[tuple[Batch, Tensor]]
         at = np.full((rows, in_row * length), last)
         begins = lay(whole[i : i + rows], at)
         yield batch(at, at, cut(begins, length, run.device) if isolated else None)
-    tails = spans[~is_whole]  # of them the last EVAL_STRIDE tokens are scored
-    tails = np.pad(tails, ((0, -len(tails) % most), (0, 0)))
-    turn = (run.rank - math.ceil(len(whole) / rows)) % run.world_size
-    for i in range(turn * most, len(tails), run.world_size * most):
-        first, stop, _ = tails[i : i + most].T[..., None]
-        at = first + np.arange(length)
-        places = np.where(at < stop, at, last)[:, -hp.eval_stride :]
-        yield batch(at, places, None)
+    if not is_whole.all():  # of them the last EVAL_STRIDE tokens are scored
+        turn = (run.rank - math.ceil(len(whole) / rows)) % run.world_size
+        for at, places in frontier(hp).overlapping(spans[~is_whole], most, turn, run, last):
+            yield batch(at, places, None)
 
 
 @torch.no_grad()
@@ -1258,6 +1292,7 @@ def save_nll(nll: ndarray, val: Validation, hp: Hyperparameters) -> None:
 
 # ===================================== ARTIFACT =====================================
 # A preamble (magic, version, sizes), SHA-256, zstd(JSON header, floats), coded levels; no pickle.
+Arrays = list[ndarray]  # that a parameter is stored as
 PREAMBLE = struct.Struct("<6sHII")  # 16 bytes
 MAGIC = b"BIRDIE"
 VERSION = 3
@@ -1279,27 +1314,12 @@ def is_plain(hp: Hyperparameters) -> bool:
     return hp.quant_method == "round" and hp.compressor == "zstd"
 
 
-def quantizer(hp: Hyperparameters) -> ModuleType | None:
-    """Import quantizer.py, where these settings need it. Raises UserError if it is not there."""
-    if is_plain(hp) and hp.fit_budget == "none":
-        return None
-    module = find_beside("quantizer.py")
-    require(module, "QUANT_METHOD, COMPRESSOR, FIT_BUDGET: need quantizer.py beside train_gpt.py")
-    return module
-
-
-def code_files(hp: Hyperparameters) -> list[str]:
-    """List the files whose code counts."""
-    module = quantizer(hp)
-    return [__file__, str(module.__file__)] if module else [__file__]
-
-
 def code_bytes(hp: Hyperparameters) -> int:
     """Count the bytes of the code with which an artifact is made and read."""
     return sum(len(read_once(path)) for path in code_files(hp))
 
 
-def compress(matrices: list[list[ndarray]], hp: Hyperparameters) -> bytes:
+def compress(matrices: list[Arrays], hp: Hyperparameters) -> bytes:
     """Code the levels of quantized matrices, the last one of the arrays of each."""
     if not is_plain(hp):
         return quantizer(hp).compress(matrices, hp)
@@ -1307,9 +1327,7 @@ def compress(matrices: list[list[ndarray]], hp: Hyperparameters) -> bytes:
     return zstd().compress(raw, 1)  # within 0.7% of level 22, in 1/500 of its time
 
 
-def decompress(
-    data: bytes, scales: list[list[ndarray]], shapes: list[Any], hp: Hyperparameters
-) -> list[ndarray]:
+def decompress(data: bytes, scales: list[Arrays], shapes: list[Any], hp: Hyperparameters) -> Arrays:
     """Decode matrices; of other data, never more than these shapes have. Raises an Exception."""
     if not is_plain(hp):
         return quantizer(hp).decompress(data, scales, shapes, hp)
@@ -1330,7 +1348,7 @@ def bits_of(name: str, w: Tensor, hp: Hyperparameters) -> int:
     return row_of(name, hp).bits if large else 0
 
 
-def quantize(w: ndarray, bits: int, hp: Hyperparameters) -> list[ndarray]:
+def quantize(w: ndarray, bits: int, hp: Hyperparameters) -> Arrays:
     """Round rows of fp32 w to levels: fp16 scales (rows, 1), and int8 of w's shape.
 
     Levels ±Q, Q = 2^(bits-1) - 1, end at the largest value, with steps of σ/40 or more (rowmax), or
@@ -1362,7 +1380,7 @@ def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
     return [scale, ["|i1", shape]]
 
 
-def stored_arrays(name: str, w: Tensor, hp: Hyperparameters) -> list[ndarray]:
+def stored_arrays(name: str, w: Tensor, hp: Hyperparameters) -> Arrays:
     """Make the arrays that stand for a parameter."""
     bits = bits_of(name, w, hp)
     array = w.float().cpu().contiguous().numpy()
@@ -1371,12 +1389,10 @@ def stored_arrays(name: str, w: Tensor, hp: Hyperparameters) -> list[ndarray]:
     return quantize(array, bits, hp)
 
 
-Coded = Mapping[str, list[ndarray]]  # of matrices: scales, codes of steps and deviations, levels
+Coded = Mapping[str, Arrays]  # of matrices: scales, codes of steps and deviations, levels
 
 
-def pack_artifact(
-    state: Mapping[str, Tensor], hp: Hyperparameters, coded: Coded | None = None
-) -> bytes:
+def pack_artifact(state: Weights, hp: Hyperparameters, coded: Coded | None = None) -> bytes:
     """Pack the weights: `coded` ones, and others. Raises UserError if they cannot be stored."""
     coded = coded or {}
     with np.errstate(over="ignore", invalid="ignore"):
@@ -1451,7 +1467,7 @@ def load_artifact(path: Path, hp: Hyperparameters) -> tuple[Hyperparameters, dic
         header, head, coded = open_artifact(data)
         hp = read_settings(header, hp)
         with torch.device("meta"):
-            state = GPT(hp).state_dict()
+            state = build_model(hp).state_dict()
         count = sum(w.numel() for w in state.values())
         require(count < 1000 * len(data), "it is too small for its model")
         table = {name: layout(name, w, hp) for name, w in state.items()}
@@ -1481,9 +1497,7 @@ def scheme(hp: Hyperparameters) -> str:
     """Name a quantization for log lines: its bits and its coder, such as int568_zstd."""
     if hp.quant_method == "gptq":
         return "gptq_rans"
-    bits = {hp.quant_bits_mlp, hp.quant_bits_attn, hp.quant_bits_embed}
-    if hp.bigram_buckets:
-        bits.add(hp.quant_bits_bigram)
+    bits = {row.bits for row in part("parameter_table", hp)(hp)} - {0}
     digits = "".join(map(str, sorted(bits)))
     return f"int{digits}_{hp.compressor}"
 
@@ -1520,22 +1534,6 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@cache
-def find_beside(name: str) -> ModuleType | None:
-    """Import a file of code, if it is beside this one."""
-    if not Path(__file__).with_name(name).is_file():
-        return None
-    if __name__ == "__main__":  # what it imports is this module, not a second one
-        sys.modules["train_gpt"] = sys.modules[__name__]
-    return importlib.import_module(Path(name).stem)
-
-
-def find_keeper() -> ModuleType | None:
-    """Import keeper.py, which protects, resumes and explains a run, if it is there, and can run."""
-    is_posix = importlib.util.find_spec("fcntl") is not None
-    return find_beside("keeper.py") if is_posix else None
 
 
 class Run:
@@ -1662,8 +1660,9 @@ def compile_model(model: GPT) -> Forward:
     compiled = torch.compile(model, dynamic=False, fullgraph=True)
 
     def forward(*batch: Any) -> Tensor:
-        if isinstance(batch[-1], Documents):  # one graph for any number of them
-            torch._dynamo.mark_dynamic(batch[-1].offsets, 0)
+        for x in batch:
+            if isinstance(x, Documents):  # one graph for any number of them
+                torch._dynamo.mark_dynamic(x.offsets, 0)
         return compiled(*batch)
 
     return forward
@@ -1763,6 +1762,7 @@ class Trainer:
     def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
         self.model = model
         self.forward = forward
+        self.learn = forward  # with other targets, if there are any
         self.stream = stream
         self.run = run
         self.params = {name: p.detach() for name, p in model.named_parameters()}
@@ -1780,12 +1780,13 @@ class Trainer:
             p.grad = weight.grad if p.dtype == weight.dtype else None
         self.working.copy_(self.weights)
         self.share = self.weights[run.rank]
-        self.average = self.share.clone() if run.hp.ema_decay else None
+        self.average = None  # like the own share, to be exported
         mine = [name for name in self.params if self.places[name][0] == run.rank]
         self.owned = {name: self.params[name] for name in mine}
         self.optimizers = build_optimizers(self.owned, run)
         self.bad_in_a_row = torch.zeros((), device=run.device)
         self.late: list[Any] = []  # steps, what waits for them, batches
+        self.batch_tokens = run.hp.train_batch_tokens
         self.feed_from(0)
 
     def within(self, name: str, share: Tensor) -> Tensor:
@@ -1811,6 +1812,7 @@ class Trainer:
 
     def feed_from(self, step: int) -> None:
         """Read the batches from a step on."""
+        self.tokens = step * self.run.hp.train_batch_tokens  # of the steps so far
         self.feed = batches(self.stream, self.run, step)
         self.upcoming: list[Batch] | None = None
 
@@ -1831,6 +1833,7 @@ class Trainer:
             grads *= (hp.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
         grads.masked_fill_(bad, 0)
         self.update(step, elapsed, bad)
+        self.tokens += self.batch_tokens
         gathering = self.gather()
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
         self.late.append((step, later(self.bad_in_a_row), self.batch))
@@ -1847,7 +1850,7 @@ class Trainer:
             self.fetch()
         self.batch = self.upcoming
         for batch in self.batch:
-            loss = self.forward(*batch).sum() / self.run.hp.train_batch_tokens
+            loss = self.learn(*batch).sum() / self.batch_tokens
             loss.backward()
             self.collect()
             self.grads[:, -1] += loss.detach()
@@ -1864,20 +1867,23 @@ class Trainer:
         return square
 
     def update(self, step: int, elapsed: float, bad: Tensor) -> None:
-        """Let the optimizers update the own share, and move its average: e ← d·e + (1 - d)·w."""
+        """Let the optimizers update the own share."""
+        self.schedule(step, elapsed)
+        found_inf = bad.float()
+        for optimizer in self.optimizers:
+            optimizer.found_inf = found_inf
+            optimizer.grad_scale = None
+            optimizer.step()
+
+    def schedule(self, step: int, elapsed: float) -> None:
+        """Set the rates and the momentum of a step."""
         hp = self.run.hp
         scale = lr_scale(hp, step, elapsed)
         ramp = min(1.0, step / max(1, hp.muon_momentum_warmup_steps))
         momentum = (1 - ramp) * hp.muon_momentum_warmup_start + ramp * hp.muon_momentum
-        found_inf = bad.float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group.update(lr=group["base_lr"] * scale, momentum=momentum)
-            optimizer.found_inf = found_inf
-            optimizer.grad_scale = None
-            optimizer.step()
-        if self.average is not None:
-            self.average.lerp_(self.share, (1 - hp.ema_decay) * (~bad).float())
 
     def gather(self) -> dist.Work | None:
         """Begin to hand the own share of the weights to all ranks."""
@@ -1886,12 +1892,7 @@ class Trainer:
         return dist.all_gather([*self.weights], self.share.clone(), async_op=True)
 
     def finish(self) -> None:
-        """Put the average in the place of the weights: what is exported is what is validated."""
-        if self.average is not None:
-            self.share.copy_(self.average)
-            if gathering := self.gather():
-                gathering.wait()
-            self.working.copy_(self.weights)
+        """Let the weights be those that are exported."""
 
     def look_back(self, delay: int) -> None:
         """Wait for the step that was `delay` steps ago; the keeper tells if steps were skipped."""
@@ -1919,12 +1920,13 @@ def report(
     losses: dict[str, float],
     step: int,
     elapsed: float,
-    run: Run,
+    trainer: Trainer,
 ) -> None:
     """Log the losses of a step, `elapsed` seconds into training."""
+    run = trainer.run
     values = " ".join(f"{name}:{value:.4f}" for name, value in losses.items())
     ms = 1e3 * elapsed
-    rate = step * run.hp.train_batch_tokens / max(elapsed, 1e-9)
+    rate = trainer.tokens / max(elapsed, 1e-9)
     times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms tok_s:{rate:.0f}"
     line = f"step:{step}/{run.hp.iterations} {values} {times}"
     run.log(line, event, step=step, train_time_ms=ms, tokens_per_second=rate, **losses)
@@ -1952,7 +1954,7 @@ def train(
             elapsed = run.clock(synchronize=True) - start
             trainer.look_back(0)
             _, losses = score(trainer.forward, val, run)
-            report("val", losses, step, elapsed, run)
+            report("val", losses, step, elapsed, trainer)
             start = run.clock(synchronize=True) - elapsed
         loss = trainer.step(step, elapsed)
         step += 1
@@ -1962,10 +1964,10 @@ def train(
         # The device will have done all steps by then, if it keeps its mean pace.
         elapsed = (run.clock() - start) * step / (step - len(trainer.late))
         if logged:
-            report("train", {"train_loss": loss.item()}, step, elapsed, run)
+            report("train", {"train_loss": loss.item()}, step, elapsed, trainer)
 
 
-def export(params: Mapping[str, Tensor], seen: Any, run: Run) -> None:
+def export(params: Weights, seen: Any, run: Run) -> None:
     """Write the artifact and the raw weights, on rank 0. Raises UserError or OSError.
 
     For gptq, all ranks quantize together, by what calibration has `seen`.
@@ -2011,7 +2013,7 @@ def train_and_export(trainer: Trainer, val: Validation, run: Run) -> None:
         seen = quantizer(run.hp).calibrate(trainer, step, elapsed)
     export(trainer.params, seen, run)
     _, losses = score(trainer.forward, val, run)
-    report("val", losses, step, elapsed, run)
+    report("val", losses, step, elapsed, trainer)
 
 
 # ===================================== MAIN =====================================
@@ -2066,12 +2068,12 @@ def main(arguments: list[str]) -> None:
 
 def do_run(run: Run, artifact: Path) -> None:
     """Do what a run's settings ask for."""
-    stream = None if run.hp.eval_only else TokenStream("train", run)
+    stream = None if run.hp.eval_only else part("TokenStream", run.hp)("train", run)
     val = Validation(run)
     if stream:  # an artifact tells what it was trained with
         run.hp = replace(run.hp, bos=val.bos)
     run.start()
-    model = GPT(run.hp, run.dtype).to(run.device)
+    model = build_model(run.hp, run.dtype).to(run.device)
     forward = model
     if run.compile:
         forward = run.keeper.compiled(model) if run.keeper else compile_model(model)
@@ -2080,7 +2082,7 @@ def do_run(run: Run, artifact: Path) -> None:
     run.log(val.note)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     if stream:
-        train_and_export(Trainer(model, forward, stream, run), val, run)
+        train_and_export(part("Trainer", run.hp)(model, forward, stream, run), val, run)
         artifact = run.dir / "final_model.artifact"
     score_artifact(artifact, model, forward, val, run)
 

@@ -3,7 +3,7 @@
     SETTING=... python benchmarks/measure.py ceiling | breakdown | evaluation OUT.json
 
 Settings come from the environment. run.py starts these; alone or under torchrun they work too.
-Of train_gpt.py they use what `main` uses, Trainer's step, feed, forward and optimizers, and score.
+Of train_gpt.py they use what `main` uses, Trainer's step, feed, learn and optimizers, and score.
 """
 
 import contextlib
@@ -47,25 +47,47 @@ def number(value: float | None) -> str:
     return f"{value:.4g}" if value >= 10 else f"{value:.4f}"
 
 
-def attention_flops_per_token(hp: tg.Hyperparameters) -> int:
-    """Count attention's FLOPs in a forward pass on one token: 2·L·D·(T + 1)."""
-    return 2 * hp.num_layers * hp.model_dim * (hp.train_seq_len + 1)
+def visits(hp: tg.Hyperparameters) -> list[int]:
+    """List the layers that a token goes through, each as often as it does."""
+    layers = [*range(hp.num_layers)]
+    repeats = getattr(hp, "loop_repeats", 0)  # scripts of earlier commits have no loops
+    again = layers[hp.loop_first : hp.loop_last + 1] * repeats if repeats else []
+    return layers + again
+
+
+def mean_keys(hp: tg.Hyperparameters, layer: int) -> float:
+    """Give the keys that a token attends to, on the mean: (T + 1)/2, or fewer with a window."""
+    T = hp.train_seq_len
+    pattern = getattr(hp, "window_pattern", "") or "L"
+    is_short = pattern[layer % len(pattern)] == "S" and layer < hp.num_layers - 1
+    window = min(T, hp.window_tokens) if is_short else T
+    return sum(min(t + 1, window) for t in range(T)) / T
+
+
+def attention_flops_per_token(hp: tg.Hyperparameters) -> float:
+    """Count attention's FLOPs in a forward pass on one token: 4·D·keys, in each visit."""
+    return sum(4 * hp.model_dim * mean_keys(hp, layer) for layer in visits(hp))
 
 
 def flops_per_token(hp: tg.Hyperparameters, forward_only: bool = False) -> float:
-    """Count the model FLOPs of training on one token: 3·(2·W + 2·L·D·(T + 1)), a third forward.
+    """Count the model FLOPs of training on one token: 3·(2·W + 4·D·keys), a third forward.
 
-    W are the weights a token is multiplied with: in each of the L layers D² for q, D² for the
-    output, 2·D·Dkv for k and v, 2·D·H for the MLP; V·D for the head; BigramHash's expanding matrix.
-    Attention is causal: position t has t keys, on the mean (T + 1)/2, and a key costs 2·D for its
-    score and 2·D for its value. Backward has two products for each one forward. Elementwise work,
-    table lookups, the optimizer and whatever is computed again are not counted.
+    W are the weights a token is multiplied with: in each visit of a layer D² for q, D² for the
+    output, 2·D·Dkv for k and v, 2·D·H for the MLP, and the heads' gates; V·D for the head;
+    BigramHash's expanding matrix; the matrices that weigh earlier states. Attention is causal:
+    position t has t keys, or a window of them, and a key costs 2·D for its score and 2·D for its
+    value. Backward has two products for each one forward. Elementwise work, table lookups, the
+    optimizer and whatever is computed again are not counted.
     """
     dim = hp.model_dim
     kv_dim = dim // hp.num_heads * hp.num_kv_heads
+    count = len(visits(hp))
     layer = 2 * dim * dim + 2 * dim * kv_dim + 2 * dim * int(hp.mlp_mult * dim)
+    layer += getattr(hp, "sparse_attn_gate", 0) * hp.num_heads
     bigram = hp.bigram_dim * dim if hp.bigram_buckets else 0
-    weights = hp.num_layers * layer + hp.vocab_size * dim + bigram
+    mixed = range(2, count, 2) if getattr(hp, "skips", "") == "mudd" else []
+    mixers = sum(64 * (dim + states) for states in mixed)
+    weights = count * layer + hp.vocab_size * dim + bigram + mixers
     forward = 2 * weights + attention_flops_per_token(hp)
     return forward if forward_only else 3 * forward
 
@@ -163,13 +185,13 @@ class Stopwatch:
 def prepare(hp: tg.Hyperparameters, training: bool) -> tuple[tg.Run, Any, Any, Any]:
     """Set up as train_gpt.main does: run, validation, forward pass, and a primed trainer."""
     run = tg.Run(hp)
-    stream = tg.TokenStream("train", run) if training else None
+    stream = tg.part("TokenStream", hp)("train", run) if training else None
     val = tg.Validation(run)
     run.hp = dataclasses.replace(hp, bos=val.bos)
     run.start()
-    model = tg.GPT(run.hp, run.dtype).to(run.device)
+    model = tg.build_model(run.hp, run.dtype).to(run.device)
     forward = run.keeper.compiled(model) if run.compile else model
-    trainer = tg.Trainer(model, forward, stream, run) if training else None
+    trainer = tg.part("Trainer", hp)(model, forward, stream, run) if training else None
     if trainer:
         trainer.prime()
     return run, val, forward, trainer
@@ -207,7 +229,7 @@ def step_parts(trainer: tg.Trainer, run: tg.Run, count: int) -> list[dict[str, f
     watch = Stopwatch(lambda: synchronize(run))
     steps = []
     parts = [(dist, name, "communication") for name in COLLECTIVES]
-    parts += [(trainer, "forward", "forward"), (torch.Tensor, "backward", "backward")]
+    parts += [(trainer, "learn", "forward"), (torch.Tensor, "backward", "backward")]
     parts += [(optimizer, "step", "optimizer") for optimizer in trainer.optimizers]
     with contextlib.ExitStack() as patches:
         for owner, name, part in parts:

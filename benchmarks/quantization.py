@@ -47,15 +47,16 @@ class Subject:
         self.val = tg.Validation(self.run)
         self.run.hp = self.hp = replace(self.hp, bos=self.val.bos)
         self.state: State = torch.load(weights, weights_only=True, map_location="cpu")
-        self.model = tg.GPT(self.hp, self.run.dtype)
+        self.model = tg.build_model(self.hp, self.run.dtype)
         sizes = quantizer.sizes_of(self.state, self.hp)
         self.matrices = {n: self.state[n] for n in sizes}
         self.count = sum(sizes.values())
         plain = {n: w for n, w in self.state.items() if n not in sizes}
         self.plain_bytes = len(tg.pack_artifact(plain, self.hp))
         self.loss = self.score(self.state)
-        stream = tg.TokenStream("train", self.run)
-        trainer = SimpleNamespace(model=self.model, stream=stream, run=self.run)
+        stream = tg.part("TokenStream", self.hp)("train", self.run)
+        done = args.calibration_step * self.hp.train_batch_tokens
+        trainer = SimpleNamespace(model=self.model, stream=stream, run=self.run, tokens=done)
         self.model.load_state_dict(self.state)
         self.seen = quantizer.calibrate(trainer, args.calibration_step, 0.0)
 

@@ -70,7 +70,7 @@ def main() -> None:
     hp = tg.load_settings(settings, check_places=False)
     run = tg.Run(hp)
     torch.manual_seed(0)
-    state = tg.GPT(hp).state_dict()
+    state = tg.build_model(hp).state_dict()
     for name, w in state.items():
         if w.ndim == 2:
             SIZES[name] = tuple(w.shape)

@@ -198,11 +198,21 @@ def compile_functions(
     return graphs
 
 
+def build(tg: ModuleType, hp: Any, dtype: torch.dtype) -> torch.nn.Module:
+    """Make the model of a script, which may be one from before there was frontier.py."""
+    return tg.build_model(hp, dtype) if hasattr(tg, "build_model") else tg.GPT(hp, dtype)
+
+
+def trainer_class(tg: ModuleType, hp: Any) -> type:
+    """Find the class that trains the model of a script."""
+    return tg.part("Trainer", hp) if hasattr(tg, "part") else tg.Trainer
+
+
 def model_in_training(tg: ModuleType, hp: Any) -> torch.nn.Module:
     """Make the model as it is in a run on CUDA: the trainer may give it other parameters."""
     run = tg.Run(dataclasses.replace(hp, device="cpu", dtype="bf16"))
-    model = tg.GPT(hp, torch.bfloat16)
-    tg.Trainer(model, model, None, run)
+    model = build(tg, hp, torch.bfloat16)
+    trainer_class(tg, hp)(model, model, None, run)
     if hasattr(tg, "LOGITS"):  # it is traced as one on a CPU
         tg.LOGITS["cpu"] = tg.LOGITS["cuda"]
     return model

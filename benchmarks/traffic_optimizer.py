@@ -263,8 +263,8 @@ def on_cuda(model: torch.nn.Module) -> torch.nn.Module:
 def optimizer_step(tg: ModuleType, hp: Any) -> Callable[[int], Any]:
     """Make a function that takes a step with no micro-batch: all that is known of the Trainer."""
     run = tg.Run(dataclasses.replace(hp, device="cuda", attention="sdpa"))
-    model = on_cuda(tg.GPT(run.hp, run.dtype))
-    trainer = tg.Trainer(model, model, None, run)
+    model = on_cuda(traffic_compile.build(tg, run.hp, run.dtype))
+    trainer = traffic_compile.trainer_class(tg, run.hp)(model, model, None, run)
     trainer.batch = []
     trainer.accumulate = trainer.fetch = lambda *_: None
     return lambda step: trainer.step(step, 0.0)

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Log:
 
     path: Path
     seed: str
-    source: str
+    code: tuple[str, ...]  # the script, and what counts with it
     settings: dict[str, str]
     finals: list[tuple[str, float, float]]
     vals: list[tuple[int, float, float, float]]
@@ -46,6 +47,11 @@ class Log:
     runs: int = 1  # how many runs the file holds
     body: str = field(default="", repr=False)  # the console lines of the last run
     named_seed: str = ""  # the seed that the file's name tells
+
+    @property
+    def source(self) -> str:
+        """The script."""
+        return self.code[0] if self.code else ""
 
 
 @dataclass(frozen=True)
@@ -324,25 +330,35 @@ def first_of_code(part: list[str]) -> int:
     return first if has_head else 0
 
 
-def last_run(lines: list[str]) -> tuple[str, list[str], int]:
-    """Find the source and lines of the last run of a log, and count its runs.
+def last_run(lines: list[str]) -> tuple[list[str], list[str], int]:
+    """Find the sources and lines of the last run of a log, and count its runs.
 
     A log that is appended to prints the source again; a console's only begins to count again. Ours
-    print quantizer.py behind the script, if it was used, and keeper.py, if it was there.
+    print quantizer.py and frontier.py behind the script, if they were used, and keeper.py, if it
+    was there.
     """
     scripts = find_code(lines)
-    source, start, runs, last_mark, i = "", 0, 1, -1, 0
+    sources: list[str] = []
+    start, runs, last_mark, i = 0, 1, -1, 0
     for script in scripts:
         marks = [k for k in range(i, script.start) if is_mark(lines[k])]
         last_mark = marks[-1] if marks else last_mark
         if last_mark >= start:
-            start, runs, source = head_of_run(lines, last_mark, script.start), runs + 1, ""
-        source = source or "\n".join(lines[script.start : script.stop])
+            start, runs = head_of_run(lines, last_mark, script.start), runs + 1
+            sources.clear()
+        sources.append("\n".join(lines[script.start : script.stop]))
         i = script.stop
     body = outside(lines, scripts, start)
     first = next((k for k, line in enumerate(body) if line.strip(" =\r")), len(body))
     body = NOISE.sub("", "\n".join(body[first:])).replace("\r", "\n").split("\n")
-    return source, body, runs
+    return sources, body, runs
+
+
+def sources_that_count(sources: list[str], size: int) -> tuple[str, ...]:
+    """Take the first sources, up to the size that a log counts; if no sum is that, the script."""
+    sums = accumulate(len(source.encode()) for source in sources)
+    counts = (count for count, total in enumerate(sums, 1) if total == size)
+    return tuple(sources[: next(counts, 1)])
 
 
 def is_mark(line: str) -> bool:
@@ -496,7 +512,7 @@ def seed_in_name(path: Path) -> str:
 
 def read_log(path: Path) -> Log | None:
     """Read the last run in a training log; None if the file is none."""
-    source, body, runs = last_run(read_text(path).split("\n"))
+    sources, body, runs = last_run(read_text(path).split("\n"))
     settings, tally, again = read_settings(body), Tally(), count_again(body)
     first_step = again[-1] if again else 0
     for line in body[first_step:]:
@@ -508,7 +524,7 @@ def read_log(path: Path) -> Log | None:
         path=path,
         seed=find_seed(settings, body[:first_step], body) or named_seed,
         named_seed=named_seed,
-        source=source,
+        code=sources_that_count(sources, tally.sizes.get("code", 0)),
         settings=settings,
         finals=tally.finals,
         vals=tally.vals,

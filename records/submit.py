@@ -5,9 +5,9 @@
 
 Reads logs/<RUN_ID>.txt and logs/<RUN_ID>/final_model.artifact, and writes
 records/track_<track>/<date>_<name>/ with the code exactly as it was logged: train_gpt.py, and
-quantizer.py if the run used it. Every number in it is computed from these files. What cannot be
-packed is refused before anything is written. At the end the static audit (records/audit.py) is run
-on the new folder.
+quantizer.py and frontier.py if the run used them. Every number in it is computed from these files.
+What cannot be packed is refused before anything is written. At the end the static audit
+(records/audit.py) is run on the new folder.
 
 It reads logs by itself, not by records/reading.py: the audit then compares two readings.
 """
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from statistics import fmean, stdev
 from typing import Any, NoReturn
@@ -46,8 +46,9 @@ TRACKS = {  # name in submission.json: folder
     "non_record_16mb": "track_non_record_16mb",
     "non_record_unlimited_compute_16mb": "track_non_record_16mb",
 }
-SCRIPT, HELPER, CONFIG = "train_gpt.py", "quantizer.py", "config.env"
-# In a log, it stands behind the script, and behind quantizer.py and keeper.py if they are there.
+SCRIPT, CONFIG = "train_gpt.py", "config.env"
+HELPERS = ("quantizer.py", "frontier.py")  # in a log, they stand behind the script in this order
+# It stands behind each source of a log: the script, the helpers that the run used, and keeper.py.
 RULER = b"=" * 100 + b"\n"
 BETWEEN = b"\n" + RULER  # two sources
 SETTING = re.compile(rb"[A-Z][A-Z0-9_]*=")
@@ -90,7 +91,7 @@ class FinishedRun:
 
     run_id: str
     log: bytes
-    code: dict[str, bytes]  # what counts, by the names of its files
+    sources: list[bytes]  # the code that counts: the script, then its helpers
     settings: dict[str, str]
     artifact: Path
     lines: dict[str, list[tuple[str, ...]]] = field(repr=False)  # by the names of LINES
@@ -105,7 +106,7 @@ class FinishedRun:
 
     @property
     def code_bytes(self) -> int:
-        return sum(map(len, self.code.values()))
+        return sum(map(len, self.sources))
 
     @property
     def total_bytes(self) -> int:
@@ -168,17 +169,17 @@ def read_run(place: Path) -> FinishedRun:
     if problem := what_is_missing(settings, lines, printed):
         raise UserError(f"{place.name}: {problem}{what_to_do(place)} ({log})")
     counted = int(lines["size"][-1][1])
-    found = find_code(data[: ruler - 1], counted)
+    found = find_sources(data[: ruler - 1], counted)
     if found is None:
         raise UserError(
             f"{place.name}: the script in {log} is not the {counted} bytes that it counts"
         )
-    start, code = found
+    start, sources = found
     size = artifact.stat().st_size if artifact.is_file() else None
     if size != int(lines["size"][-1][2]):
         state = "is not there" if size is None else f"has {size} bytes"
         raise UserError(f"{place.name}: {artifact} {state}; its log says {lines['size'][-1][2]}")
-    return FinishedRun(place.name, data[start:], code, settings, artifact, lines)
+    return FinishedRun(place.name, data[start:], sources, settings, artifact, lines)
 
 
 def split_settings(text: str) -> tuple[dict[str, str], str]:
@@ -191,41 +192,37 @@ def split_settings(text: str) -> tuple[dict[str, str], str]:
     return {word[0]: word[-1] for word in words if len(word) == 2}, text[len(block) :]
 
 
-def find_code(head: bytes, size: int) -> tuple[int, dict[str, bytes]] | None:
+def find_sources(head: bytes, size: int) -> tuple[int, list[bytes]] | None:
     """Find the code of `size` bytes in what stands before a run's settings, and where it begins.
 
-    It is the script, or the script, a ruler and quantizer.py. It ends there, or at a ruler behind
-    which keeper.py stands. Before it is nothing, or a run.
+    It is the script, and up to two helpers with a ruler before each. It ends there, or at a ruler
+    behind which keeper.py stands. Before it is nothing, or a run.
     """
     ruler = head.rfind(BETWEEN)
     ends = [len(head)]
     if ruler >= 0 and not SETTING.match(head, ruler + len(BETWEEN)):
         ends.insert(0, ruler)
-    forms = ((split_one, size), (split_two, size + len(BETWEEN)))
-    for (split, length), end in itertools.product(forms, ends):
-        start = end - length
+    for helpers, end in itertools.product(range(len(HELPERS) + 1), ends):
+        start = end - size - helpers * len(BETWEEN)
         after_a_run = start > 0 and head[start - 1] == 10 and RUN.search(head, 0, start)
-        if (start == 0 or after_a_run) and (code := split(head[start:end])):
-            return start, code
+        if (start == 0 or after_a_run) and (sources := split(head[start:end], helpers)):
+            return start, sources
     return None
 
 
-def split_one(text: bytes) -> dict[str, bytes]:
-    """Take a text for the script; {} if it is none."""
-    return {SCRIPT: text} if compiles(text) else {}
+def split(text: bytes, helpers: int) -> list[bytes]:
+    """Split a text into the script and so many helpers; [] if it is not that.
 
-
-def split_two(text: bytes) -> dict[str, bytes]:
-    """Split a text into the script and quantizer.py; {} if it is not both.
-
-    A ruler within Python is within a string, and what stands before it is no Python. So no other
-    ruler than the one between the sources has Python on both sides.
+    A ruler within Python is within a string, and what stands before it is no Python. So the first
+    ruler with Python before it is one between sources.
     """
+    if not helpers:
+        return [text] if compiles(text) else []
     for ruler in re.finditer(BETWEEN, text):
-        code = {SCRIPT: text[: ruler.start()], HELPER: text[ruler.end() :]}
-        if all(map(compiles, code.values())):
-            return code
-    return {}
+        if compiles(text[: ruler.start()]):
+            rest = split(text[ruler.end() :], helpers - 1)
+            return [text[: ruler.start()], *rest] if rest else []
+    return []
 
 
 def compiles(source: bytes) -> bool:
@@ -269,7 +266,7 @@ def differences(runs: list[FinishedRun]) -> list[str]:
         problems.append(f"more than one run of seed {', '.join(map(str, twice))}")
     for run in runs[1:]:
         both = f"{first.run_id} and {run.run_id}"
-        if run.code != first.code:
+        if run.sources != first.sources:
             problems.append(f"{both}: different scripts")
         aside = {"SEED", *PLACES, *PROTECTION}
         for name in sorted({*first.settings, *run.settings} - aside):
@@ -364,6 +361,24 @@ def requirements(code: dict[str, bytes], torch: str, listed: Iterable[str]) -> s
     return "".join(f"{known.get(name, name)}\n" for name in sorted(names))
 
 
+def name_sources(sources: list[bytes], config: str) -> dict[str, bytes]:
+    """Name the sources: so that the script takes the settings of its run, the file `config`.
+
+    Raises UserError if it takes them with no names.
+    """
+    problem = "the packed script refuses the settings of its run"
+    refusals = []
+    for names in itertools.combinations(HELPERS, len(sources) - 1):
+        code = dict(zip((SCRIPT, *names), sources, strict=True))
+        try:
+            ask_settings(code, config, problem)
+        except UserError as refusal:
+            refusals.append(refusal)
+        else:
+            return code
+    raise refusals[0]
+
+
 # ===================================== WRITING =====================================
 
 
@@ -376,6 +391,7 @@ class Record:
     defaults: dict[str, str]
     root: Path
     with_artifact: bool
+    code: dict[str, bytes] = field(default_factory=dict)  # what counts, by the names of its files
 
     @property
     def folder(self) -> Path:
@@ -433,7 +449,7 @@ def submission(record: Record) -> dict[str, Any]:
         "artifact_bytes_max": max(sizes),
         **means,
         "artifact_sha256": {str(run.seed): sha256(run.artifact.read_bytes()) for run in runs},
-        "code_sha256": sha256(first.code[SCRIPT]),
+        "code_sha256": sha256(first.sources[0]),
         "model_params": int(first.lines["params"][-1][0]),
         "dataset": PurePosixPath(record.places.get("DATA_PATH", "")).name,
         "val_tokens": int(tokens),
@@ -543,8 +559,8 @@ def readme(record: Record) -> str:
     )
     data = record.places.get("DATA_PATH", "")
     code = "`train_gpt.py` is the script"
-    if HELPER in first.code:
-        code = "`train_gpt.py` and `quantizer.py`, which it imports, are the code"
+    if helpers := " and ".join(f"`{name}`" for name in HELPERS if name in record.code):
+        code = f"The code is `train_gpt.py` and what it imports, {helpers},"
     parts = [
         f"# {facts['name']}",
         facts["blurb"],
@@ -581,10 +597,10 @@ def write_record(record: Record) -> None:
         texts = {
             "submission.json": json.dumps(submission(record), indent=2, ensure_ascii=False) + "\n",
             "README.md": readme(record),
-            "requirements.txt": requirements(first.code, torch, known),
+            "requirements.txt": requirements(record.code, torch, known),
         }
         files = {name: text.encode(errors="replace") for name, text in texts.items()}
-        files |= {CONFIG: encode_config(record.config), **first.code}
+        files |= {CONFIG: encode_config(record.config), **record.code}
         for name, content in files.items():
             (partial / name).write_bytes(content)
         for run in record.runs:
@@ -668,11 +684,11 @@ def collect(options: argparse.Namespace) -> Record:
         problems.append(f"{record.folder}: is there already; use another --name or --date")
     if problems:
         raise UserError("\n  ".join(["nothing was packed:", *problems]))
-    defaults = default_settings(runs[0].code)
+    defaults = default_settings({SCRIPT: runs[0].sources[0]})
     devices = {f"{run.lines['start'][-1][4]}x {run.lines['start'][-1][2]}" for run in runs}
     about["hardware"] = " ".join(options.hardware.split()) or ", ".join(sorted(devices))
-    record = Record(about, runs, defaults, record.root, options.with_artifact)
-    ask_settings(runs[0].code, record.config, "the packed script refuses the settings of its run")
+    record = replace(record, defaults=defaults)
+    record = replace(record, code=name_sources(runs[0].sources, record.config))
     params, changed = int(runs[0].lines["params"][-1][0]), len(record.changed)
     about["blurb"] = (
         about["blurb"] or f"{params:,} parameters, {changed} settings not the defaults."

@@ -253,6 +253,12 @@ def optimizers_of(model, hp):
     return train_gpt.build_optimizers(dict(model.named_parameters()), train_gpt.Run(hp))
 
 
+def trainer_of(model, run, forward=None):
+    """The trainer of a model, as a run makes it; `forward` is the model, compiled or watched."""
+    stream = train_gpt.part("TokenStream", run.hp)("train", run)
+    return train_gpt.part("Trainer", run.hp)(model, forward or model, stream, run)
+
+
 def packed_operator():
     """A kernel for packed documents that is one operator to the compiler, as those of CUDA and of
     CPUs with AMX are; its gradients are wrong."""
@@ -271,7 +277,7 @@ def packed_operator():
     return packed
 
 
-def double_model(hp, mean=0.2, deviation=0.6, kind=train_gpt.GPT):
+def double_model(hp, mean=0.2, deviation=0.6, kind=train_gpt.build_model):
     """A model in float64 (but for its logits) none of whose parameters is as initialized."""
     torch.manual_seed(0)
     model = kind(hp, torch.float64).double()
@@ -312,7 +318,7 @@ def dense_attention(q, k, v, offsets):
 def random_model(hp):
     """A model none of whose parameters is as it was initialized: every one gets a gradient."""
     torch.manual_seed(0)
-    model = train_gpt.GPT(hp)
+    model = train_gpt.build_model(hp)
     for name, p in model.named_parameters():
         if name.endswith("weight"):
             torch.nn.init.normal_(p, 0.0, 1.0 if name == "tok_emb.weight" else p.size(-1) ** -0.5)
@@ -409,14 +415,18 @@ def run_cli(
     env: dict[str, str],
     *args: str,
     copy_to: Path | None = None,
+    beside: Iterable[str] = (),
     nproc: int = 1,
     cwd: Path | None = None,
 ) -> Outcome:
-    """Run train_gpt.py, or its copy in the folder `copy_to`, as a program that sees only `env`."""
+    """Run train_gpt.py as a program that sees only `env`; or its copy in the folder `copy_to`, with
+    the files `beside` it."""
     script = SCRIPT
     if copy_to:
         copy_to.mkdir(parents=True, exist_ok=True)
         script = Path(shutil.copy(SCRIPT, copy_to))
+        for name in beside:
+            shutil.copy(SCRIPT.with_name(name), copy_to)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     command = [sys.executable, *(launcher if nproc > 1 else []), str(script), *args]
     start = time.perf_counter()

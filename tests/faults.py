@@ -47,10 +47,10 @@ def around_steps(patch: Patch, before: Callable, after: Callable) -> None:
     """Call before(trainer, step) and after(trainer, step) around every training step."""
     step = train_gpt.Trainer.step
 
-    def watched(self, number, elapsed, **options):
+    def watched(self, number, elapsed, dry=False):
         NOW.step = number
         before(self, number)
-        loss = step(self, number, elapsed, **options)
+        loss = step(self, number, elapsed, dry)
         after(self, number)
         return loss
 

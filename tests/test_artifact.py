@@ -80,7 +80,7 @@ def stored(name, w, **values):
 def random_model(hp, seed=0):
     """A model none of whose parameters is as it was initialized."""
     torch.manual_seed(seed)
-    model = tg.GPT(hp)
+    model = tg.build_model(hp)
     for p in model.parameters():
         torch.nn.init.normal_(p, 0.1, 0.3)
     return model
@@ -98,7 +98,7 @@ def small(tokenizer):
     """A small artifact, of a model as it was initialized."""
     hp = settings(tokenizer, VOCAB_SIZE=8, MODEL_DIM=8, NUM_LAYERS=1)
     torch.manual_seed(0)
-    return pack(tg.GPT(hp), hp)
+    return pack(tg.build_model(hp), hp)
 
 
 # Two quantized matrices of few columns, which are fast to decode.
@@ -145,7 +145,7 @@ def multiplied(arrays):
     ],
 )
 def test_number_formats_of_tensors(name, shape, dtypes):
-    arrays = stored(name, np.ones(shape, np.float32))
+    arrays = stored(name, np.ones(shape, np.float32), bigram_buckets=2)
     assert [a.dtype.str for a in arrays] == dtypes
     assert np.broadcast_shapes(*(a.shape for a in arrays)) == shape
 
@@ -243,7 +243,7 @@ def test_loaded_weights_are_those_stored(tmp_path, tokenizer, tied, layers):
         assert weights[name].dtype == torch.float32
         expected = multiplied(tg.stored_arrays(name, w, hp))
         assert np.array_equal(weights[name].numpy(), expected), name
-    tg.GPT(loaded_hp).load_state_dict(weights)
+    tg.build_model(loaded_hp).load_state_dict(weights)
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
@@ -949,7 +949,7 @@ def test_a_thin_matrix_beside_a_wide_one_allocates_little(tmp_path, tokenizer):
     """Lanes have 64 rows; those of one column are far shorter than those of 512."""
     hp = settings(tokenizer, NUM_LAYERS=1, BIGRAM_BUCKETS=2**17, BIGRAM_DIM=1, COMPRESSOR="rans")
     with torch.device("meta"):
-        state = tg.GPT(hp).state_dict()
+        state = tg.build_model(hp).state_dict()
     header = header_of(state, hp)
     kept = [array for name, w in state.items() for array in tg.layout(name, w, hp)]
     kept = [array for array in kept if "i" not in array[0]]
@@ -965,7 +965,7 @@ def test_model_that_cannot_run_is_refused(tmp_path, tokenizer, heads, kv_heads):
     hp = settings(tokenizer, VOCAB_SIZE=8, MODEL_DIM=8, NUM_LAYERS=1)
     hp = dataclasses.replace(hp, num_heads=heads, num_kv_heads=kv_heads)
     with pytest.raises(tg.UserError):
-        load(pack(tg.GPT(hp), hp), tmp_path, tokenizer)
+        load(pack(tg.build_model(hp), hp), tmp_path, tokenizer)
 
 
 HEADERS = {
@@ -1079,7 +1079,7 @@ def test_a_huge_model_of_zeros_in_a_small_file_is_refused(tmp_path, tokenizer, c
     values = {"VOCAB_SIZE": 8, "MODEL_DIM": 8, "NUM_LAYERS": 1, "BIGRAM_BUCKETS": 2**18}
     hp = settings(tokenizer, **values, COMPRESSOR=compressor)
     with torch.device("meta"):
-        state = tg.GPT(hp).state_dict()
+        state = tg.build_model(hp).state_dict()
     first = [tg.layout(name, w, hp)[0] for name, w in state.items()]
     size = sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in first)
     data = crafted(header_of(state, hp), bytes(size), zeros_coded(compressor, [(2**18, 128)]))

@@ -319,7 +319,7 @@ def test_the_check_has_the_shapes_and_strides_of_the_model():
     tokens = torch.zeros(1, 100, dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", watch)
-        tg.GPT(run.hp, run.dtype)(tokens, tokens)
+        tg.build_model(run.hp, run.dtype)(tokens, tokens)
         keeper.attention_problem(run)
     assert seen[0] == seen[1]
 

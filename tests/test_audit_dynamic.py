@@ -141,7 +141,7 @@ def test_the_trainer_itself_passes(dataset, tmp_path):
     settings = {"NUM_LAYERS": 1, "MODEL_DIM": 32, "TRAIN_SEQ_LEN": 32, "TRAIN_BATCH_TOKENS": 256}
     settings |= {"EVAL_STRIDE": 8, "ITERATIONS": 2, "VAL_TOKENS": 700}
     env = tiny_settings(dataset, record, **settings)
-    trained = run_cli(env, copy_to=record)
+    trained = run_cli(env, copy_to=record, beside=["frontier.py"])
     assert trained.rc == 0, trained.stderr
     kept = {n: v for n, v in env.items() if n not in ("DATA_PATH", "TOKENIZER_PATH", "OUT_DIR")}
     (record / "config.env").write_text("".join(f"{n}={v}\n" for n, v in kept.items()))

@@ -557,6 +557,7 @@ def test_helper_that_the_script_imports_counts(folder):
     assert "110,001 code (measured, with cache.py)" in evidence
 
 
+HELPER_NAMES = ["quantizer.py", "frontier.py"]
 BY_NAME = 'import importlib\nQUANTIZER = lambda: importlib.import_module("quantizer")\n'
 
 
@@ -567,6 +568,16 @@ def test_helper_that_the_script_imports_by_name_counts_where_it_is(folder):
     assert folder.failed() == []
     folder.write("quantizer.py", "#" * 1000)
     assert f"{size + 1000:,} code (measured, with quantizer.py)" in folder.check()["size"][1]
+
+
+@pytest.mark.parametrize("names", [["quantizer.py"], ["frontier.py"], HELPER_NAMES])
+def test_helpers_that_our_script_names_count_where_they_are(folder, names):
+    folder.write("train_gpt.py", (ROOT / "train_gpt.py").read_text())
+    for name in names:
+        folder.write(name, "#" * 1000)
+    size = (ROOT / "train_gpt.py").stat().st_size + 1000 * len(names)
+    told = f"{size:,} code (measured, with {', '.join(sorted(names))})"
+    assert told in folder.check()["size"][1]
 
 
 @pytest.mark.parametrize("helpers", [["A helper"], ["A helper", "A keeper"]])
@@ -809,6 +820,60 @@ def test_other_line_ends_are_no_other_script(folder):
 def test_other_script_in_the_log_fails(folder):
     with_source(folder, script(50_001))
     assert folder.failed() == ["source"]
+
+
+QUANTIZER = '"""A helper."""\n\nimport math\n'
+FRONTIER = '"""Another one."""\n\nimport train_gpt as core\n'
+KEEPER = '"""It does not count."""\n\nimport fcntl\n'
+NAMING = script() + 'HELPERS = ("quantizer.py", "frontier.py")\n'
+HELPED = [NAMING, QUANTIZER, FRONTIER]
+
+
+def with_helpers(folder: Folder, *sources: str, seed: str = "42", counted: int = 3) -> None:
+    """Ship a script and two helpers; print sources, of which the first ones count, in a log."""
+    for name, text in zip(("train_gpt.py", "quantizer.py", "frontier.py"), HELPED, strict=True):
+        folder.write(name, text)
+    size = sum(map(len, sources[:counted]))
+    head = "".join(f"{source}\n{BAR}\n" for source in sources)
+    folder.write(f"train_seed{seed}.log", head + log_text(seed, SCORES[seed], code=size))
+
+
+@pytest.mark.parametrize("behind", [[], [KEEPER]])
+def test_helpers_in_the_log_are_the_shipped_ones(folder, behind):
+    with_helpers(folder, *HELPED, *behind)
+    told = "the script in 1 of 3 logs is train_gpt.py, and the code behind it is shipped (2 files)"
+    assert folder.check()["source"] == ("PASS", told)
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_another_helper_in_the_log_fails(folder, place):
+    sources = [*HELPED, KEEPER]
+    sources[place] += "# changed\n"
+    with_helpers(folder, *sources)
+    size = len(HELPED[place]) + 10
+    told = f"train_seed42.log counts code that is not shipped: {size} bytes"
+    assert folder.check()["source"] == ("FAIL", told)
+
+
+@pytest.mark.parametrize("name", ["quantizer.py", "frontier.py"])
+def test_a_helper_in_the_log_that_is_not_shipped_fails(folder, name):
+    with_helpers(folder, *HELPED)
+    (folder.path / name).unlink()
+    assert "source" in folder.failed()
+
+
+def test_what_is_printed_but_not_counted_need_not_be_shipped(folder):
+    with_helpers(folder, NAMING, FRONTIER, KEEPER, counted=2)
+    assert folder.check()["source"][1].endswith("is shipped (1 file)")
+
+
+def test_seeds_that_ran_different_helpers_fail(folder):
+    with_helpers(folder, *HELPED)
+    with_helpers(folder, *HELPED, KEEPER, seed="314")
+    with_helpers(folder, NAMING, QUANTIZER, f"{FRONTIER}# changed\n", seed="999")
+    told = "different code: train_seed314.log, train_seed42.log | train_seed999.log"
+    state, evidence = folder.check()["source"]
+    assert (state, told in evidence) == ("FAIL", True)
 
 
 def test_script_of_broken_syntax_fails(folder):

@@ -1,5 +1,6 @@
 """benchmarks/run.py, its subjects and measure.py: log lines, FLOPs, comparisons, parts."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -93,6 +94,8 @@ def test_validations_peak_memory_and_the_first_step_are_read():
         {"bigram_buckets": 64, "bigram_dim": 24},
         {"tie_embeddings": 0, "mlp_mult": 2.6},
         {"num_kv_heads": 4, "num_layers": 3, "train_seq_len": 8},
+        {"loop_repeats": 2, "loop_first": 1, "loop_last": 1, "skips": "mudd"},
+        {"sparse_attn_gate": 12, "channel_gains": 0},
     ],
 )
 def test_flops_are_those_that_torch_counts(changed):
@@ -106,9 +109,22 @@ def test_flops_are_those_that_torch_counts(changed):
         loss = model(inputs, targets).sum()
         forward = counter.get_total_flops()
         loss.backward()
-    masked = 4 * hp.num_layers * hp.model_dim * (T - (T + 1) / 2)
+    masked = 4 * len(model.visits) * hp.model_dim * (T - (T + 1) / 2)
     assert forward == 3 * T * (measure.flops_per_token(hp, forward_only=True) + masked)
     assert counter.get_total_flops() == 3 * T * (measure.flops_per_token(hp) + 3 * masked)
+
+
+def test_a_window_leaves_the_keys_that_its_mask_has():
+    hp = tg.Hyperparameters(num_layers=4, train_seq_len=9, window_pattern="SL", window_tokens=4)
+    mask = torch.ones(9, 9).tril().triu(-3)
+    keys = [2 * (mask.sum() / 9), 2 * (9 + 1) / 2]
+    assert measure.attention_flops_per_token(hp) == pytest.approx(4 * 512 * float(sum(keys)))
+
+
+def test_the_keeper_counts_the_same_flops():
+    hp = tg.Hyperparameters(num_layers=5, loop_repeats=2, loop_first=1, loop_last=2, skips="mudd")
+    hp = dataclasses.replace(hp, window_pattern="SSL", window_tokens=40, sparse_attn_gate=12)
+    assert measure.flops_per_token(hp) == pytest.approx(keeper.flops_per_token(hp))
 
 
 def test_time_inside_another_part_counts_once(monkeypatch):

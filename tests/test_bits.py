@@ -216,6 +216,7 @@ def test_the_stack_has_the_bits_of_the_frozen_script(stack):
 def test_the_script_without_its_keeper_has_the_bits_of_the_frozen_script(
     stack, server, dataset, tmp_path
 ):
+    shutil.copy(SCRIPT.with_name("frontier.py"), tmp_path)
     alone = job(dataset, tmp_path, Path(shutil.copy(SCRIPT, tmp_path)), **STACK)
     printed = finish(alone.start(server))
     assert_same_bits(alone, stack[1], printed[0], stack[2][1])

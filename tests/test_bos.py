@@ -94,7 +94,7 @@ def test_the_model_parts_documents_at_the_tokenizers_bos():
         smear_gate=1, bigram_buckets=8, bigram_dim=4, train_seq_len=8,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = tg.GPT(hp)
+    model = tg.build_model(hp)
     torch.nn.init.normal_(model.bigram.table.weight)
     found = []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))

@@ -582,7 +582,7 @@ def test_a_uniform_model_has_the_bpb_of_counting(models, tmp_path):
     documents = compose_documents(6, seed=3)
     tokens = encoded(models["bpe"], documents)
     run = make_run(tmp_path, models["bpe"], tokens, TIE_EMBEDDINGS=0)
-    losses = tg.score(tg.GPT(run.hp), tg.Validation(run), run)[1]
+    losses = tg.score(tg.build_model(run.hp), tg.Validation(run), run)[1]
     sp = load(models["bpe"])
     size = sum(len(sp.decode(sp.encode(text)).encode()) for text in documents)
     assert losses["val_bpb"] == pytest.approx((len(tokens) - 1) * 9 / size, rel=1e-6)

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, new_run, shard_bytes
+from conftest import REPO, new_run, shard_bytes, trainer_of
 from programs import TECHNIQUES
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -81,7 +81,7 @@ def cuda_run(tmp_path) -> tg.Run:
 @pytest.fixture
 def trainer(fake_cuda, cuda_run) -> Iterator[tg.Trainer]:
     """A trainer whose model gets gradients without autograd's engine."""
-    model = on_cuda(tg.GPT(cuda_run.hp, cuda_run.dtype))
+    model = on_cuda(tg.build_model(cuda_run.hp, cuda_run.dtype))
 
     def backward(loss: FakeTensor) -> None:
         fake_cuda.append(loss)
@@ -89,7 +89,7 @@ def trainer(fake_cuda, cuda_run) -> Iterator[tg.Trainer]:
             p.grad = torch.zeros_like(p)
 
     with mock.patch.object(torch.Tensor, "backward", backward):
-        yield tg.Trainer(model, model, tg.TokenStream("train", cuda_run), cuda_run)
+        yield trainer_of(model, cuda_run)
 
 
 def test_a_step_stays_on_the_device(trainer, fake_cuda):
@@ -109,7 +109,7 @@ def test_batches_come_to_the_device(trainer):
 def test_weights_gradients_and_state_are_fp32_on_the_device(trainer):
     trainer.step(0, 0.0)
     kept = [trainer.weights, trainer.average, *(p.grad for p in trainer.params.values())]
-    states = [keeper.optimizer_state(trainer, p) for p in trainer.params.values()]
+    states = [s for p in trainer.params.values() for s in keeper.optimizer_states(trainer, p)]
     kept += [t for state in states for t in state.values()]
     assert {(t.device, t.dtype) for t in kept} == {(CUDA, torch.float32)}
     names = {name for state in states for name in state}

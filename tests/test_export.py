@@ -145,8 +145,8 @@ def test_a_folder_that_is_removed_meanwhile_is_made_again(place, whole, tmp_path
 def start_copy(place: Place, folder: Path, hold: Path) -> subprocess.Popen:
     """Start a copy of the script, which stops in step 3 until a file is there."""
     folder.mkdir()
-    for path in (SCRIPT, SCRIPT.with_name("keeper.py")):
-        shutil.copy(path, folder)
+    for name in (SCRIPT.name, "frontier.py", "keeper.py"):
+        shutil.copy(SCRIPT.with_name(name), folder)
     (folder / "sitecustomize.py").write_text(
         "import os, time\n"
         "replace = os.replace\n"
@@ -170,12 +170,13 @@ def test_the_script_and_the_tokenizer_may_change_meanwhile(change, place, whole,
     job, end = start_copy(place, folder, go), time.monotonic() + 60
     while "step:3/8 train" not in (folder / "printed").read_text() and time.monotonic() < end:
         time.sleep(0.05)
-    for path in (folder / SCRIPT.name, tokenizer):
+    counted = (SCRIPT.name, "frontier.py")
+    for path in (*(folder / name for name in counted), tokenizer):
         path.unlink() if change == "removed" else path.write_bytes(b"# another\n")
     go.touch()
     assert job.wait(60) == 0, (folder / "printed").read_text()
     assert same_bits(place.folder, whole.folder)
-    code = len(SCRIPT.read_bytes())
+    code = sum(len(SCRIPT.with_name(name).read_bytes()) for name in counted)
     assert f"({code} code, " in place.log.splitlines()[-1]
 
 

@@ -123,18 +123,32 @@ def batch(rows=20, width=8, classes=11):
     return random(rows, width), random(classes, width, seed=1), targets
 
 
+def capped_loss(x, weight, targets, c):
+    """The loss of one target for each row."""
+    return tg.CappedLoss.apply(x, weight, targets[:, None], 1.0, c, None)
+
+
 @pytest.mark.parametrize("c", [0.5, 4.0, 30.0])
 def test_the_loss_and_its_gradients_are_those_of_cross_entropy(c):
     x, weight, targets = batch()
-    ours = tg.CappedLoss.apply(x, weight, targets, c)
+    ours = capped_loss(x, weight, targets, c)
     assert_same(ours, plain_loss(x, weight, targets, c), [x, weight])
+
+
+def test_several_targets_have_the_weighted_sum_of_their_losses():
+    x, weight, targets = batch()
+    several = torch.stack([targets.roll(i) for i in range(3)], dim=1)
+    weights = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
+    ours = tg.CappedLoss.apply(x, weight, several, weights, 4.0, None)
+    each = [plain_loss(x, weight, t, 4.0) for t in several.T]
+    assert_same(ours, sum(w * nll for w, nll in zip(weights, each, strict=True)), [x, weight])
 
 
 def test_the_loss_bears_logits_that_exp_does_not():
     x, weight, targets = batch()
     with torch.no_grad():
         x *= 1e4
-    ours = tg.CappedLoss.apply(x, weight, targets, 2000.0)
+    ours = capped_loss(x, weight, targets, 2000.0)
     assert ours.isfinite().all()
     assert_same(ours, plain_loss(x, weight, targets, 2000.0), [x, weight])
 
@@ -142,7 +156,7 @@ def test_the_loss_bears_logits_that_exp_does_not():
 def test_targets_that_do_not_count_have_no_loss_and_no_gradient():
     x, weight, targets = batch()
     targets[:] = tg.IGNORE
-    loss = tg.CappedLoss.apply(x, weight, targets, 4.0)
+    loss = capped_loss(x, weight, targets, 4.0)
     assert (loss == 0).all()
     assert all((g == 0).all() for g in torch.autograd.grad(loss.sum(), [x, weight]))
 
@@ -153,7 +167,7 @@ def test_of_the_logits_one_tensor_is_kept_in_the_models_dtype(dtype):
     x, weight = (t.detach().to(dtype).requires_grad_() for t in (x, weight))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        tg.CappedLoss.apply(x, weight, targets, 4.0)
+        capped_loss(x, weight, targets, 4.0)
     assert [t.dtype for t in kept if t.numel() >= 64 * 200] == [dtype]
 
 
@@ -161,7 +175,7 @@ def test_without_a_gradient_nothing_is_kept():
     x, weight, targets = batch()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        loss = tg.CappedLoss.apply(x.detach(), weight.detach(), targets, 4.0)
+        loss = capped_loss(x.detach(), weight.detach(), targets, 4.0)
     assert not kept
     torch.testing.assert_close(loss, plain_loss(x, weight, targets, 4.0))
 
@@ -185,7 +199,7 @@ def test_chunks_of_the_head_change_nothing(logits, monkeypatch):
 
 def test_the_loss_of_a_uniform_model_is_the_logarithm_of_its_vocabulary():
     x, weight, targets = batch()
-    loss = tg.CappedLoss.apply(x * 0, weight, targets.clamp(min=0), 4.0)
+    loss = capped_loss(x * 0, weight, targets.clamp(min=0), 4.0)
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(11)))
 
 

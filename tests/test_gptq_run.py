@@ -106,7 +106,7 @@ def test_without_the_keeper_the_artifact_is_the_same(finished, tmp_path):
 def test_without_quantizer_py_it_is_one_clear_error(tiny_env, tmp_path):
     done = run_cli(tiny_env | GPTQ, copy_to=tmp_path / "alone")
     assert done.rc == 1
-    what = "QUANT_METHOD, COMPRESSOR, FIT_BUDGET: need quantizer.py beside train_gpt.py"
+    what = "QUANT_METHOD: quantizer.py must lie beside train_gpt.py"
     assert done.stderr == f"train_gpt.py: error: {what}\n"
     assert not (tmp_path / "logs").exists()
 
@@ -117,7 +117,7 @@ def test_an_artifact_that_needs_quantizer_py_says_so(finished, tmp_path):
     given |= {"EVAL_ONLY": "1", "ARTIFACT": str(folder / "final_model.artifact")}
     done = run_cli(given | {"OUT_DIR": str(tmp_path)}, copy_to=tmp_path / "alone")
     assert done.rc == 1
-    assert "need quantizer.py beside train_gpt.py" in done.stderr
+    assert "quantizer.py must lie beside train_gpt.py" in done.stderr
 
 
 # ---- what the calibration sees

@@ -25,6 +25,7 @@ from conftest import (
     run_main,
     shard_bytes,
     tiny_settings,
+    trainer_of,
 )
 from programs import TECHNIQUES
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -74,7 +75,7 @@ def make_run(folder, **values):
 def random_model(run):
     """A model on the run's device, none of whose parameters is as it was initialized."""
     torch.manual_seed(0)
-    model = tg.GPT(run.hp, run.dtype)
+    model = tg.build_model(run.hp, run.dtype)
     for name, p in model.named_parameters():
         if name.endswith("weight"):
             torch.nn.init.normal_(p, 0.0, 1.0 if name == "tok_emb.weight" else p.size(-1) ** -0.5)
@@ -261,7 +262,7 @@ def test_compiled_training_within_documents_is_close_to_eager(folder):
 def kernels_of_a_step(run, compiled: bool) -> list[str]:
     """The names of what the device does in a forward and backward pass."""
     torch._dynamo.reset()  # what was compiled in this process for another kernel
-    model = tg.GPT(run.hp, run.dtype).to(run.device)
+    model = tg.build_model(run.hp, run.dtype).to(run.device)
     forward = tg.compile_model(model) if compiled else model
     inputs, targets = (x.to(run.device) for x in random_tokens(run.hp.train_seq_len))
     forward(inputs, targets).sum().backward()
@@ -316,9 +317,9 @@ def make_trainer(folder, compiled, **values):
     run = make_run(folder, **values)
     run.log = lambda line, *_, **__: print(line)  # it has no files
     torch.manual_seed(0)
-    model = tg.GPT(run.hp, run.dtype).to(run.device)
+    model = tg.build_model(run.hp, run.dtype).to(run.device)
     forward = tg.compile_model(model) if compiled else model
-    trainer = tg.Trainer(model, forward, tg.TokenStream("train", run), run)
+    trainer = trainer_of(model, run, forward)
     trainer.prime()
     return trainer
 

@@ -28,7 +28,8 @@ def folders(dataset, tmp_path_factory):
         more = TRAINED | {"SAVE_NLL": out / "nll.npy"}
         more |= {"SAVE_EVERY": 2} if name == "with" else {}
         script = out / "script" if name == "alone" else None
-        done = run_cli(tiny_settings(dataset, out, **more), copy_to=script)
+        settings = tiny_settings(dataset, out, **more)
+        done = run_cli(settings, copy_to=script, beside=["frontier.py"])
         assert done.rc == 0, done.stderr
         made[name] = out
     return made
@@ -62,14 +63,14 @@ def test_two_ranks_meet_without_it(tiny_env, tmp_path):
     assert "final_int8_zstd_roundtrip_exact" in done.stdout
 
 
-def test_the_log_has_the_source_of_both(folders):
+def test_the_log_has_the_source_of_all_that_ran(folders):
     bar = f"\n{'=' * 100}\n"
-    script = SCRIPT.read_text(encoding="utf-8")
-    source = (REPO / "keeper.py").read_text(encoding="utf-8")
+    names = ("train_gpt.py", "frontier.py", "keeper.py")
+    script, techniques, source = (SCRIPT.with_name(n).read_text(encoding="utf-8") for n in names)
     both = (folders["with"] / "tiny.txt").read_text(encoding="utf-8")
     alone = (folders["alone"] / "tiny.txt").read_text(encoding="utf-8")
-    assert both.startswith(f"{script}{bar}{source}{bar}DATA_PATH=")
-    assert alone.startswith(f"{script}{bar}DATA_PATH=")
+    assert both.startswith(f"{script}{bar}{techniques}{bar}{source}{bar}DATA_PATH=")
+    assert alone.startswith(f"{script}{bar}{techniques}{bar}DATA_PATH=")
 
 
 @pytest.mark.parametrize("given", [{"SAVE_EVERY": "2"}, {"RESUME": "auto", "RUN_ID": "x"}])

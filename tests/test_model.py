@@ -32,7 +32,7 @@ settings = functools.partial(resolve, TINY)
 def random_model(hp, dtype=torch.float32, seed=0):
     """A model none of whose parameters is as it was initialized."""
     torch.manual_seed(seed)
-    model = tg.GPT(hp, dtype)
+    model = tg.build_model(hp, dtype)
     for name, p in model.named_parameters():
         if name.endswith("weight"):
             torch.nn.init.normal_(p, 0.0, 1.0 if name in HEADS else p.size(-1) ** -0.5)
@@ -316,13 +316,13 @@ def test_every_parameter_gets_a_gradient():
 def test_parameter_count_at_the_defaults():
     hp = tg.load_settings({}, check_places=False)
     with torch.device("meta"):
-        model = tg.GPT(hp)
+        model = tg.build_model(hp)
     assert sum(p.numel() for p in model.parameters()) == 17_059_912
 
 
 def initial_model(**values):
     torch.manual_seed(0)
-    return tg.GPT(settings(**values))
+    return tg.build_model(settings(**values))
 
 
 def test_what_writes_to_the_residual_stream_starts_at_zero():
@@ -360,7 +360,7 @@ def test_control_tensors_start_neutral():
 
 def test_untied_head_starts_uniform():
     hp = settings(TIE_EMBEDDINGS=0)
-    nll = tg.GPT(hp)(*random_tokens(hp))
+    nll = tg.build_model(hp)(*random_tokens(hp))
     torch.testing.assert_close(nll, torch.full_like(nll, math.log(hp.vocab_size)))
 
 
@@ -369,7 +369,7 @@ def test_tied_head_starts_nearly_uniform():
     torch.manual_seed(0)
     inputs = random_tokens(hp, rows=8)[0]
     # A target that is not the input: the tied head prefers the token that it has just read.
-    nll = tg.GPT(hp)(inputs, (inputs + 1) % hp.vocab_size)
+    nll = tg.build_model(hp)(inputs, (inputs + 1) % hp.vocab_size)
     assert nll.mean().item() == pytest.approx(math.log(1024), abs=0.05)
 
 
@@ -395,7 +395,7 @@ def test_rms_norm_gives_mean_square_one():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_are_fp32_whatever_the_compute_dtype(dtype):
-    model = tg.GPT(settings(TIE_EMBEDDINGS=0), dtype)
+    model = tg.build_model(settings(TIE_EMBEDDINGS=0), dtype)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
 

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import optimizers_of, random_model, resolve, shard_bytes
+from conftest import optimizers_of, random_model, resolve, shard_bytes, trainer_of
 from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
@@ -32,6 +32,8 @@ TINY = {
     "DTYPE": "fp32",
     "COMPILE": 0,
 }
+
+ROUNDS = [tg.NEWTON_SCHULZ] * 5
 
 settings = functools.partial(resolve, TINY)
 
@@ -60,6 +62,11 @@ def matrix(rows, cols, seed=0, low=0.3, high=1.0):
     return torch.from_numpy(u * np.linspace(high, low, min(rows, cols)) @ vt)
 
 
+def orthogonalized(g, steps):
+    """What Muon makes of the matrices of g, (N, rows, cols)."""
+    return tg.orthogonalize(g, [tg.NEWTON_SCHULZ] * steps)
+
+
 SHAPES = [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1)]
 
 
@@ -67,7 +74,7 @@ SHAPES = [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_orthogonalize_is_the_quintic_on_singular_values(shape, steps):
     g = matrix(*shape)
-    x = tg.orthogonalize(g[None], steps)[0]
+    x = orthogonalized(g[None], steps)[0]
     np.testing.assert_allclose(x.numpy(), reference_orthogonalize(g, steps), atol=1e-10)
 
 
@@ -75,7 +82,7 @@ def test_orthogonalize_is_the_quintic_on_singular_values(shape, steps):
 def test_orthogonalize_pushes_singular_values_towards_one(shape):
     g = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     g = g + 2 * matrix(*shape, low=5.0, high=10.0)  # well-conditioned
-    s = torch.linalg.svdvals(tg.orthogonalize(g, 5)[0])
+    s = torch.linalg.svdvals(orthogonalized(g, 5)[0])
     assert s.min() > 0.68
     assert s.max() < 1.14
 
@@ -84,7 +91,7 @@ def test_orthogonalize_pushes_singular_values_towards_one(shape):
 def test_orthogonalize_keeps_singular_vectors(shape):
     g = matrix(*shape)
     u, _, vt = torch.linalg.svd(g, full_matrices=False)
-    core = u.T @ tg.orthogonalize(g[None], 5)[0] @ vt.T
+    core = u.T @ orthogonalized(g[None], 5)[0] @ vt.T
     torch.testing.assert_close(core, core.diagonal().diag(), atol=1e-10, rtol=0)
     assert (core.diagonal() > 0.5).all()
 
@@ -92,22 +99,22 @@ def test_orthogonalize_keeps_singular_vectors(shape):
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5)], ids=str)
 def test_orthogonalize_treats_each_matrix_of_a_batch_alone(shape):
     g = torch.stack([matrix(*shape, seed=seed) * 10.0**seed for seed in range(4)])
-    together = tg.orthogonalize(g, 5)
-    alone = torch.cat([tg.orthogonalize(one[None], 5) for one in g])
+    together = orthogonalized(g, 5)
+    alone = torch.cat([orthogonalized(one[None], 5) for one in g])
     torch.testing.assert_close(together, alone, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_orthogonalize_ignores_the_scale_of_its_input(dtype):
     g = matrix(6, 8).to(dtype)
-    x, y = tg.orthogonalize(g[None] * 2.0**-10, 5), tg.orthogonalize(g[None] * 2.0**10, 5)
+    x, y = orthogonalized(g[None] * 2.0**-10, 5), orthogonalized(g[None] * 2.0**10, 5)
     torch.testing.assert_close(x.float(), y.float(), atol=2e-3, rtol=0)
 
 
 def test_orthogonalize_leaves_its_input_alone():
     g = matrix(6, 8)[None]
     before = g.clone()
-    tg.orthogonalize(g, 5)
+    orthogonalized(g, 5)
     assert torch.equal(g, before)
 
 
@@ -115,14 +122,14 @@ def test_orthogonalize_leaves_its_input_alone():
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4)], ids=str)
 def test_orthogonalize_of_zero_is_zero(shape, dtype):
     g = torch.stack([torch.zeros(shape), matrix(*shape).float()]).to(dtype)
-    x = tg.orthogonalize(g, 5)
+    x = orthogonalized(g, 5)
     assert (x[0] == 0).all()
     assert x[1].float().norm() > 1
 
 
 def test_orthogonalize_in_bf16_stays_near_the_reference():
     g = matrix(16, 24)
-    x = tg.orthogonalize(g[None].bfloat16(), 5)[0]
+    x = orthogonalized(g[None].bfloat16(), 5)[0]
     assert x.dtype == torch.bfloat16
     assert np.abs(x.double().numpy() - reference_orthogonalize(g, 5)).max() < 0.05
 
@@ -136,7 +143,7 @@ def test_muon_equals_a_plain_reference_for_three_steps():
     start = [rng.normal(size=shape) for shape in shapes]
     params = [torch.nn.Parameter(torch.from_numpy(w.copy())) for w in start]
     groups = [{"params": params[:2], "lr": 0.0}, {"params": params[2:], "lr": 0.0}]
-    muon = tg.Muon(groups, {"steps": 5, "dtype": torch.float64, "weight_decay": 0.0})
+    muon = tg.Muon(groups, {"rounds": ROUNDS, "dtype": torch.float64, "weight_decay": 0.0})
     buffers = [np.zeros(shape) for shape in shapes]
     for lr, momentum in [(0.1, 0.85), (0.2, 0.9), (0.05, 0.95)]:
         for group in muon.param_groups:
@@ -157,7 +164,7 @@ def test_muon_does_not_change_the_gradients():
     p = torch.nn.Parameter(torch.zeros(3, 4))
     muon = tg.Muon(
         [{"params": [p], "lr": 0.1, "momentum": 0.9}],
-        {"steps": 5, "dtype": p.dtype, "weight_decay": 0.0},
+        {"rounds": ROUNDS, "dtype": p.dtype, "weight_decay": 0.0},
     )
     p.grad = torch.ones(3, 4)
     muon.step()
@@ -169,7 +176,7 @@ def test_muon_does_not_change_the_gradients():
 
 def rates_by_name(hp):
     """The learning rate of each parameter, by name; fails if one is in no group or in two."""
-    model = tg.GPT(hp)
+    model = tg.build_model(hp)
     names = {p: name for name, p in model.named_parameters()}
     rates = {}
     for optimizer in optimizers_of(model, hp):
@@ -218,7 +225,7 @@ def test_equal_rates_merge_no_parameters_wrongly():
 
 def test_square_matrices_do_not_mix_with_others_of_another_shape():
     hp = settings(MLP_MULT=1, NUM_KV_HEADS=2)  # now all matrices of a block are square
-    for group in optimizers_of(tg.GPT(hp), hp)[1].param_groups:
+    for group in optimizers_of(tg.build_model(hp), hp)[1].param_groups:
         assert len({p.shape for p in group["params"]}) == 1
 
 
@@ -257,7 +264,7 @@ def make_trainer(folder, model=None, **values):
     hp = settings(DATA_PATH=folder, **values)
     run = tg.Run(hp)
     model = model or random_model(hp)
-    return tg.Trainer(model, model, tg.TokenStream("train", run), run)
+    return trainer_of(model, run)
 
 
 def reference_gradient(model, folder, step=0, rows=6):
@@ -311,7 +318,7 @@ def test_step_moves_every_parameter(data_folder):
 def test_untrained_model_learns(data_folder):
     hp = settings()
     torch.manual_seed(0)
-    trainer = make_trainer(data_folder, tg.GPT(hp), MATRIX_LR=0.02, SCALAR_LR=0.01)
+    trainer = make_trainer(data_folder, tg.build_model(hp), MATRIX_LR=0.02, SCALAR_LR=0.01)
     losses = [trainer.step(step, 0.0).item() for step in range(60)]
     assert losses[0] == pytest.approx(math.log(32), abs=0.1)
     assert min(losses[-10:]) < losses[0] - 0.3  # 500 random tokens can be learned by heart
@@ -506,14 +513,14 @@ class Counter(torch.nn.Module):
 
 def counted_trainer(folder):
     trainer = make_trainer(folder, WARMUP_STEPS=3, MUON_MOMENTUM_WARMUP_STEPS=4)
-    trainer.forward = Counter(trainer.model)
+    trainer.learn = Counter(trainer.model)
     return trainer
 
 
 def test_prime_takes_its_steps(data_folder):
     trainer = counted_trainer(data_folder)
     trainer.prime()
-    assert trainer.forward.calls == 3
+    assert trainer.learn.calls == 3
 
 
 def test_prime_changes_nothing(data_folder):

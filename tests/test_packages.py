@@ -5,6 +5,7 @@ import sys
 import pytest
 from conftest import run_main
 
+import keeper  # noqa: F401 - of this train_gpt, not of the copy that a test imports
 import train_gpt as tg
 
 

@@ -19,6 +19,7 @@ from conftest import (
     resolve,
     run_main,
     shard_bytes,
+    trainer_of,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -257,7 +258,7 @@ def loaded(folder, steps, rank=0, world_size=1, **values):
     """Micro-batches of some steps."""
     run = new_run(TINY | {"DATA_PATH": folder}, **values)
     run.rank, run.world_size = rank, world_size
-    made = tg.batches(tg.TokenStream("train", run), run)
+    made = tg.batches(tg.part("TokenStream", run.hp)("train", run), run)
     return [next(made) for _ in range(steps)]
 
 
@@ -311,12 +312,13 @@ def test_rows_divide_a_batch(sequences, row):
 
 
 def shuffled_stream(folder, **values):
-    return tg.TokenStream("train", new_run(TINY | {"DATA_PATH": folder}, DATA_SHUFFLE=1, **values))
+    run = new_run(TINY | {"DATA_PATH": folder}, DATA_SHUFFLE=1, **values)
+    return tg.part("TokenStream", run.hp)("train", run)
 
 
 def read_shuffled(stream_, start=0, count=0):
     """Tokens in the order of training; the first epoch by default."""
-    return stream_.read(start, count or stream_.total, shuffle=True)
+    return stream_.read(start, count or stream_.total)
 
 
 def as_text(tokens):
@@ -363,9 +365,10 @@ def test_documents_stay_whole(folder):
 
 
 def test_the_order_is_not_that_of_the_shards_in_training_alone(folder):
+    """Validation, and what identifies the data, read by train_gpt.py's own class."""
     stream_ = shuffled_stream(folder)
     plain = np.concatenate(shards_of(folder))
-    assert np.array_equal(stream_.read(0, stream_.total), plain)
+    assert np.array_equal(tg.TokenStream.read(stream_, 0, stream_.total), plain)
     trained = read_shuffled(stream_)
     assert (trained != plain).mean() > 0.5
     ((first, *_),) = loaded(folder, 1, DATA_SHUFFLE=1)
@@ -420,7 +423,7 @@ def test_a_run_resumes_with_the_same_bits(dataset, tiny_env, tmp_path):
 def test_a_diagnosis_takes_packed_batches(dataset, tiny_env):
     """keeper.py looks through a batch with its documents."""
     run = new_run(tiny_env, TRAIN_DOC_ISOLATED=1)
-    model = tg.GPT(run.hp, run.dtype)
-    trainer = tg.Trainer(model, model, tg.TokenStream("train", run), run)
+    model = tg.build_model(run.hp, run.dtype)
+    trainer = trainer_of(model, run)
     trainer.step(0, 0.0)
     assert keeper.what_is_not_finite(trainer, trainer.batch) == "nothing in the batch of rank 0"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import optimizers_of, random_model, resolve
 
+import frontier
 import train_gpt as tg
 
 TINY = {
@@ -27,12 +28,13 @@ def settings(**values):
 
 def put_first(monkeypatch, *rows):
     """Let the table begin with `rows`."""
-    table = tg.parameter_table
-    monkeypatch.setattr(tg, "parameter_table", lambda hp: [*rows, *table(hp)])
+    for module in (tg, frontier):
+        table = module.parameter_table
+        monkeypatch.setattr(module, "parameter_table", lambda hp, t=table: [*rows, *t(hp)])
 
 
 def row(pattern, optimizer="adam", lr=0.1, decay=0.2, start=None, bits=0):
-    return tg.Row(pattern, optimizer, lr, decay, start, bits)
+    return tg.Row(pattern, optimizer, lr, decay, 0.95, start, bits)
 
 
 class Extended(tg.GPT):
@@ -51,10 +53,18 @@ class Extended(tg.GPT):
 def test_every_row_is_of_some_parameter(values):
     choices = {name: tg.FIELDS[name].metadata["choices"] for name in tg.MODEL_SETTINGS}
     switches = {name: 1 for name, both in choices.items() if both == ["0", "1"]}
-    hp = settings(**switches | EVERYTHING | values)
-    used = {tg.row_of(name, hp).pattern for name, _ in tg.GPT(hp).named_parameters()}
+    used = set()
+    for skips in ("gated", "mudd"):
+        hp = settings(**switches | EVERYTHING | values | {"SPARSE_ATTN_GATE": 8, "SKIPS": skips})
+        used |= {tg.row_of(name, hp).pattern for name, _ in tg.build_model(hp).named_parameters()}
     tied = {"lm_head.weight"} if hp.tie_embeddings else set()
-    assert used | tied == {each.pattern for each in tg.parameter_table(hp)}
+    assert used | tied == {each.pattern for each in frontier.parameter_table(hp)}
+
+
+def test_every_row_of_the_baseline_is_of_some_parameter():
+    hp = settings(TIE_EMBEDDINGS=0)
+    used = {tg.row_of(name, hp).pattern for name, _ in tg.GPT(hp).named_parameters()}
+    assert used == {each.pattern for each in tg.parameter_table(hp)}
 
 
 def test_the_first_row_that_fits_counts(monkeypatch):
@@ -80,7 +90,7 @@ def test_a_model_with_a_parameter_without_a_row_is_not_made(monkeypatch):
     table = tg.parameter_table
     monkeypatch.setattr(tg, "parameter_table", lambda hp: table(hp)[1:])
     with pytest.raises(tg.UserError, match=r"parameter tok_emb\.weight: no row"):
-        tg.GPT(settings())
+        tg.build_model(settings())
 
 
 # ---- how it starts
@@ -106,7 +116,7 @@ def test_what_a_start_means(start, expected):
 
 def test_a_model_starts_as_its_table_says(monkeypatch):
     put_first(monkeypatch, row("skip_weights", start=0.25), row("*.fc.weight", start=-1.0))
-    model = tg.GPT(settings())
+    model = tg.build_model(settings())
     assert (model.skip_weights == 0.25).all()
     assert all((block.fc.weight == -1).all() for block in model.blocks)
     assert not model.blocks[0].proj.weight.any()
@@ -115,9 +125,9 @@ def test_a_model_starts_as_its_table_says(monkeypatch):
 def test_orthogonal_matrices_are_drawn_after_the_modules_in_the_order_of_their_names():
     """As they were before there was a table: a seed gives the model that it gave."""
     torch.manual_seed(3)
-    model = tg.GPT(settings(**EVERYTHING | {"ORTHO_INIT": 1, "TIE_EMBEDDINGS": 1}))
+    model = tg.build_model(settings(**EVERYTHING | {"ORTHO_INIT": 1, "TIE_EMBEDDINGS": 1}))
     torch.manual_seed(3)
-    expected = tg.GPT(settings(**EVERYTHING | {"TIE_EMBEDDINGS": 1}))
+    expected = tg.build_model(settings(**EVERYTHING | {"TIE_EMBEDDINGS": 1}))
     for name, p in expected.named_parameters():
         if name.startswith("blocks.") and name.endswith(".weight"):
             torch.nn.init.orthogonal_(p, 6**-0.5 if "proj" in name else 1.0)
@@ -131,7 +141,7 @@ def test_no_parameter_is_left_as_memory_was():
     try:
         assert torch.empty(1).isnan()
         for values in (EVERYTHING, {**EVERYTHING, "ORTHO_INIT": 1}, {}):
-            for name, p in tg.GPT(settings(**values)).named_parameters():
+            for name, p in tg.build_model(settings(**values)).named_parameters():
                 assert p.isfinite().all(), name
     finally:
         torch.use_deterministic_algorithms(False)
@@ -154,7 +164,7 @@ def test_a_row_says_who_trains_a_parameter_and_how(monkeypatch):
 def test_matrices_of_one_shape_with_other_rates_are_not_of_one_group(monkeypatch):
     put_first(monkeypatch, row("blocks.0.fc.weight", "muon", lr=0.7))
     hp = settings()
-    muon = optimizers_of(tg.GPT(hp), hp)[1]
+    muon = optimizers_of(tg.build_model(hp), hp)[1]
     rates = {len(group["params"]): group["lr"] for group in muon.param_groups}
     assert rates[1] == 0.7
     assert set(rates.values()) == {0.7, hp.matrix_lr}
@@ -166,7 +176,7 @@ def test_matrices_of_one_shape_with_other_rates_are_not_of_one_group(monkeypatch
 def test_muon_is_given_matrices_alone(monkeypatch, name, shape):
     put_first(monkeypatch, row(name, "muon"))
     hp = settings(SMEAR_GATE=1)
-    model = tg.GPT(hp)
+    model = tg.build_model(hp)
     model.skip_weights = torch.nn.Parameter(torch.ones(2, 2, 4))
     with pytest.raises(tg.UserError, match=f"parameter {name}: Muon takes matrices, .*{shape}"):
         optimizers_of(model, hp)
@@ -174,7 +184,7 @@ def test_muon_is_given_matrices_alone(monkeypatch, name, shape):
 
 def test_some_parameters_alone_have_the_optimizers_that_they_need():
     hp = settings()
-    run, params = tg.Run(hp), dict(tg.GPT(hp).named_parameters())
+    run, params = tg.Run(hp), dict(tg.build_model(hp).named_parameters())
     kinds = {"skip_weights": torch.optim.AdamW, "blocks.0.fc.weight": tg.Muon}
     for name, kind in kinds.items():
         (optimizer,) = tg.build_optimizers({name: params[name]}, run)

@@ -66,7 +66,7 @@ def weights_of(unit, row, col, sigma, tau, codes):
 def gaussian_state(hp, seed=0):
     """The weights of a model, all Gaussian."""
     torch.manual_seed(seed)
-    state = tg.GPT(hp).state_dict()
+    state = tg.build_model(hp).state_dict()
     return {name: 0.05 * torch.randn(w.shape) for name, w in state.items()}
 
 
@@ -553,7 +553,7 @@ def golden_state():
     """Weights by integer arithmetic: the same on every machine."""
     hp = dataclasses.replace(tg.Hyperparameters(), **{k.lower(): v for k, v in SHAPE.items()})
     state = {}
-    for number, (name, w) in enumerate(tg.GPT(hp).state_dict().items()):
+    for number, (name, w) in enumerate(tg.build_model(hp).state_dict().items()):
         values = (np.arange(w.numel()) * 7919 + 104729 * number) % 1009 - 504
         state[name] = torch.from_numpy((values / 4096).astype(np.float32)).view_as(w)
     return state

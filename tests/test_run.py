@@ -280,6 +280,14 @@ def test_a_failed_export_leaves_no_partial_file(run, tmp_path):
 # ---- scoring an artifact
 
 
+def test_the_bare_script_is_enough_for_the_baseline(finished, scored):
+    """It trains, exports and scores with no file beside it, and its bytes alone are code."""
+    for each in (finished, scored):
+        assert [path.name for path in each.script.parent.iterdir()] == ["train_gpt.py"]
+        assert f"({each.script.stat().st_size} code, " in each.outcome.stdout
+        assert "final_int8_zstd_roundtrip_exact val_loss:" in each.outcome.stdout
+
+
 def test_eval_only_gives_the_same_score(finished, scored):
     trained = events(finished.folder, "final")[0]
     evaluated = events(scored.folder, "final")[0]

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import shutil
 import string
 import subprocess
 import sys
@@ -110,11 +111,42 @@ STACK = {
     "RESUME_CHANGED": 0,
     "MAX_BAD_STEPS": 10,
 }
-DEFAULTS = PUBLISHED | FURTHER | STACK
+# Those of frontier.py's further techniques, off by default.
+RECORDS = {
+    "LR_SCHEDULE": "linear",
+    "LR_WARMUP_STEPS": 0,
+    "LR_WARMUP_RATIO": 0.0,
+    "EMA_BLEND": 1.0,
+    "BATCH_SCHEDULE": "",
+    "SEQ_LEN_SCHEDULE": "",
+    "LOOP_REPEATS": 0,
+    "LOOP_FIRST": 0,
+    "LOOP_LAST": 0,
+    "LOOP_START": 0.0,
+    "SKIPS": "unet",
+    "RESID_MIX": 1,
+    "CHANNEL_GAINS": 1,
+    "PARALLEL_LAST_N": 0,
+    "WINDOW_PATTERN": "",
+    "WINDOW_TOKENS": 512,
+    "SPARSE_ATTN_GATE": 0,
+    "MTP_TOKENS": 0,
+    "PREFIX_WEIGHT": 0.0,
+    "MATRIX_OPTIMIZER": "muon",
+    "MUON_COEFFICIENTS": "quintic",
+    "NORMUON_BETA2": 0.0,
+    "MUON_MOMENTUM_WARMDOWN_FRAC": 0.0,
+    "EMA_NESTEROV": 0.0,
+    "EMBED_BETA2": 0.0,
+    "SCALAR_BETA2": 0.0,
+    "WD_SCHEDULE": "constant",
+    "CAUTIOUS_WD": 0,
+}
+DEFAULTS = PUBLISHED | FURTHER | STACK | RECORDS
 WHOLE = [name for name, value in DEFAULTS.items() if type(value) is int]
 REAL = [*(name for name, value in DEFAULTS.items() if type(value) is float), "WARMDOWN_FRAC"]
-BOOLEAN = ["TIE_EMBEDDINGS", "EVAL_ONLY", "EVAL_DOC_ISOLATED", "SMEAR_GATE"]
-BOOLEAN += ["LN_SCALE", "ORTHO_INIT", "SCORE_STREAMS", "RESUME_CHANGED"]
+BOOLEAN = ["TIE_EMBEDDINGS", "EVAL_ONLY", "EVAL_DOC_ISOLATED", "RESID_MIX", "CHANNEL_GAINS"]
+BOOLEAN += ["LN_SCALE", "ORTHO_INIT", "SCORE_STREAMS", "RESUME_CHANGED", "CAUTIOUS_WD"]
 TEXT = ["DATA_PATH", "TOKENIZER_PATH", "OUT_DIR", "ARTIFACT", "SAVE_NLL"]
 
 
@@ -460,6 +492,53 @@ RELATIONS = {
     "an MLP without channels": ({"MLP_MULT": "0.001"}, ["MLP_MULT=0.001", "MODEL_DIM=512"]),
     "bigrams with one row": ({"BIGRAM_BUCKETS": "1"}, ["BIGRAM_BUCKETS=1"]),
     "more exclusive layers than layers": ({"XSA_LAST_N": "10"}, ["XSA_LAST_N=10", "NUM_LAYERS=9"]),
+    "a loop that ends before it begins": (
+        {"LOOP_REPEATS": "1", "LOOP_FIRST": "3", "LOOP_LAST": "2"},
+        ["LOOP_LAST=2: before LOOP_FIRST=3"],
+    ),
+    "a loop of layers that are not there": (
+        {"LOOP_REPEATS": "1", "LOOP_LAST": "9"},
+        ["LOOP_LAST=9", "NUM_LAYERS=9"],
+    ),
+    "a loop that no step trains": ({"LOOP_REPEATS": "1", "LOOP_START": "1"}, ["LOOP_START=1.0"]),
+    "mudd of two visits": ({"SKIPS": "mudd", "NUM_LAYERS": "2"}, ["SKIPS=mudd", "three visits"]),
+    "more parallel layers than layers": (
+        {"PARALLEL_LAST_N": "10"},
+        ["PARALLEL_LAST_N=10", "NUM_LAYERS=9"],
+    ),
+    "windows of other letters": ({"WINDOW_PATTERN": "SX"}, ["WINDOW_PATTERN=SX"]),
+    "a gate of more channels than there are": (
+        {"SPARSE_ATTN_GATE": "513"},
+        ["SPARSE_ATTN_GATE=513", "MODEL_DIM=512"],
+    ),
+    "a gate by token of few channels": (
+        {"SMEAR_GATE": "2", "MODEL_DIM": "8", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"},
+        ["SMEAR_GATE=2", "MODEL_DIM"],
+    ),
+    "AdamW with settings of Muon": (
+        {"MATRIX_OPTIMIZER": "adamw", "NORMUON_BETA2": "0.9", "MUON_ROW_NORM": "1"},
+        ["MATRIX_OPTIMIZER=adamw", "MUON_ROW_NORM, NORMUON_BETA2"],
+    ),
+    "cautious decay without decay": ({"CAUTIOUS_WD": "1"}, ["CAUTIOUS_WD=1", "MUON_WD"]),
+    "a share of no average": ({"EMA_BLEND": "0.5"}, ["EMA_BLEND=0.5", "EMA_DECAY"]),
+    "two ways to warm up": (
+        {"LR_WARMUP_STEPS": "3", "LR_WARMUP_RATIO": "0.1"},
+        ["LR_WARMUP_STEPS=3", "LR_WARMUP_RATIO=0.1"],
+    ),
+    "a warmdown where nothing falls": (
+        {"LR_SCHEDULE": "constant", "WARMDOWN_ITERS": "9"},
+        ["LR_SCHEDULE=constant", "WARMDOWN_ITERS"],
+    ),
+    "a schedule that cannot be read": ({"BATCH_SCHEDULE": "8192"}, ["BATCH_SCHEDULE=8192"]),
+    "a sequence over the longest": (
+        {"SEQ_LEN_SCHEDULE": "2048@0.5"},
+        ["SEQ_LEN_SCHEDULE=2048@0.5", "TRAIN_SEQ_LEN=1024"],
+    ),
+    "a batch of no whole sequences": ({"BATCH_SCHEDULE": "1000@0.5"}, ["1000 tokens", "1024"]),
+    "a micro-batch that does not fit a stage": (
+        {"SEQ_LEN_SCHEDULE": "768@0.5", "TRAIN_BATCH_TOKENS": "3072", "MICRO_BATCH_TOKENS": "1024"},
+        ["MICRO_BATCH_TOKENS=1024", "768"],
+    ),
     "a stride over the context": ({"EVAL_STRIDE": "1025"}, ["EVAL_STRIDE=1025"]),
     "one validation token has no context": ({"VAL_TOKENS": "1"}, ["VAL_TOKENS=1"]),
     "EVAL_ONLY needs an artifact": ({"EVAL_ONLY": "1"}, ["EVAL_ONLY=1", "ARTIFACT"]),
@@ -524,7 +603,22 @@ GROUPS = {
         "LOGIT_SOFTCAP": 15,
     },
     "inputs": {"SMEAR_GATE": 1, "BIGRAM_BUCKETS": 2048, "BIGRAM_DIM": 48},
-    "windows": {"EVAL_STRIDE": 8, "EVAL_DOC_ISOLATED": 1},
+    "visits": {
+        "LOOP_REPEATS": 1,
+        "LOOP_FIRST": 1,
+        "LOOP_LAST": 1,
+        "SKIPS": "mudd",
+        "RESID_MIX": 0,
+        "CHANNEL_GAINS": 0,
+        "PARALLEL_LAST_N": 1,
+    },
+    "windows": {
+        "EVAL_STRIDE": 8,
+        "EVAL_DOC_ISOLATED": 1,
+        "WINDOW_PATTERN": "SL",
+        "WINDOW_TOKENS": 12,
+        "SPARSE_ATTN_GATE": 12,
+    },
     "quantizer": {
         "QUANT_BITS_MLP": 5,
         "QUANT_BITS_ATTN": 6,
@@ -542,9 +636,11 @@ GROUPS = {
 def another_value(name: str) -> object:
     """A value of a setting that is not its default."""
     default, about = train_gpt.FIELDS[name].default, train_gpt.FIELDS[name].metadata
+    if not about["valid"]:
+        return "S"
     if "least" not in about:
         return next(choice for choice in about["choices"] if choice != str(default))
-    return default + 1 if default + 1 <= about["most"] else (about["least"] + default) / 2
+    return default + 1 if default + 1 <= about["most"] else (about["least"] + about["most"]) / 2
 
 
 LISTED = SHAPE | {name: value for group in GROUPS.values() for name, value in group.items()}
@@ -566,7 +662,7 @@ def test_every_setting_of_the_model_has_another_value_in_these_tests():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_an_artifact_alone_scores_as_the_run_that_made_it(group, dataset, tmp_path):
-    quick = {"ITERATIONS": 1, "VAL_TOKENS": 500}
+    quick = {"ITERATIONS": 1, "VAL_TOKENS": 500, "CALIBRATION_TOKENS": 2048}
     trained = tiny_settings(dataset, tmp_path, **SHAPE, **GROUPS[group], **quick)
     run_main(trained | {"SAVE_NLL": str(tmp_path / "trained.npy")})
     bare = ["DATA_PATH", "TOKENIZER_PATH", "OUT_DIR", "DEVICE", "DTYPE", "COMPILE"]
@@ -593,6 +689,61 @@ def test_a_setting_of_the_model_is_carried_wherever_it_is_declared(dataset, tmp_
     artifact.write_bytes(changed.pack_artifact(changed.GPT(hp).state_dict(), hp))
     bare = changed.load_settings(environ, check_places=False)
     assert changed.load_artifact(artifact, bare)[0].brand_new == 7
+
+
+# ---- files beside the script
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """train_gpt.py as a module, with no other file beside it."""
+    path = shutil.copy(SCRIPT, tmp_path_factory.mktemp("alone"))
+    spec = importlib.util.spec_from_file_location("alone", path)
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {"alone": module}):
+        spec.loader.exec_module(module)
+        yield module
+
+
+OF_FILES = [name for name, f in train_gpt.FIELDS.items() if f.metadata["file"]]
+
+
+def test_other_files_are_needed_for_techniques_alone():
+    assert {name for name in PUBLISHED | FURTHER if name in OF_FILES} == set()
+    assert {"SMEAR_GATE", "EMA_DECAY", "COMPRESSOR", *RECORDS} - {*OF_FILES} == {
+        *("LOOP_FIRST", "LOOP_LAST", "LOOP_START", "WINDOW_TOKENS")
+    }
+
+
+@pytest.mark.parametrize("name", OF_FILES)
+def test_a_setting_whose_file_is_missing_is_one_clear_error(name, alone):
+    file = train_gpt.FIELDS[name].metadata["file"]
+    with pytest.raises(alone.UserError) as caught:
+        alone.load_settings({name: str(another_value(name))}, check_places=False)
+    assert str(caught.value) == f"{name}: {file} must lie beside train_gpt.py"
+
+
+def test_all_settings_that_need_a_file_are_named_at_once(alone):
+    given = {"SMEAR_GATE": "1", "LR_SCHEDULE": "wsd", "NUM_LAYERS": "3"}
+    with pytest.raises(alone.UserError, match=r"^LR_SCHEDULE, SMEAR_GATE: frontier\.py must lie"):
+        alone.load_settings(given, check_places=False)
+
+
+def test_settings_at_their_defaults_need_no_file(alone):
+    given = {name: str(train_gpt.FIELDS[name].default) for name in OF_FILES}
+    assert len(alone.code_files(alone.load_settings(given, check_places=False))) == 1
+
+
+def test_a_schedule_without_its_file_is_one_clear_error_of_a_program(tiny_env, tmp_path):
+    """With the keeper, which otherwise looks at what the stages are."""
+    given = tiny_env | {"SEQ_LEN_SCHEDULE": "8@0.5"}
+    done = run_cli(given, copy_to=tmp_path / "alone", beside=["keeper.py"])
+    problem = "SEQ_LEN_SCHEDULE: frontier.py must lie beside train_gpt.py"
+    assert (done.rc, done.stderr) == (1, f"train_gpt.py: error: {problem}\n")
+    assert not (tmp_path / "logs").exists()
+
+
+# ---- what is known of settings
 
 
 def test_what_changes_no_result_is_what_may_differ_at_a_resume():

@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -182,43 +183,60 @@ def test_the_curve_shows_training_and_validation(packed):
     assert {0, 2} <= {*np.unique(strongest).tolist()}
 
 
-def test_a_quantizer_that_the_runs_did_not_use_is_left_out(packed):
-    assert (REPO / "quantizer.py").is_file()  # beside the script that ran
-    assert not (packed[0] / FOLDER / "quantizer.py").exists()
+@pytest.mark.parametrize("name", ["quantizer.py", "frontier.py"])
+def test_a_file_that_the_runs_did_not_use_is_left_out(packed, name):
+    assert (REPO / name).is_file()  # beside the script that ran
+    assert not (packed[0] / FOLDER / name).exists()
     assert facts(packed[0])["bytes_code"] == SCRIPT.stat().st_size
 
 
-@pytest.fixture(scope="module")
-def quantized(dataset, tmp_path_factory):
-    """A repository with a real run that used quantizer.py, packed by the program."""
+USES = {  # settings, and the files that they need beside the script
+    "COMPRESSOR=rans": ["quantizer.py"],
+    "SMEAR_GATE=2 LOOP_REPEATS=1": ["frontier.py"],
+    "SMEAR_GATE=2 COMPRESSOR=rans QUANT_METHOD=gptq": ["quantizer.py", "frontier.py"],
+}
+
+
+@pytest.fixture(scope="module", params=USES)
+def helped(dataset, tmp_path_factory, request):
+    """A repository with a real run that used other files, packed by the program; and its code."""
     root = tmp_path_factory.mktemp("repository")
-    env = tiny_settings(dataset, root / "logs", RUN_ID="seed3", SEED=3)
-    env |= {"QUANT_METHOD": "gptq", "COMPRESSOR": "rans", "CALIBRATION_TOKENS": "4096"}
+    env = tiny_settings(dataset, root / "logs", RUN_ID="seed3", SEED=3, CALIBRATION_TOKENS=4096)
+    env |= dict(word.split("=") for word in request.param.split())
     done = run_cli(env, cwd=root)
     assert done.rc == 0, done.stderr
     for name, source in (("datasets", dataset.folder), ("tokenizers", dataset.tokenizer)):
         (root / "data" / name).mkdir(parents=True)
         (root / "data" / name / source.name).symlink_to(source)
-    return root, run_program(root, "seed3")
+    return root, run_program(root, "seed3"), ["train_gpt.py", *USES[request.param]]
 
 
-def test_both_files_are_packed_byte_for_byte(quantized):
-    for name in ("train_gpt.py", "quantizer.py"):
-        assert (quantized[0] / FOLDER / name).read_bytes() == (REPO / name).read_bytes()
+def test_the_code_is_packed_byte_for_byte(helped):
+    root, _, code = helped
+    found = {path.name: path.read_bytes() for path in (root / FOLDER).glob("*.py")}
+    assert found == {name: (REPO / name).read_bytes() for name in code}
 
 
-def test_the_static_audit_accepts_both_files_and_counts_them(quantized):
-    assert quantized[1].returncode == 0, quantized[1].stdout + quantized[1].stderr
-    size = sum((REPO / name).stat().st_size for name in ("train_gpt.py", "quantizer.py"))
-    assert f"{size:,} code (measured, with quantizer.py)" in quantized[1].stdout
-    assert facts(quantized[0])["bytes_code"] == size
+def test_the_static_audit_accepts_the_code_and_counts_it(helped):
+    root, done, (script, *others) = helped
+    assert done.returncode == 0, done.stdout + done.stderr
+    size = sum((REPO / name).stat().st_size for name in (script, *others))
+    table = " ".join(done.stdout.split())
+    assert f"{size:,} code (measured, with {', '.join(sorted(others))})" in table
+    assert facts(root)["bytes_code"] == size
+
+
+def test_the_static_audit_compares_the_code_with_the_log(helped):
+    _, done, code = helped
+    told = f"{len(code) - 1} file{'s' * (len(code) > 2)}"
+    assert f"the code behind it is shipped ({told})" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("command", ["SEED=3", "EVAL_ONLY=1"])
-def test_both_files_train_and_score_from_within_the_folder(quantized, command):
-    printed = run_line(quantized[0], command)
+def test_the_code_trains_and_scores_from_within_the_folder(helped, command):
+    printed = run_line(helped[0], command)
     bpb = re.search(r"^final_.* val_bpb:(\S+)$", printed, re.M)[1]
-    assert float(bpb) == facts(quantized[0])["seed_results"]["3"]["val_bpb"]
+    assert float(bpb) == facts(helped[0])["seed_results"]["3"]["val_bpb"]
 
 
 # ===================================== made-up runs =====================================
@@ -245,11 +263,12 @@ def fake_log(
     loss="3.5",
     artifact=100,
     world=1,
-    helper="",
+    helpers: Iterable[str] = (),
 ) -> str:
-    """The log of a run, as README.md and design.md describe it. The helper is quantizer.py."""
-    code = len(source.encode()) + len(helper.encode())
-    source += f"\n{'=' * 100}\n{helper}" if helper else ""
+    """The log of a run, as README.md and design.md describe it; helpers stand behind the source."""
+    sources = [source, *helpers]
+    code = sum(len(text.encode()) for text in sources)
+    source = f"\n{'=' * 100}\n".join(sources)
     block = "\n".join(f"{name}={text}" for name, text in (PLACES | words).items())
     return f"""{source}
 {"=" * 100}
@@ -651,125 +670,162 @@ def test_a_ruler_within_the_script_does_not_end_it_before_a_keeper(root):
     assert (pack(root, "a") / "train_gpt.py").read_text() == source
 
 
-HELPER = '"""Quantize."""\n\nimport struct\n\n\ndef pack():\n    import zstandard\n'
-HELPER += "    import train_gpt as core\n"
-# It imports quantizer.py where its settings say so, as the real one does.
-USER = f"""{FAKE}if "MODE=fine" in open(os.environ.get("CONFIG", os.devnull)).read():
-    __import__("quantizer")
+HELPERS = {
+    "quantizer.py": '"""Quantize."""\n\nimport struct\n\n\ndef pack():\n    import zstandard\n',
+    "frontier.py": '"""Add."""\n\nimport scipy\nimport train_gpt as core\n\nW = core.DEFAULTS\n',
+}
+# It imports what its settings name, as the real one does.
+USER = f"""{FAKE}MODE = open(os.environ.get("CONFIG", os.devnull)).read().partition("MODE=")[2]
+sys.modules["train_gpt"] = sys.modules[__name__]
+for name in MODE.split()[0].split("+") if MODE else ():
+    __import__(name)
 """
-FINE = ONE | {"MODE": "fine"}
-BOTH = len(USER) + len(HELPER)
+USED = [["quantizer.py"], ["frontier.py"], ["quantizer.py", "frontier.py"]]
+EVERY = USED[-1]
 REFUSED = "the script in .* is not the [0-9]+ bytes that it counts"
 
 
-def helped_log(words: dict[str, str] = FINE, source: str = USER, helper: str = HELPER) -> str:
-    """The log of a run that used quantizer.py."""
-    return fake_log(words, source, helper=helper)
+def size_of(used: list[str]) -> int:
+    """The size of the code of a run that used some helpers."""
+    return len(USER) + sum(len(HELPERS[name]) for name in used)
+
+
+def helped_log(
+    words: dict[str, str] = ONE,
+    source: str = USER,
+    used: list[str] = EVERY,
+    helpers: dict[str, str] = HELPERS,
+    **changed: object,
+) -> str:
+    """The log of a run that used helpers."""
+    mode = {"MODE": "+".join(name.removesuffix(".py") for name in used)}
+    return fake_log(words | mode, source, helpers=[helpers[name] for name in used], **changed)
 
 
 @pytest.mark.parametrize("beside", [str, with_keeper])
-def test_both_files_of_a_run_are_packed(root, beside):
-    log = beside(helped_log())
+@pytest.mark.parametrize("used", USED)
+def test_all_files_of_a_run_are_packed(root, beside, used):
+    log = beside(helped_log(used=used))
     write_run(root, "a", log)
     folder = pack(root, "a")
-    assert (folder / "train_gpt.py").read_text() == USER
-    assert (folder / "quantizer.py").read_text() == HELPER
+    found = {path.name: path.read_text() for path in folder.glob("*.py")}
+    assert found == {"train_gpt.py": USER, **{name: HELPERS[name] for name in used}}
     assert (folder / "train_seed1.log").read_text() == log
-    assert not (folder / "keeper.py").exists()
 
 
-def test_both_files_count(root):
-    write_run(root, "a", helped_log())
+@pytest.mark.parametrize("used", USED)
+def test_all_files_count(root, used):
+    write_run(root, "a", helped_log(used=used))
     found = json.loads((pack(root, "a") / "submission.json").read_text())
     sizes = (found["bytes_code"], found["bytes_total"], found["seed_results"]["1"]["bytes_total"])
-    assert sizes == (BOTH, BOTH + 100, BOTH + 100)
+    size = size_of(used)
+    assert sizes == (size, size + 100, size + 100)
     assert found["code_sha256"] == hashlib.sha256(USER.encode()).hexdigest()
 
 
-def test_what_both_files_import_is_required_but_not_the_files(root):
+def test_what_the_files_import_is_required_but_not_the_files(root):
     write_run(root, "a", helped_log())
     lines = (pack(root, "a") / "requirements.txt").read_text().split()
-    assert lines == ["numpy", "zstandard"]
+    assert lines == ["numpy", "scipy", "zstandard"]
 
 
-@pytest.mark.parametrize(("log", "named"), [(helped_log(), True), (fake_log(ONE, USER), False)])
-def test_the_text_names_the_second_file_where_it_is(root, log, named):
-    write_run(root, "a", log)
-    assert ("quantizer.py" in (pack(root, "a") / "README.md").read_text()) == named
+@pytest.mark.parametrize("used", [[], *USED])
+def test_the_text_names_the_files_that_are_there(root, used):
+    write_run(root, "a", helped_log(used=used) if used else fake_log(ONE))
+    text = (pack(root, "a") / "README.md").read_text()
+    assert [name for name in HELPERS if name in text] == used
 
 
-def test_one_byte_of_the_second_file_over_the_cap_is_refused(root):
-    log = fake_log(FINE, USER, artifact=CAP - BOTH + 1, helper=HELPER)
-    write_run(root, "a", log, artifact=CAP - BOTH + 1)
+@pytest.mark.parametrize("used", USED)
+def test_one_byte_of_all_files_over_the_cap_is_refused(root, used):
+    size = CAP - size_of(used) + 1
+    write_run(root, "a", helped_log(used=used, artifact=size), artifact=size)
     assert "a: 16,000,001 bytes, 1 bytes over the cap" in refusal(root, "a")
 
 
-def test_seeds_with_other_second_files_are_refused(root):
+@pytest.mark.parametrize("name", HELPERS)
+def test_seeds_with_other_files_are_refused(root, name):
+    changed = HELPERS | {name: f"{HELPERS[name]}# changed\n"}
     write_run(root, "a", helped_log())
-    write_run(root, "b", helped_log(FINE | {"SEED": "2"}, helper=f"{HELPER}# changed\n"))
+    write_run(root, "b", helped_log(ONE | {"SEED": "2"}, helpers=changed))
     assert "a and b: different scripts" in refusal(root, "a", "b")
 
 
 @pytest.mark.parametrize("beside", [str, with_keeper])
 @pytest.mark.parametrize("first", [fake_log, helped_log])
-@pytest.mark.parametrize("last", [fake_log, helped_log])
-def test_runs_with_and_without_a_second_file_share_a_log(root, beside, first, last):
+@pytest.mark.parametrize("last", [[], *USED])
+def test_runs_with_and_without_other_files_share_a_log(root, beside, first, last):
     older = beside(first(ONE | {"SEED": "9"}, USER.replace("numpy", "struct")))
-    log = beside(last(ONE, USER))
+    log = beside(helped_log(used=last) if last else fake_log(ONE, FAKE))
     write_run(root, "a", older + log)
     folder = pack(root, "a")
-    assert (folder / "train_gpt.py").read_text() == USER
+    assert (folder / "train_gpt.py").read_text() == (USER if last else FAKE)
     assert (folder / "train_seed1.log").read_text() == log
-    assert (folder / "quantizer.py").exists() == (last is helped_log)
+    assert [name for name in HELPERS if (folder / name).exists()] == last
 
 
 @pytest.mark.parametrize("beside", [str, with_keeper])
 @pytest.mark.parametrize("start", ["SEED=9", "no settings", "import this"])
 def test_rulers_within_the_sources_do_not_part_them(root, beside, start):
     ruled = f'"""\n\n{"=" * 100}\n{start}\n"""\n'
-    write_run(root, "a", beside(helped_log(FINE, USER + ruled, HELPER + ruled)))
+    helpers = {name: text + ruled for name, text in HELPERS.items()}
+    write_run(root, "a", beside(helped_log(ONE, USER + ruled, helpers=helpers)))
     folder = pack(root, "a")
-    assert (folder / "train_gpt.py").read_text() == USER + ruled
-    assert (folder / "quantizer.py").read_text() == HELPER + ruled
+    found = {path.name: path.read_text() for path in folder.glob("*.py")}
+    assert found == {"train_gpt.py": USER + ruled, **helpers}
+
+
+ALL = size_of(EVERY)
+WRONG = [0, len(HELPERS["quantizer.py"]), len(HELPERS["frontier.py"]), ALL - 1, ALL + 1]
 
 
 @pytest.mark.parametrize("beside", [str, with_keeper])
-@pytest.mark.parametrize("counted", [0, len(HELPER), BOTH - 1, BOTH + 1, BOTH + 102, 2 * BOTH])
-def test_sizes_of_both_files_that_do_not_add_up_are_refused(root, beside, counted):
-    log = beside(helped_log()).replace(f"({BOTH} code", f"({counted} code")
+@pytest.mark.parametrize("counted", [*WRONG, ALL + 102, ALL + 204, 2 * ALL])
+def test_sizes_of_files_that_do_not_add_up_are_refused(root, beside, counted):
+    log = beside(helped_log()).replace(f"({ALL} code", f"({counted} code")
     write_run(root, "a", log)
     assert re.search(REFUSED.replace("[0-9]+", str(counted)), refusal(root, "a"))
 
 
-def test_a_second_file_that_is_needed_but_not_counted_is_refused(root):
-    log = helped_log().replace(f"({BOTH} code", f"({len(USER)} code")
-    write_run(root, "a", log)
+@pytest.mark.parametrize("used", USED)
+def test_a_file_that_is_needed_but_not_counted_is_refused(root, used):
+    log = helped_log(used=used)
+    size = size_of(used)
+    write_run(root, "a", log.replace(f"({size} code", f"({size - len(HELPERS[used[-1]])} code"))
     message = refusal(root, "a")
     assert "the packed script refuses the settings of its run" in message
-    assert "No module named 'quantizer'" in message
+    assert "No module named" in message
+
+
+FIRST, SECOND = HELPERS.values()
 
 
 @pytest.mark.parametrize(
     ("whole", "damaged"),
     [
-        (HELPER, HELPER[1:]),
-        (HELPER, f"{HELPER}\n"),
-        (HELPER, HELPER.replace("def pack()", "def pack((")),
+        (FIRST, FIRST[1:]),
+        (FIRST, f"{FIRST}\n"),
+        (FIRST, FIRST.replace("def pack()", "def pack((")),
+        (SECOND, SECOND[1:]),
+        (SECOND, f"{SECOND}\n"),
+        (SECOND, SECOND.replace("import scipy", "import (((((")),
         (USER, USER[1:]),
         (USER, USER.replace("import numpy", "import ((((((")),
         (f"{USER}\n", USER),
-        ("=" * 100 + f"\n{HELPER}", "=" * 99 + f"\n\n{HELPER}"),
+        ("=" * 100 + f"\n{FIRST}", "=" * 99 + f"\n\n{FIRST}"),
+        ("=" * 100 + f"\n{SECOND}", "=" * 99 + f"\n\n{SECOND}"),
     ],
 )
 def test_damaged_sources_are_refused(root, whole, damaged):
     log = helped_log()
-    write_run(root, "a", helped_log(ONE) + log.replace(whole, damaged))
+    write_run(root, "a", helped_log() + log.replace(whole, damaged))
     assert log.count(whole) == 1
     assert re.search(REFUSED, refusal(root, "a"))
 
 
-def test_a_lost_ruler_between_the_sources_is_refused(root):
-    log = helped_log().replace(f"\n{'=' * 100}\n{HELPER}", HELPER)
+@pytest.mark.parametrize("helper", HELPERS.values())
+def test_a_lost_ruler_between_the_sources_is_refused(root, helper):
+    log = helped_log().replace(f"\n{'=' * 100}\n{helper}", helper)
     write_run(root, "a", log)
     assert "the packed script refuses the settings of its run" in refusal(root, "a")
 
@@ -922,17 +978,19 @@ def test_settings_survive_log_and_configuration(tmp_path_factory, values):
 
 
 LOGS = {
-    fake_log(ONE): {"train_gpt.py": FAKE.encode()},
-    with_keeper(helped_log()): {"train_gpt.py": USER.encode(), "quantizer.py": HELPER.encode()},
+    fake_log(ONE): [FAKE],
+    with_keeper(helped_log(used=["frontier.py"])): [USER, HELPERS["frontier.py"]],
+    with_keeper(helped_log()): [USER, *HELPERS.values()],
 }
 
 
-@pytest.mark.parametrize("log", LOGS, ids=["one source", "three sources"])
+@pytest.mark.parametrize("log", LOGS, ids=["one source", "three sources", "four sources"])
 @settings(max_examples=200)
 @given(data=st.data())
 def test_a_log_with_a_hole_is_refused_or_its_code_is_whole(tmp_path_factory, log, data):
     """Whatever piece of a log is lost: a clear refusal, or the code as it was."""
-    root, code, log = tmp_path_factory.mktemp("runs"), LOGS[log], log.encode()
+    root, log = tmp_path_factory.mktemp("runs"), log.encode()
+    sources = [text.encode() for text in LOGS[log.decode()]]
     start, end = sorted(data.draw(st.integers(0, len(log))) for _ in range(2))
     log = log[:start] + log[end:]
     write_run(root, "a", log)
@@ -940,5 +998,5 @@ def test_a_log_with_a_hole_is_refused_or_its_code_is_whole(tmp_path_factory, log
         run = submit.read_run(root / "logs/a")
     except submit.UserError:
         return
-    assert (run.code, run.log) == (code, log)
+    assert (run.sources, run.log) == (sources, log)
     assert 0 < run.numbers()["val_bpb"] < math.inf

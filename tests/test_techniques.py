@@ -17,8 +17,10 @@ from conftest import (
     resolve,
     run_main,
     shard_bytes,
+    trainer_of,
 )
 
+import frontier
 import train_gpt as tg
 
 BOS = 1
@@ -268,14 +270,14 @@ def shapes_of(model):
 
 def test_with_everything_off_the_parameters_are_the_baselines():
     hp = settings()
-    assert shapes_of(tg.GPT(hp)) == baseline_shapes(hp)
+    assert shapes_of(tg.build_model(hp)) == baseline_shapes(hp)
 
 
 def test_with_everything_off_the_initial_values_are_the_baselines():
     """The generator is asked for the same numbers in the same order as before the techniques."""
     hp = settings()
     torch.manual_seed(7)
-    model = tg.GPT(hp).state_dict()
+    model = tg.build_model(hp).state_dict()
     torch.manual_seed(7)
     expected, D, kv = {}, hp.model_dim, hp.model_dim // 2
     torch.nn.Embedding(hp.vocab_size, D)
@@ -305,25 +307,25 @@ def test_parameters_of_a_feature_exist_only_when_it_is_on(feature):
     chosen = [*NEW] if feature == "both" else [feature]
     hp = settings(**{name: value for f in chosen for name, value in on[f].items()})
     added = {name: shape for f in chosen for name, shape in NEW[f].items()}
-    assert shapes_of(tg.GPT(hp)) == baseline_shapes(hp) | added
+    assert shapes_of(tg.build_model(hp)) == baseline_shapes(hp) | added
 
 
 def test_other_techniques_add_no_parameters():
     values = {"XSA_LAST_N": 2, "LN_SCALE": 1, "ROPE_DIMS": 4, "ROPE_SCALING": "ntk", **LEAKY}
     values |= {"TRAIN_DOC_ISOLATED": 1, "EVAL_DOC_ISOLATED": 1}
     hp = settings(**values, EVAL_SEQ_LEN=16, ORTHO_INIT=1)
-    assert shapes_of(tg.GPT(hp)) == baseline_shapes(hp)
+    assert shapes_of(tg.build_model(hp)) == baseline_shapes(hp)
 
 
 @pytest.mark.parametrize(("mult", "hidden"), [(2, 64), (2.5, 80), (1.3, 41), (0.05, 1)])
 def test_width_of_the_mlp_is_its_multiple_rounded_down(mult, hidden):
-    model = tg.GPT(settings(MLP_MULT=mult))
+    model = tg.build_model(settings(MLP_MULT=mult))
     assert {block.fc.weight.shape for block in model.blocks} == {(hidden, 32)}
     assert {block.proj.weight.shape for block in model.blocks} == {(32, hidden)}
 
 
 def test_features_start_neutral_or_as_recorded():
-    model = tg.GPT(settings(**STACK))
+    model = tg.build_model(settings(**STACK))
     assert not model.bigram.table.weight.any()  # so that it starts silent
     assert model.bigram.bigram_scale.item() == pytest.approx(0.05)
     assert model.bigram.expand.weight.all()
@@ -434,7 +436,7 @@ def test_model_takes_the_trained_table_for_trained_lengths():
 
 def test_tables_are_no_part_of_the_weights():
     assert not [
-        name for name in tg.GPT(settings(**STACK)).state_dict() if name in ("short", "long")
+        name for name in tg.build_model(settings(**STACK)).state_dict() if name in ("short", "long")
     ]
 
 
@@ -464,7 +466,7 @@ def test_products_depend_on_relative_positions_only(dims):
 @pytest.mark.parametrize("buckets", [2, 11, 4096])
 def test_bigram_rows_are_those_of_python_integers(buckets):
     hp = settings(BIGRAM_BUCKETS=buckets, BIGRAM_DIM=32, VOCAB_SIZE=60000)
-    bigram = tg.BigramHash(hp).double()
+    bigram = frontier.BigramHash(hp).double()
     with torch.no_grad():  # each row holds its own number
         bigram.table.weight.copy_(torch.arange(buckets)[:, None].expand(-1, 32))
         bigram.expand.weight.copy_(torch.eye(32))
@@ -560,7 +562,7 @@ def test_every_parameter_gets_a_gradient_with_everything_on():
 def test_bf16_stack_is_close_to_fp32():
     hp = settings(**{**STACK, "XSA_LAST_N": 3})
     exact = random_model(hp)
-    rounded = tg.GPT(hp, torch.bfloat16)
+    rounded = tg.build_model(hp, torch.bfloat16)
     rounded.load_state_dict(exact.state_dict())
     batch = tokens_with_bos(hp, rows=16)
     with torch.no_grad():
@@ -592,7 +594,7 @@ def test_tables_serve_scoring_and_training_in_turn_when_compiled():
 @pytest.mark.parametrize("mult", [0.5, 2.5])
 def test_ortho_init_gives_orthogonal_matrices(layers, mult):
     hp = settings(ORTHO_INIT=1, NUM_LAYERS=layers, MLP_MULT=mult)
-    for name, w in tg.GPT(hp).named_parameters():
+    for name, w in tg.build_model(hp).named_parameters():
         if name.startswith("blocks.") and w.ndim == 2 and name.endswith("weight"):
             gain = 1 / math.sqrt(2 * layers) if "proj" in name else 1.0
             narrow = w if w.size(0) <= w.size(1) else w.T
@@ -602,7 +604,7 @@ def test_ortho_init_gives_orthogonal_matrices(layers, mult):
 
 def test_ortho_init_touches_nothing_else():
     hp = settings(ORTHO_INIT=1, TIE_EMBEDDINGS=0, VOCAB_SIZE=1024, BIGRAM_BUCKETS=64)
-    model = tg.GPT(hp)
+    model = tg.build_model(hp)
     assert model.tok_emb.weight.std().item() == pytest.approx(1.0, rel=0.02)
     assert not model.lm_head.weight.any()
     assert not model.bigram.table.weight.any()
@@ -612,7 +614,7 @@ def test_ortho_init_touches_nothing_else():
 
 
 def test_ortho_init_draws_each_matrix_anew():
-    weights = [block.attn.c_q.weight for block in tg.GPT(settings(ORTHO_INIT=1)).blocks]
+    weights = [block.attn.c_q.weight for block in tg.build_model(settings(ORTHO_INIT=1)).blocks]
     assert all((a - b).abs().max() > 0.1 for a, b in itertools.combinations(weights, 2))
 
 
@@ -637,7 +639,7 @@ def test_every_feature_survives_the_artifact(dataset, tmp_path):
         if name in ("smear", "bigram.bigram_scale"):
             assert torch.equal(weights[name], w)
         torch.testing.assert_close(weights[name], w, atol=0.02, rtol=2e-3, msg=name)
-    again = tg.GPT(loaded_hp)
+    again = tg.build_model(loaded_hp)
     again.load_state_dict(weights)
     batch = tokens_with_bos(hp, length=16)
     with torch.no_grad():
@@ -673,7 +675,7 @@ def expected_group(name, tied):
 @pytest.mark.parametrize("values", [{}, STACK], ids=["baseline", "stack"])
 def test_every_parameter_is_in_one_group_with_its_rate_and_decay(values, tied):
     hp = settings(**{**values, **RATES, "TIE_EMBEDDINGS": tied})
-    model, found = tg.GPT(hp), {}
+    model, found = tg.build_model(hp), {}
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers_of(model, hp):
         for group in optimizer.param_groups:
@@ -686,7 +688,7 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay(values, tied):
 
 def test_decay_is_off_by_default():
     hp = settings(**STACK)
-    for optimizer in optimizers_of(tg.GPT(hp), hp):
+    for optimizer in optimizers_of(tg.build_model(hp), hp):
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
 
 
@@ -727,10 +729,11 @@ def test_muon_decays_the_weight_itself():
     rng = np.random.default_rng(0)
     start = rng.normal(size=(3, 4, 6))
     moves = {}
+    rounds = {"rounds": [tg.NEWTON_SCHULZ] * 5, "dtype": torch.float64}
     for decay in (0.0, 0.3):
         params = [torch.nn.Parameter(torch.from_numpy(w.copy())) for w in start]
         group = {"params": params, "weight_decay": decay}
-        muon = tg.Muon([group | {"lr": 0.1, "momentum": 0.9}], {"steps": 5, "dtype": torch.float64})
+        muon = tg.Muon([group | {"lr": 0.1, "momentum": 0.9}], rounds)
         weights = []
         for step in range(3):
             generator = np.random.default_rng(step)
@@ -784,7 +787,7 @@ def make_trainer(folder, **values):
     """A trainer of a random model on one rank."""
     hp = settings(DATA_PATH=folder, **values)
     run, model = tg.Run(hp), random_model(hp)
-    return tg.Trainer(model, model, tg.TokenStream("train", run), run)
+    return trainer_of(model, run)
 
 
 def weights_of(trainer):
@@ -855,7 +858,7 @@ def test_average_is_what_a_run_exports_and_validates(tiny_env, tmp_path):
     assert abs(losses[3] - raw[3]["val_loss"]) > 1e-4
     # The weights that were exported give the loss that was logged, and so does the artifact nearly.
     hp = tg.load_settings(env, check_places=False)
-    model, run = tg.GPT(hp), tg.Run(hp)
+    model, run = tg.build_model(hp), tg.Run(hp)
     model.load_state_dict(exported)
     score = tg.score(model, tg.Validation(run), run)[1]
     assert losses[3] == pytest.approx(score["val_loss"], abs=1e-6)

@@ -444,7 +444,7 @@ def test_run_scores_with_its_windows_and_saves_them_in_order(dataset, tiny_env, 
     assert np.array_equal(saved, again)
     assert np.abs(other - saved).max() > 0
     hp = tg.load_settings({**env, **windows}, check_places=False)
-    model = tg.GPT(hp, torch.float64).double()
+    model = tg.build_model(hp, torch.float64).double()
     model.load_state_dict(tg.load_artifact(artifact, hp)[1])
     assert hp.vocab_size == VOCAB
     some = dataset.val[:300]

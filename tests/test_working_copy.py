@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, resolve, shard_bytes
+from conftest import random_model, resolve, shard_bytes, trainer_of
 
 import train_gpt as tg
 
@@ -12,6 +12,7 @@ SMALL = {
     **{"TRAIN_SEQ_LEN": 8, "TRAIN_BATCH_TOKENS": 48, "MICRO_BATCH_TOKENS": 16, "ITERATIONS": 9},
     **{"DTYPE": "bf16", "EMA_DECAY": 0.5},
 }
+ROUNDS = [tg.NEWTON_SCHULZ] * 5
 
 
 @pytest.fixture
@@ -22,9 +23,9 @@ def make_trainer(tmp_path):
 
     def make(**values):
         run = tg.Run(resolve({**SMALL, "DATA_PATH": tmp_path}, **values))
-        model = tg.GPT(run.hp, run.dtype)
+        model = tg.build_model(run.hp, run.dtype)
         model.load_state_dict(random_model(run.hp).state_dict())
-        return tg.Trainer(model, model, tg.TokenStream("train", run), run)
+        return trainer_of(model, run)
 
     return make
 
@@ -126,13 +127,13 @@ def test_directions_of_all_shapes_are_those_of_each_matrix(shapes, bad):
     grads = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
     grads = [g * (not bad) for g in grads]
     momenta = [torch.full_like(g, 0.1) for g in grads]
-    settings = {"steps": 5, "dtype": torch.float64}
+    settings = {"rounds": ROUNDS, "dtype": torch.float64}
     mu = torch.tensor(0.9, dtype=torch.float64)
     found = tg.directions([*grads], momenta, mu, torch.tensor(bad), settings)
     for g, m, x in zip(grads, momenta, found, strict=True):
         moved = torch.full_like(g, 0.1) if bad else 0.9 * 0.1 + g
         torch.testing.assert_close(m, moved, rtol=1e-9, atol=1e-12)
-        alone = [tg.orthogonalize(one, 5) for one in (g + 0.9 * moved) * (not bad)]
+        alone = [tg.orthogonalize(one, ROUNDS) for one in (g + 0.9 * moved) * (not bad)]
         torch.testing.assert_close(x, torch.stack(alone), rtol=1e-9, atol=1e-12)
     if bad:
         assert all((x == 0).all() for x in found)
@@ -146,7 +147,12 @@ def test_a_compiled_step_moves_matrices_as_a_plain_one(monkeypatch):
     ends = []
     for compiled in (False, True):
         groups = [{"params": [*w.clone()], "lr": 0.1, "momentum": 0.9} for w in start]
-        settings = {"steps": 5, "dtype": torch.float64, "weight_decay": 0.1, "compiled": compiled}
+        settings = {
+            "rounds": ROUNDS,
+            "dtype": torch.float64,
+            "weight_decay": 0.1,
+            "compiled": compiled,
+        }
         muon = tg.Muon(groups, settings)
         for step in range(3):
             for group in muon.param_groups:

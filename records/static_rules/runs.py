@@ -4,7 +4,8 @@ import ast
 import re
 import sys
 
-from reading import FAIL, NOT_CHECKED, PASS, WARN, Log
+from helpers import find_used
+from reading import FAIL, NOT_CHECKED, PASS, WARN, Log, read_text
 
 from static_rules.record import Finding, Record, join, later_bpb, plural
 
@@ -39,7 +40,7 @@ def newest_python(record: Record) -> tuple[int, int]:
 
 
 def check_source(record: Record) -> Finding:
-    """Check that the script in every log is the shipped one, and the same for all seeds."""
+    """Check that the code in every log is the shipped one, and the same for all seeds."""
     if reason := different_code(record):
         return FAIL, reason
     if record.script is None:
@@ -53,17 +54,29 @@ def check_source(record: Record) -> Finding:
         sizes = (f"{log.path.name} ({len(log.source.encode()):,} bytes)" for log in other)
         size = f"{len(record.script):,} bytes"
         return FAIL, f"not the shipped script ({size}) is that of {', '.join(sizes)}"
+    behind = max(len(log.code) - 1 for log in printed)
+    helpers = [read_text(path) for path in find_used(record.folder)] if behind else []
+    if lost := join(not_shipped(log, helpers) for log in printed):
+        return FAIL, lost
     inexact = sum(log.source != shipped for log in printed)
     near = f", {inexact} but for line ends" if inexact else ""
+    more = f", and the code behind it is shipped ({plural(behind, 'file')})" if behind else ""
     of = f"{len(printed)} of {plural(len(record.logs), 'log')}"
-    return PASS, f"the script in {of} is train_gpt.py{near}"
+    return PASS, f"the script in {of} is train_gpt.py{near}{more}"
+
+
+def not_shipped(log: Log, helpers: list[str]) -> str:
+    """Tell which sources a log counts with its script that are no file beside it; ours alone do."""
+    sources = [s for s in log.code[1:] if not any(same_text(s, text) for text in helpers)]
+    sizes = ", ".join(f"{len(source.encode()):,} bytes" for source in sources)
+    return f"{log.path.name} counts code that is not shipped: {sizes}" if sizes else ""
 
 
 def different_code(record: Record) -> str:
-    """Tell that seeds of the claim were run from scripts that differ; "" if none is known to."""
+    """Tell that seeds of the claim were run from code that differs; "" if none is known to."""
     groups: list[list[Log]] = []
     for log in (log for log in record.claimed if log.source):
-        same = (group for group in groups if same_text(group[0].source, log.source))
+        same = (group for group in groups if same_code(group[0], log))
         found = next(same, None)
         if found is None:
             groups.append([log])
@@ -73,6 +86,13 @@ def different_code(record: Record) -> str:
         return ""
     parts = (f"{', '.join(log.path.name for log in group)}" for group in groups[:4])
     return f"the seeds were run from different code: {' | '.join(parts)}"
+
+
+def same_code(one: Log, two: Log) -> bool:
+    """Tell whether two logs print the same sources that count."""
+    if len(one.code) != len(two.code):
+        return False
+    return all(map(same_text, one.code, two.code))
 
 
 def code_by_size(record: Record) -> Finding:
