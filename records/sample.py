@@ -84,7 +84,8 @@ def ask_settings() -> bytes:
 def describe_inputs(settings: bytes) -> str:
     """Digest all that the run depends on: the script, its settings, and the data."""
     manifest = MANIFEST.read_bytes() if MANIFEST.is_file() else b""
-    parts = [Path("train_gpt.py").read_bytes(), settings, manifest]
+    code = [path for path in map(Path, ("train_gpt.py", "frontier.py")) if path.exists()]
+    parts = [*(path.read_bytes() for path in code), settings, manifest]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
