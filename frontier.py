@@ -615,7 +615,7 @@ def overlapping(
 
 
 class Trainer(core.Trainer):
-    """Train in stages, by schedules, with more targets, and with an average of the weights."""
+    """Train in stages, by schedules, with more targets, and an average of weights."""
 
     def __init__(
         self, model: GPT, forward: core.Forward, stream: core.TokenStream, run: core.Run
@@ -626,7 +626,7 @@ class Trainer(core.Trainer):
         super().__init__(model, forward, stream, run)
         if hp.ema_decay:
             self.average = self.share.clone()
-        if hp.ema_nesterov:
+        if hp.ema_nesterov and self.owned:
             self.optimizers.append(Lookahead([*self.owned.values()], hp.ema_nesterov))
         self.prefixes: Tensor | None = None
         if hp.prefix_weight:
@@ -690,7 +690,7 @@ class Trainer(core.Trainer):
     # ---- targets
 
     def weigh(self, done: float) -> None:
-        """Set the weights of the targets, for a share of the run that is done."""
+        """Set the targets' weights, for a share of the run that is done."""
         self.target_weights = target_weights(self.run.hp, done)
 
     def learn_more(self, inputs: Tensor, targets: Tensor, documents: Cuts = None) -> Tensor:

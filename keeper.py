@@ -1116,7 +1116,8 @@ class Keeper:
             trainer.feed_from(step)
             return
         self.halved = True
-        self.run.forward_rows = len(trainer.batch[0][0]) // 2
+        half = trainer.batch[0][0].numel() // 2
+        self.run.forward_rows = half // core.row_length(self.run.hp)
         require(self.run.forward_rows, f"out of memory with a single sequence: {error}")
         trainer.feed_from(step)
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step

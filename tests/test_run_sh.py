@@ -247,9 +247,10 @@ def test_checkpoints_of_other_code_stay_aside_after_a_stop_before_the_first_step
 
 
 def test_a_real_run_goes_on_where_it_was_interrupted(clone, dataset):
-    shutil.copy(REPO / "train_gpt.py", clone.folder)
+    for name in ("train_gpt.py", "frontier.py"):
+        shutil.copy(REPO / name, clone.folder)
     env = tiny_settings(dataset, Path("logs"), ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=600)
-    env |= {"TRAIN_LOG_EVERY": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"TRAIN_LOG_EVERY": "1", "OMP_NUM_THREADS": "1", "EVAL_STRIDE": "0"}
     run, log = clone.folder / "logs/sample", clone.folder / "logs/sample.txt"
     process = clone.start(env=env)
     wait_until(lambda: log.exists() and "step:9/" in log.read_text())
