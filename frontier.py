@@ -49,6 +49,13 @@ def frequencies(hp: Hyperparameters, length: int) -> Tensor:
     return f
 
 
+def window_of(hp: Hyperparameters, layer: int) -> int:
+    """Give the tokens that a layer attends to at most; 0: all of them."""
+    pattern = hp.window_pattern or "L"
+    is_short = pattern[layer % len(pattern)] == "S" and layer < hp.num_layers - 1
+    return hp.window_tokens if is_short else 0
+
+
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Attend from q (B, H, S, Dh) to the `window` last of T positions, through a mask: like q."""
     S = q.size(2)
@@ -118,9 +125,7 @@ class Attention(core.Attention):
 
     def __init__(self, hp: Hyperparameters, layer: int) -> None:
         super().__init__(hp, layer)
-        pattern = hp.window_pattern or "L"
-        is_short = pattern[layer % len(pattern)] == "S" and layer < hp.num_layers - 1
-        self.window = hp.window_tokens if is_short else 0
+        self.window = window_of(hp, layer)
         self.exclusive = layer >= hp.num_layers - hp.xsa_last_n
         self.gate = Matrix(hp.sparse_attn_gate, hp.num_heads) if hp.sparse_attn_gate else None
 
@@ -704,7 +709,7 @@ class Trainer(core.Trainer):
         if not self.run.compile:  # a compiled graph has one number of targets
             found = [y for y, weight in zip(found, weights, strict=True) if weight]
             weights = [weight for weight in weights if weight]
-        how = torch.tensor(weights, device=targets.device)
+        how = core.send(np.array(weights, np.float32), targets.device)
         return self.forward(inputs, torch.stack(found, dim=-1), documents, how)
 
     # ---- updates

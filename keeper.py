@@ -186,14 +186,12 @@ def flops_per_token(hp: core.Hyperparameters, loops: bool = True) -> float:
     T = hp.train_seq_len
     kv_dim = dim // hp.num_heads * hp.num_kv_heads
     layer = 2 * dim * (dim + kv_dim + int(hp.mlp_mult * dim)) + hp.sparse_attn_gate * hp.num_heads
-    again = [*range(hp.loop_first, hp.loop_last + 1)] * (hp.loop_repeats if loops else 0)
-    visits = [*range(hp.num_layers), *again]
-    pattern = hp.window_pattern or "L"
-    keys = 0.0
-    for i in visits:
-        is_short = pattern[i % len(pattern)] == "S" and i < hp.num_layers - 1
-        most = min(T, hp.window_tokens) if is_short else T
-        keys += (most * (most + 1) / 2 + (T - most) * most) / T
+    visits = [*range(hp.num_layers)]
+    windows = [T] * hp.num_layers
+    if techniques := core.frontier(hp):
+        visits = techniques.visit_orders(hp)[loops]
+        windows = [min(T, techniques.window_of(hp, i) or T) for i in range(hp.num_layers)]
+    keys = sum(windows[i] * (T - (windows[i] - 1) / 2) for i in visits) / T
     weights = len(visits) * layer + hp.vocab_size * dim
     if hp.bigram_buckets:
         weights += hp.bigram_dim * dim

@@ -74,7 +74,7 @@ def require(condition: Any, problem: str) -> None:
 def setting(role: str, default: Any, valid: str, doc: str, file: str = "") -> Any:
     """Declare a setting; `valid` is an interval, or "a, b, c" for choices, or empty: any text.
 
-    Values but the default need `file` beside this one.
+    Any value but the default needs `file` beside this one.
     """
     about = {"valid": valid, "choices": valid.split(", "), "doc": doc, "role": role, "file": file}
     if valid.startswith(("[", "(")):  # a round bracket leaves its end out
@@ -127,7 +127,7 @@ class Hyperparameters:
     warmdown_iters: int = result_setting(1200, "[0, inf)", "steps in which the rates fall to 0")
     warmdown_frac: float | str = result_setting("", "[0, 1]", "or: share of the run; empty: off")
     final_lr_frac: float = result_setting(0.0, "[0, 1]", "share of the rates where it ends")
-    lr_schedule: str = result_technique("linear", "linear, cosine, wsd, constant", "of the rates")
+    lr_schedule: str = result_technique("linear", "linear, cosine, wsd, constant", "fall of rates")
     lr_warmup_steps: int = result_technique(0, "[0, inf)", "steps in which the rates rise")
     lr_warmup_ratio: float = result_technique(0.0, "[0, 1)", "or: share of the run; 0: off")
     ema_decay: float = result_technique(0.0, "[0, 1)", "export the moving average; 0: off")
@@ -206,7 +206,7 @@ class Hyperparameters:
     normuon_beta2: float = result_technique(0.0, "[0, 1)", "norm neurons after them; 0: off")
     muon_momentum_warmup_start: float = result_setting(0.85, "[0, 1)", "momentum at step 0")
     muon_momentum_warmup_steps: int = result_setting(500, "[0, inf)", "steps of that warmup")
-    muon_momentum_warmdown_frac: float = result_technique(0.0, "[0, 1]", "share of its way back")
+    muon_momentum_warmdown_frac: float = result_technique(0.0, "[0, 1]", "share of the run it falls")
     ema_nesterov: float = result_technique(0.0, "[0, 1)", "look ahead along mean steps; 0: off")
     beta1: float = result_setting(0.9, "[0, 1)", "Adam, first moment")
     beta2: float = result_setting(0.95, "[0, 1)", "Adam, second moment")
