@@ -206,7 +206,7 @@ class Hyperparameters:
     normuon_beta2: float = result_technique(0.0, "[0, 1)", "norm neurons after them; 0: off")
     muon_momentum_warmup_start: float = result_setting(0.85, "[0, 1)", "momentum at step 0")
     muon_momentum_warmup_steps: int = result_setting(500, "[0, inf)", "steps of that warmup")
-    muon_momentum_warmdown_frac: float = result_technique(0.0, "[0, 1]", "share of the run it falls")
+    muon_momentum_warmdown_frac: float = result_technique(0.0, "[0, 1]", "part of the run it falls")
     ema_nesterov: float = result_technique(0.0, "[0, 1)", "look ahead along mean steps; 0: off")
     beta1: float = result_setting(0.9, "[0, 1)", "Adam, first moment")
     beta2: float = result_setting(0.95, "[0, 1)", "Adam, second moment")
