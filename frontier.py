@@ -466,15 +466,17 @@ def momentum(hp: Hyperparameters, step: int, done: float) -> float:
 
 
 def parse_schedule(text: str) -> list[tuple[int, float]]:
-    """Read values and the shares of the run that they last until. Raises ValueError."""
+    """Read values and the shares of the run that they last until. Raises UserError."""
     pairs = []
-    before = 0.0
+    form = "expected VALUE@SHARE, ... with whole values, and shares that rise between 0 and 1"
     for part in filter(None, text.split(",")):
-        value, until = part.split("@")
-        pairs.append((int(value), float(until)))
-        if not before < float(until) < 1:
-            raise ValueError("shares must rise, between 0 and 1")
-        before = float(until)
+        before = pairs[-1][1] if pairs else 0.0
+        try:
+            value, until = part.split("@")
+            pairs.append((int(value), float(until)))
+        except ValueError:
+            raise core.UserError(f"{text}: {form}") from None
+        core.require(before < pairs[-1][1] < 1, f"{text}: {form}")
     return pairs
 
 

@@ -156,9 +156,8 @@ def schedule_rules(hp: core.Hyperparameters) -> list[tuple[Any, str]]:
     module = core.find_beside("frontier.py")
     try:
         stages = module.stages_of(hp) if module else []
-    except ValueError:
-        form = "expected VALUE@SHARE, ... with whole values, and shares that rise between 0 and 1"
-        return [*rules, (True, f"{{SEQ_LEN_SCHEDULE}}, {{BATCH_SCHEDULE}}: {form}")]
+    except core.UserError as e:
+        return [*rules, (True, f"{{SEQ_LEN_SCHEDULE}}, {{BATCH_SCHEDULE}}: {e}")]
     for stage in stages:
         length = stage.hp.train_seq_len
         tokens = stage.hp.train_batch_tokens
@@ -737,11 +736,21 @@ def unknown_note(folder: Path, count: int, lost: int | None) -> str:
     return f"warning: {size} bytes of the validation text {what}"
 
 
+def planned_tokens(hp: core.Hyperparameters) -> float:
+    """Count the tokens of all steps, of which each stage has a share."""
+    stages = [(0.0, hp.train_batch_tokens)]
+    if module := core.frontier(hp):
+        stages = [(stage.begin, stage.hp.train_batch_tokens) for stage in module.stages_of(hp)]
+    begins, batches = zip(*stages, strict=True)
+    shares = np.diff([*begins, 1.0])
+    return hp.iterations * float(shares @ batches)
+
+
 def log_data(stream: core.TokenStream, run: core.Run) -> None:
     """Log how much training data there is, and how often it will be read."""
     hp = run.hp
     run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
-    planned = hp.iterations * hp.train_batch_tokens / stream.total
+    planned = planned_tokens(hp) / stream.total
     line = f"epochs_planned:{planned:.2f}"
     if planned >= 2:
         line += f" warning: each training token is read {planned:.1f} times"

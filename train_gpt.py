@@ -448,7 +448,7 @@ class SquaredRelu(torch.autograd.Function):
 
 
 IGNORE = -100  # target of a padding position, whose NLL is 0
-LOGITS = {"cuda": 2**29, "mps": 2**24, "cpu": 2**18}  # that are made at once
+LOGITS = {"cuda": 2**29, "mps": 2**24, "cpu": 2**20}  # that are made at once
 
 
 class CappedLoss(torch.autograd.Function):

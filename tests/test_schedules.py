@@ -15,6 +15,7 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 import frontier as fr
+import keeper
 import train_gpt as tg
 
 TINY = {
@@ -613,7 +614,7 @@ BAD += ["32@0.5,16@0.5", "32@0.5,16@0.4", "32@0.2@0.3", "32@0.5;16@0.7", "32@0,5
 
 @pytest.mark.parametrize("text", BAD)
 def test_bad_schedules_are_refused(text):
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(tg.UserError, match=f"^{re.escape(text)}: expected VALUE@SHARE"):
         fr.parse_schedule(text)
 
 
@@ -683,6 +684,19 @@ LOOPS = {"LOOP_REPEATS": 1, "LOOP_LAST": 1}
 )
 def test_stages_are_those_of_all_schedules(values, expected):
     assert shapes(**values) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "tokens"),
+    [
+        ({}, 10 * 512),
+        ({"SEQ_LEN_SCHEDULE": "32@0.5"}, 10 * 512),
+        ({"BATCH_SCHEDULE": "128@0.25,256@0.5"}, 2.5 * 128 + 2.5 * 256 + 5 * 512),
+    ],
+)
+def test_planned_tokens_are_those_of_all_stages(values, tokens):
+    hp = settings(ITERATIONS=10, TRAIN_BATCH_TOKENS=512, **values)
+    assert keeper.planned_tokens(hp) == tokens
 
 
 def test_stages_change_nothing_else():
