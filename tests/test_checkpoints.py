@@ -194,8 +194,8 @@ def test_save_total_limit_keeps_the_last(limit, left, place):
 
 
 def test_checkpoints_of_an_earlier_run_do_not_displace_those_of_this_one(interrupted):
-    """The same RUN_ID again from step 0, killed in step 5: what is resumed is what it saved."""
-    kill = {"at": "torch.Tensor.backward", "nth": 6, "do": KILL}
+    """The same RUN_ID again from step 0, killed as it saves step 6: it resumes what it saved."""
+    kill = {"at": "os.replace", "part": "checkpoint_0000006", "nth": 2, "do": KILL}
     interrupted.run(kill, SAVE_EVERY=2, SEED=1, SAVE_TOTAL_LIMIT=2)
     resumed = interrupted.resume(SEED=1)
     assert "checkpoint_0000004.pt step:4" in resumed.output, resumed.output
