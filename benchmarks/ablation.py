@@ -12,6 +12,7 @@ errors, and the median of the milliseconds a step, which hold where no other pro
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -57,7 +58,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
         clear = "" if runs is base else ("" if abs(gap) > 2 * error else " (within noise)")
         change = "" if runs is base else f"{gap:+.4f} ± {error:.4f}{clear}"
         size = statistics.mean(run["artifact_bytes"] for run in runs.values())
-        step_ms = statistics.median(run["step_ms"] for run in runs.values())
+        step_ms = statistics.median(run.get("step_ms", math.nan) for run in runs.values())
         score = f"{statistics.mean(scores):.4f} ± {deviation:.4f}"
         lines.append(f"| {name} | {score} | {change} | {size:,.0f} | {step_ms:.0f} |")
     return "\n".join(lines)
