@@ -6,8 +6,8 @@ CASES.json maps a name to the settings that it adds to the CONFIG file; the othe
 the first. Every case trains and exports with every seed, in `--jobs` processes of one thread each.
 The table has mean and sample deviation of the exported artifact's exact score in bits per byte, and
 the difference to the first case with the same seed, "within noise" if it is not over two standard
-errors, and the median of the milliseconds a step, which hold where no other program runs. Runs that
---out has already are not done again. GLIBC_TUNABLES is passed on.
+errors. It also has the median of the milliseconds a step: let no other program run meanwhile. Runs
+that --out has already are not done again. GLIBC_TUNABLES is passed on.
 """
 
 import argparse
