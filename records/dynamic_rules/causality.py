@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dynamic_rules.plan import NEGLIGIBLE, Plan
+from dynamic_rules.plan import ALARM, NEGLIGIBLE, Plan
 from dynamic_rules.session import Session
 from dynamic_rules.writer import Suite, Writer
 
@@ -141,13 +141,14 @@ def judge_causality(session: Session) -> bool:
     bad = [m for m, limit in zip(session.moves, limits, strict=True) if m.size > limit]
     near = [move.nearest for move in session.moves if move.same_length]
     drift = float(np.mean(near)) if near else 0.0
+    error = float(np.std(near)) / math.sqrt(len(near)) if near else 0.0
     tolerance = f"tolerance {same:.2g}, {other:.2g} where lengths differ"
     if bad:
         m = max(bad, key=lambda move: move.size)
         evidence = f"{len(bad)} of {len(limits)} replaced futures moved NLLs before them: from"
         evidence += f" token {m.shared} on ({m.what}) that of token {m.at} by {m.size:.2g}"
         return session.say("causality", False, f"{evidence} ({tolerance})")
-    if abs(drift) > max(NEGLIGIBLE, same / 16):
+    if abs(drift) > max(NEGLIGIBLE, min(same / 16, ALARM * error)):
         evidence = f"replaced futures move the NLL just before them by {drift:.2g} in the mean"
         return session.say("causality", False, evidence)
     most, longest = max(m.size for m in session.moves), max(m.shared for m in session.moves)

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 NEGLIGIBLE = 5e-4  # nats in a mean
-LOUDEST = 0.1  # nats that one NLL may move by rounding: bf16 does not need more
+# Nats that one NLL may move by rounding: OUTLIER times the usual move, the root of the mean square,
+# but within these bounds. Rounding moves all NLLs a little, a look at the future moves some of them
+# much. In bf16 a logit of 16 or more is a multiple of 0.125.
+OUTLIER, LOUDEST, ROUGHEST = 30, 0.1, 0.25
 PRINTED = 1e-4  # that a printed score, or a sum of probabilities, may be off
 ULPS = 16
 ZEROS = 0.01  # share of NLLs that may be exactly 0

@@ -9,7 +9,17 @@ from reading import FAIL, NOT_CHECKED, PASS, WARN, Verdict
 from script import Result, Script
 from streams import ByteCounter
 
-from dynamic_rules.plan import ALARM, LOUDEST, NEGLIGIBLE, PRINTED, ULPS, ZEROS, Plan
+from dynamic_rules.plan import (
+    ALARM,
+    LOUDEST,
+    NEGLIGIBLE,
+    OUTLIER,
+    PRINTED,
+    ROUGHEST,
+    ULPS,
+    ZEROS,
+    Plan,
+)
 from dynamic_rules.writer import Writer
 
 LONG_STREAMS = 5  # that the time for real text is shared by
@@ -54,6 +64,7 @@ class Session:
         self.pace = 1.0  # of the last start, beside what was expected
         self.grain = 0.0  # by which NLLs are rounded, as a share of them
         self.noise = 0.0  # the largest difference between equal streams
+        self.usual = 0.0  # the usual difference between them, the root of their mean square
         self.moves: list[Move] = []
         self.shards = 1  # of the validation data
         self.sidecar = ""  # whose sizes a run is given: the auditor's "own", the "data"'s, or none
@@ -204,7 +215,8 @@ class Session:
         most, mean = float(np.abs(change).max()), float(change.mean())
         error = float(change.std()) / math.sqrt(len(change))
         self.noise = max(self.noise, most)
-        good = most <= LOUDEST and abs(mean) <= max(NEGLIGIBLE, ALARM * error)
+        self.usual = max(self.usual, math.sqrt(float((change**2).mean())))
+        good = most <= self.loudest and abs(mean) <= max(NEGLIGIBLE, ALARM * error)
         evidence = f"{what}: NLLs differ by {most:.2g} at most, by {mean:.2g} in the mean"
         return self.say(rule, good, evidence)
 
@@ -252,6 +264,11 @@ class Session:
 
     # ------------------------------------ changes ------------------------------------
 
+    @property
+    def loudest(self) -> float:
+        """Tell how far rounding may move one NLL, by how far it usually does."""
+        return min(max(LOUDEST, OUTLIER * self.usual), ROUGHEST)
+
     def compare(self, old: np.ndarray, new: np.ndarray, shared: int, what: str, same: bool) -> None:
         """Note how far the NLLs of two streams differ within the tokens that they share."""
         change = new[: shared - 1] - old[: shared - 1]
@@ -268,7 +285,7 @@ class Session:
         in other shapes: there, eight times the median of the variants.
         """
         floor = max(ULPS * float(np.spacing(np.float32(LARGE))), 2 * self.grain * LARGE)
-        same = min(max(4 * self.noise, floor), LOUDEST)
+        same = min(max(4 * self.noise, floor), self.loudest)
         sizes = [move.size for move in self.moves if not move.same_length]
         typical = 8 * float(np.median(sizes)) if sizes else 0.0
         return same, max(same, min(typical, 0.05))

@@ -85,7 +85,8 @@ def judge_sums(
     session: Session, rule: str, positions: list[Position], scored: dict[int, np.ndarray]
 ) -> bool:
     """Judge whether the probabilities of all ids sum to 1 at each position."""
-    noise = max(session.noise, min(session.tolerances()[1], NEGLIGIBLE))
+    alike = min(session.noise, ALARM * session.usual)  # a move that all terms have in common
+    noise = max(alike, min(session.tolerances()[1], NEGLIGIBLE))
     found = []
     for p in positions:
         values = np.array([scored[p.first + v][p.t - 1] for v in range(session.counter.size)])
