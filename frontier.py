@@ -686,7 +686,8 @@ class Trainer(core.Trainer):
     def finish(self) -> None:
         """Let the weights be those that are exported: w + EMA_BLEND·(average - w)."""
         if self.stage.order != self.stages[-1].order:
-            self.run.log("warning: training ended before LOOP_START: no loop was trained")
+            text = "training ended before LOOP_START: no loop was trained"
+            self.run.log(f"warning: {text}", "warning", text=text)
         self.model.visits = self.model.orders[1]
         if self.average is not None:
             self.share.lerp_(self.average, self.run.hp.ema_blend)

@@ -18,8 +18,10 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -265,6 +267,11 @@ def surroundings_problems(
 # A console that cannot be written, be it a closed pipe or terminal or a full disk, ends nothing.
 
 
+def warn(run: core.Run, text: str) -> None:
+    """Log a warning."""
+    run.log(f"warning: {text}", "warning", text=text)
+
+
 def flush_console() -> None:
     """Write what is to be printed.
 
@@ -367,7 +374,7 @@ class Compiled:
         told = [line for line in lines[1:] if re.search("error:|not permitted|No space", line)]
         why = f"{type(error).__name__}: {'; '.join([*lines[:1], *told[:1]])}"
         require(self.run.hp.compile == "auto", f"COMPILE=1: it does not work here: {why}")
-        self.run.log(f"warning: COMPILE=auto does not work here, going on without: {why}")
+        warn(self.run, f"COMPILE=auto does not work here, going on without: {why}")
         self.forward = self.model
 
 
@@ -407,7 +414,7 @@ def write_checkpoint(state: dict[str, Any], run: core.Run) -> None:
     try:
         core.atomic_write(path, lambda file: file.writelines((digest, content)))
     except OSError as error:
-        run.log(f"warning: no checkpoint of step {state['step']}: {error}")
+        warn(run, f"no checkpoint of step {state['step']}: {error}")
         return
     for old in checkpoints(run)[run.hp.save_total_limit :]:
         old.unlink()
@@ -453,7 +460,7 @@ def find_checkpoint(run: core.Run) -> tuple[Path | None, dict[str, Any] | None]:
             return path, read_checkpoint(path)
         except Exception as error:  # crafted content can raise anything
             require(auto, f"{path}: not a checkpoint: {error}")
-            run.log(f"warning: {path}: not a checkpoint: {error}; trying the one before it")
+            warn(run, f"{path}: not a checkpoint: {error}; trying the one before it")
     run.log("resume:auto no checkpoint; starting at step 0")
     return None, None
 
@@ -466,7 +473,7 @@ def check_origin(state: dict[str, Any], path: Path, data: str, run: core.Run) ->
     then = state["settings"]
     now = core.setting_texts(run.hp) | {"DATA": data}
     if not then.get("DATA"):
-        run.log(f"warning: {path}: not known with what training data it was made")
+        warn(run, f"{path}: not known with what training data it was made")
         then["DATA"] = now["DATA"]
     unknown = ", ".join(sorted(then.keys() - now.keys() - GONE))
     require(not unknown, f"{path}: unknown settings {unknown}: a newer script made it")
@@ -480,7 +487,9 @@ def check_origin(state: dict[str, Any], path: Path, data: str, run: core.Run) ->
     require(not grave or run.hp.resume_changed, f"{path}: {advice}:{grave}")
     over = "it has no optimizer state: its training was over, and only its settings can finish it"
     require(state.get("whole", True) or not grave, f"{path}: {over}{grave}")
-    run.log(f"resume:{path} step:{state['step']}{''.join(lines.values())}")
+    step = state["step"]
+    line = f"resume:{path} step:{step}{''.join(lines.values())}"
+    run.log(line, "resume", path=str(path), step=step)
     return grave
 
 
@@ -490,6 +499,11 @@ def optimizer_states(trainer: core.Trainer, p: Tensor) -> list[dict[str, Any]]:
     return [o.state[p] for o, group in groups if any(p is q for q in group["params"])]
 
 
+def guard_of(trainer: core.Trainer) -> Any:
+    """Give the guard of AUTO_LR_REDUCTION; None if there is none."""
+    return getattr(trainer, "guard", None)
+
+
 def gather_state(trainer: core.Trainer, step: int, elapsed: float, whole: bool) -> dict[str, Any]:
     """Copy all that the rest of the run depends on; on rank 0, of all ranks.
 
@@ -497,6 +511,7 @@ def gather_state(trainer: core.Trainer, step: int, elapsed: float, whole: bool) 
     step.
     """
     run = trainer.run
+    guard = guard_of(trainer)
     params = {}
     for name, p in trainer.owned.items():
         kept = {"weights": p}
@@ -524,6 +539,7 @@ def gather_state(trainer: core.Trainer, step: int, elapsed: float, whole: bool) 
         "whole": whole,
         "random": torch.get_rng_state(),
         "settings": core.setting_texts(run.hp),
+        "guard": guard.state.cpu().clone() if guard else None,
         "params": params,
     }
 
@@ -547,6 +563,10 @@ def restore_state(trainer: core.Trainer, state: dict[str, Any]) -> None:
     torch.set_rng_state(state["random"])
     trainer.tokens = state.get("tokens", state["step"] * trainer.run.hp.train_batch_tokens)
     trainer.feed_from(state["step"])
+    guard = guard_of(trainer)
+    if guard and state.get("guard") is not None:
+        guard.state.copy_(state["guard"])
+        guard.told = int(guard.halvings)
     trainer.model.visits = state.get("visits", trainer.model.visits)
 
 
@@ -719,7 +739,34 @@ def forecast(params: Mapping[str, Tensor], run: core.Run) -> None:
     line = f"forecast: {code + size} bytes ({code} code, {size} artifact) of {cap}"
     if code + size > cap:
         line += f"; warning: over the cap, with FIT_BUDGET={run.hp.fit_budget}"
-    run.log(line)
+    run.log(line, "forecast", code_bytes=code, artifact_bytes=size, max_bytes=cap)
+
+
+def log_model(trainer: core.Trainer, run: core.Run) -> None:
+    """Log the FLOPs of training on a token, without elementwise ones, and what trains."""
+    flops = flops_per_token(run.hp)
+    line = f"flops_per_token:{flops:.4g}"
+    if run.hp.loop_repeats:
+        line += f" before_loops:{flops_per_token(run.hp, loops=False):.4g}"
+    on_cuda = run.device.type == "cuda"
+    fields = {
+        "parameters": sum(p.numel() for p in trainer.params.values()),
+        "flops_per_token": flops,
+        "world_size": run.world_size,
+        "device": torch.cuda.get_device_name() if on_cuda else run.device.type,
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
+    run.log(line, "model", **fields)
+
+
+def memory_mib(device: torch.device) -> float:
+    """Measure the memory that was in use at most: the device's own, or else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def unknown_note(folder: Path, count: int, lost: int | None) -> str:
@@ -733,7 +780,7 @@ def unknown_note(folder: Path, count: int, lost: int | None) -> str:
             lost = int(split["unknown_bytes"]) if split["unknown_tokens"] == count else None
     size = f"at least {count}" if lost is None else str(lost)
     what = "are characters that the tokenizer lacks: val_bytes leaves them out"
-    return f"warning: {size} bytes of the validation text {what}"
+    return f"{size} bytes of the validation text {what}"
 
 
 def planned_tokens(hp: core.Hyperparameters) -> float:
@@ -752,11 +799,13 @@ def log_data(stream: core.TokenStream, run: core.Run) -> None:
     run.log(f"train_shards:{len(stream.paths)} train_tokens:{stream.total}")
     planned = planned_tokens(hp) / stream.total
     line = f"epochs_planned:{planned:.2f}"
-    if planned >= 2:
-        line += f" warning: each training token is read {planned:.1f} times"
-        if hp.max_wallclock_seconds:
-            line += " at most; MAX_WALLCLOCK_SECONDS may end it before"
-    run.log(line)
+    if planned < 2:
+        run.log(line)
+        return
+    text = f"each training token is read {planned:.1f} times"
+    if hp.max_wallclock_seconds:
+        text += " at most; MAX_WALLCLOCK_SECONDS may end it before"
+    run.log(f"{line} warning: {text}", "warning", text=text)
 
 
 def why_ended(run: core.Run, step: int) -> str:
@@ -945,13 +994,13 @@ class Keeper:
         """Tell for how much text unknown pieces stand. Raises UserError if documents are needed."""
         hp = self.run.hp
         for warning in self.warnings:
-            self.run.log(f"warning: {warning}")
+            warn(self.run, warning)
         is_unknown = val.tokens == val.tokenizer.sp.unk_id()
         if count := int(is_unknown.sum()):
             val.note += f" unknown_tokens:{count}"
             sizes = val.sizes
             lost = None if sizes is None else int(sizes[is_unknown].sum(dtype=np.int64))
-            self.run.log(unknown_note(Path(hp.data_path), count, lost))
+            warn(self.run, unknown_note(Path(hp.data_path), count, lost))
         parted = hp.score_streams or (val.tokens == val.bos).any()  # into documents or streams
         isolated = hp.eval_doc_isolated or (hp.train_doc_isolated and not hp.eval_only)
         needed = isolated or hp.smear_gate or hp.bigram_buckets
@@ -997,10 +1046,7 @@ class Keeper:
         """Do what rank 0 does of `prepare`."""
         run = self.run
         self.data = Identity(trainer.stream)
-        line = f"flops_per_token:{flops_per_token(run.hp):.4g}"
-        if run.hp.loop_repeats:
-            line += f" before_loops:{flops_per_token(run.hp, loops=False):.4g}"
-        run.log(line)
+        log_model(trainer, run)
         forecast(trainer.params, run)
         path = None
         if run.hp.resume:
@@ -1189,6 +1235,18 @@ class Keeper:
             self.writing.result()
         self.writing = None
 
+    def figures(self, trainer: core.Trainer) -> dict[str, float]:
+        """Give what metrics.jsonl has of a step beside its loss."""
+        groups = [group for o in trainer.optimizers for group in o.param_groups]
+        scales = [group["lr"] / group["base_lr"] for group in groups if group["base_lr"]]
+        guard = guard_of(trainer)
+        reduced = 0.5 ** float(guard.halvings) if guard else 1.0
+        _, square = trainer.seen
+        found = {"grad_norm": math.sqrt(square), "memory_mib": memory_mib(self.run.device)}
+        if scales:
+            found |= {"lr_scale": reduced * scales[0], "momentum": groups[0]["momentum"]}
+        return found
+
     def skipped(
         self, trainer: core.Trainer, step: int, in_a_row: int, batch: list[core.Batch]
     ) -> None:
@@ -1214,7 +1272,9 @@ class Keeper:
         """
         run = self.run
         if why := why_ended(run, step):
-            run.log(f"stopping_early: {why} train_time:{1e3 * elapsed:.0f}ms step:{step}")
+            ms = 1e3 * elapsed
+            line = f"stopping_early: {why} train_time:{ms:.0f}ms step:{step}"
+            run.log(line, "stopping_early", step=step, train_time_ms=ms, reason=why)
         epochs = trainer.tokens / trainer.stream.total
         if epochs > 1:
             run.log(f"epochs:{epochs:.2f}")

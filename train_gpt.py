@@ -59,6 +59,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 
 Weights = Mapping[str, Tensor]  # by their names
+Listener = Callable[[Tensor, Tensor], None] | None  # to the head's inputs and output gradients
 
 
 class UserError(Exception):
@@ -72,10 +73,7 @@ def require(condition: Any, problem: str) -> None:
 
 
 def setting(role: str, default: Any, valid: str, doc: str, file: str = "") -> Any:
-    """Declare a setting; `valid` is an interval, or "a, b, c" for choices, or empty: any text.
-
-    Any value but the default needs `file` beside this one.
-    """
+    """Declare a setting: `valid` is an interval, "a, b, c", or empty; values may need a `file`."""
     about = {"valid": valid, "choices": valid.split(", "), "doc": doc, "role": role, "file": file}
     if valid.startswith(("[", "(")):  # a round bracket leaves its end out
         low, high = map(float, valid[1:-1].split(","))
@@ -113,6 +111,8 @@ class Hyperparameters:
     save_total_limit: int = run_setting(2, "[1, inf)", "checkpoints that are kept")
     resume: str = run_setting("", "", "auto: from RUN_ID's newest checkpoint; or from this file")
     resume_changed: int = run_setting(0, "0, 1", "resume though settings change the result")
+    report_to: str = run_setting("", "", "wandb, tensorboard, trackio, aim: by lab/watch.py")
+    watch: int = run_setting(0, "0, 1", "lab/watch.py warns of what goes wrong")
     max_bad_steps: int = run_setting(10, "[1, inf)", "give up after N losses in a row not finite")
     save_nll: str = run_setting("", "", ".npy file for the NLL of each scored token, in nats")
     seed: int = result_setting(1337, "[0, 4294967295]", "seeds the initial weights")
@@ -357,8 +357,8 @@ def load_settings(environ: Mapping[str, str], check_places: bool = True) -> Hype
     problems += value_problems(hp)
     if keeper := find_keeper():
         problems += keeper.surroundings_problems(hp, environ, check_places)
-    elif hp.save_every or hp.resume:
-        problems.append(f"SAVE_EVERY, RESUME: need keeper.py beside {Path(__file__).name}")
+    elif hp.save_every or hp.resume or hp.watch or hp.report_to:
+        problems.append("SAVE_EVERY, RESUME, WATCH, REPORT_TO: need keeper.py beside the script")
     require(not problems, "\n  ".join([f"{len(problems)} problem(s) in the settings:", *problems]))
     code_files(hp)
     return hp
@@ -374,10 +374,7 @@ def frequencies(hp: Hyperparameters, length: int) -> Tensor:
 
 
 def rotary_table(hp: Hyperparameters, length: int, rows: int = 1) -> Tensor:
-    """Tabulate cos and ±sin of t·f for positions t and frequencies f: double (2, T, r).
-
-    T is `rows` contexts (RoPE, arXiv 2104.09864).
-    """
+    """Tabulate cos and ±sin of t·f, positions t of `rows` contexts: double (2, T, r) (RoPE)."""
     f = part("frequencies", hp)(hp, length)
     angles = torch.outer(torch.arange(rows * length).double(), f)
     cos = angles.cos().repeat(1, 2)
@@ -451,6 +448,13 @@ IGNORE = -100  # target of a padding position, whose NLL is 0
 LOGITS = {"cuda": 2**29, "mps": 2**24, "cpu": 2**20}  # that are made at once
 
 
+def squash(x: Tensor, weight: Tensor, c: float) -> Tensor:
+    """Give tanh(x·Wᵀ/c), the logits of x (N, D) by W (V, D) over their softcap, in fp32: (N, V)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = F.linear(x, weight).to(wide)
+    return torch.tanh(logits / c)
+
+
 class CappedLoss(torch.autograd.Function):
     """Give the NLL of targets (N, K) by softmax(c·tanh(x·Wᵀ/c)), for x (N, D) and W (V, D): (N).
 
@@ -466,13 +470,12 @@ class CappedLoss(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor | float,
         c: float,
-        listen: Callable[[Tensor, Tensor], None] | None,
+        listen: Listener,
     ) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        capped = torch.tanh(F.linear(x, weight).to(wide) / c)
+        capped = squash(x, weight, c)
         logits = c * capped
         total = torch.logsumexp(logits, dim=-1, keepdim=True)
-        shares = (targets != IGNORE).to(wide) * weights
+        shares = (targets != IGNORE).to(capped.dtype) * weights
         share = shares.sum(1, keepdim=True)
         found = logits.gather(1, targets.clamp(min=0))
         if ctx.needs_input_grad[0]:
@@ -553,15 +556,12 @@ def cut(begins: ndarray, longest: int, device: torch.device) -> Documents:
 
 
 def attend_by_piece(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
-    """Attend within each piece of N tokens, from q (1, H, N, Dh) to k and v: like q.
-
-    Pieces are padded to few lengths: oneDNN keeps compiled code for each of them.
-    """
+    """Attend within each piece of N tokens, from q (1, H, N, Dh) to k and v: like q."""
     sizes = offsets.diff().tolist()
     pieces = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
     found = []
     for size, piece in zip(sizes, pieces, strict=True):
-        room = (0, 0, 0, -size % 64)
+        room = (0, 0, 0, -size % 64)  # oneDNN keeps compiled code for each length
         padded = [F.pad(x, room) for x in piece] if room[-1] else piece
         found.append(attend(*padded).narrow(2, 0, size))
     return torch.cat(found, dim=2)
@@ -750,7 +750,7 @@ class GPT(nn.Module):
         self.bos = hp.bos
         self.trained = hp.train_seq_len
         self.visits = [*range(hp.num_layers)]
-        self.listen: Callable[[Tensor, Tensor], None] | None = None  # to the head's x, gradients
+        self.listen: Listener = None
         self.tok_emb = Table(hp.vocab_size, dim)
         self.build(hp)
         self.blocks = nn.ModuleList(self.Block(hp, layer) for layer in range(hp.num_layers))
@@ -791,10 +791,20 @@ class GPT(nn.Module):
             states.append(x)
         return x
 
+    def unembedding(self) -> Tensor:
+        """Give the matrix of the output head, (V, D)."""
+        head = self.tok_emb if self.lm_head is None else self.lm_head
+        return head.weight.to(self.dtype)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Give the logits of the token behind inputs, int64 (B, T): fp32 (B, V)."""
+        x = self.trunk(self.embed(inputs), self.visits, 1)
+        x = rms_norm(x[:, -1])
+        return self.softcap * squash(x, self.unembedding(), self.softcap)
+
     def head(self, x: Tensor, targets: Tensor, weights: Tensor | float = 1.0) -> Tensor:
         """Give the NLL of targets, int64 (B, T): fp32 (B, T); of (B, T, K), the sum by weights."""
-        head = self.tok_emb if self.lm_head is None else self.lm_head
-        weight = head.weight.to(x.dtype)
+        weight = self.unembedding()
         rows = max(1, LOGITS[x.device.type] // len(weight))
         x = rms_norm(x).flatten(0, 1)
         labels = targets.reshape(len(x), -1)
@@ -810,10 +820,7 @@ class GPT(nn.Module):
         documents: Cuts = None,
         weights: Tensor | float = 1.0,
     ) -> Tensor:
-        """Give the NLL of targets, int64 (B, S), at the last S of T inputs (B, T): fp32 (B, S).
-
-        In training, targets may be (B, S, K), with weights (K): the sum of their NLL.
-        """
+        """Give the NLL of targets, int64 (B, S) or (B, S, K), at the last S inputs: fp32 (B, S)."""
         x = self.embed(inputs, documents)
         x = self.trunk(x, self.visits, targets.size(1), documents)
         return self.head(x, targets, weights)
@@ -1047,10 +1054,9 @@ def batches(
     step_tokens = hp.train_batch_tokens
     T = row_length(hp)
     total = step_tokens // T
-    # Each rank has a contiguous share of a step's tokens.
+    # Each rank has a contiguous share of a step's tokens, in micro-batches of one shape for all.
     start = total * run.rank // run.world_size
     stop = total * (run.rank + 1) // run.world_size
-    # All micro-batches of all ranks have one shape, that one compiled graph serves.
     most = math.ceil(total / run.world_size)
     count = math.ceil(most / run.forward_rows)
     rows = math.ceil(most / count)
@@ -1367,10 +1373,7 @@ def quantize(w: ndarray, bits: int, hp: Hyperparameters) -> Arrays:
 
 
 def layout(name: str, w: Tensor, hp: Hyperparameters) -> list[list[Any]]:
-    """List NumPy type and shape of the arrays that a parameter is stored as.
-
-    Signed integers are the levels of a matrix, which come last, and are coded apart.
-    """
+    """List NumPy type and shape of a parameter's arrays: last a matrix's levels, signed ones."""
     shape = [*w.shape]
     if not bits_of(name, w, hp):
         return [["<f4" if row_of(name, hp).bits == 0 else "<f2", shape]]
@@ -1754,10 +1757,7 @@ def later(number: Tensor) -> Callable[[], float]:
 
 
 class Trainer:
-    """Train a model: its data, gradients and optimizers on one rank.
-
-    A rank owns a share of the weights (ZeRO, 1910.02054), a row of fp32 (ranks, width).
-    """
+    """Train a model on a rank: it owns a row of the weights, fp32 (ranks, width) (ZeRO)."""
 
     def __init__(self, model: GPT, forward: Forward, stream: TokenStream, run: Run) -> None:
         self.model = model
@@ -1828,6 +1828,7 @@ class Trainer:
         grads = self.grads[self.run.rank]
         square = self.reduce(grads)
         loss = grads[-1].clone()
+        self.seen = loss, square
         bad = ~(square + loss).isfinite() | dry
         if hp.grad_clip_norm:
             grads *= (hp.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
@@ -1929,6 +1930,8 @@ def report(
     rate = trainer.tokens / max(elapsed, 1e-9)
     times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms tok_s:{rate:.0f}"
     line = f"step:{step}/{run.hp.iterations} {values} {times}"
+    if run.keeper and event == "train":
+        losses = losses | run.keeper.figures(trainer)
     run.log(line, event, step=step, train_time_ms=ms, tokens_per_second=rate, **losses)
 
 
@@ -1968,10 +1971,7 @@ def train(
 
 
 def export(params: Weights, seen: Any, run: Run) -> None:
-    """Write the artifact and the raw weights, on rank 0. Raises UserError or OSError.
-
-    For gptq, all ranks quantize together, by what calibration has `seen`.
-    """
+    """Write the artifact and the raw weights; all ranks quantize, by what was `seen`, for gptq."""
     weights = {name: w.cpu().clone() for name, w in params.items()}  # no views of one buffer
     raw = io.BytesIO()  # torch.save would hide what the disk says
     torch.save(weights, raw)

@@ -1,14 +1,18 @@
 """README, docs/ and configs/: what they say of the script, and what they link to."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
+import torch
 from conftest import REPO, events, tracked
 
+import frontier
 import keeper
 import train_gpt
 
@@ -73,14 +77,43 @@ def documented_events() -> dict[str, set[str]]:
     return {event: set(fields) for event, *fields in filter(None, rows)}
 
 
-def test_the_documents_list_the_events_and_their_fields(run):
-    seen = {}
+@pytest.fixture
+def all_events(run, monkeypatch) -> list[dict]:
+    """The events of runs that have every kind of them."""
     with pytest.raises(train_gpt.UserError, match="not finite"):
         run("exploding", TIED_EMBED_LR=1e38, ITERATIONS=6, MAX_BAD_STEPS=99)
-    for folder in (Path("logs/exploding"), run()):
-        for event in events(folder):
-            seen.setdefault(event.pop("event"), set()).add(frozenset(event))
+    run("saved", SAVE_EVERY=2)
+    run("saved", SAVE_EVERY=2, RESUME="auto")
+    run("capped", ITERATIONS=10**6, MAX_WALLCLOCK_SECONDS=0.1)  # which would read all data often
+    leap = torch.tensor([True, False])
+    monkeypatch.setattr(frontier.RateGuard, "leaps", lambda self, now: leap)
+    run("leaping", AUTO_LR_REDUCTION=1)
+    folders = [Path("logs", name) for name in ("exploding", "saved", "capped", "leaping")]
+    return [event for folder in folders for event in events(folder)]
+
+
+def test_the_documents_list_the_events_and_their_fields(all_events):
+    seen = {}
+    for event in all_events:
+        fields = set(event) - {"event"}
+        seen.setdefault(event["event"], set()).add(frozenset(fields))
     assert seen == {event: {frozenset(fields)} for event, fields in documented_events().items()}
+
+
+def test_events_are_as_their_schema_says_and_others_are_not(all_events):
+    schema = json.loads(read("docs/metrics.schema.json"))
+    described = {
+        rule["if"]["properties"]["event"]["const"]: set(rule["then"]["properties"])
+        for rule in schema["allOf"]
+    }
+    assert described == documented_events()
+    valid = jsonschema.Draft202012Validator(schema).is_valid
+    assert all(map(valid, all_events))
+    assert not any(valid(event | {"step": "1"}) for event in all_events if "step" in event)
+    lacking = [{k: v for k, v in event.items() if k != "step"} for event in all_events]
+    assert not any(
+        valid(e) for e, whole in zip(lacking, all_events, strict=True) if "step" in whole
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

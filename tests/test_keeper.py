@@ -76,7 +76,7 @@ def test_the_log_has_the_source_of_all_that_ran(folders):
 @pytest.mark.parametrize("given", [{"SAVE_EVERY": "2"}, {"RESUME": "auto", "RUN_ID": "x"}])
 def test_a_setting_that_needs_it_is_one_clear_error(tiny_env, tmp_path, given):
     done = run_cli(tiny_env | given, copy_to=tmp_path / "alone")
-    what = "SAVE_EVERY, RESUME: need keeper.py beside train_gpt.py"
+    what = "SAVE_EVERY, RESUME, WATCH, REPORT_TO: need keeper.py beside the script"
     problem = f"train_gpt.py: error: 1 problem(s) in the settings:\n  {what}\n"
     assert (done.rc, done.stderr) == (1, problem)
     assert not (tmp_path / "logs").exists()

@@ -223,6 +223,20 @@ def test_prediction_is_one_normalized_distribution():
     torch.testing.assert_close((-nll).exp().sum(0), torch.ones(T).double(), atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("tied", [0, 1])
+def test_logits_are_those_of_the_prediction_behind_the_last_token(tied):
+    hp = settings(TIE_EMBEDDINGS=tied)
+    model = random_model(hp)
+    inputs, targets = random_tokens(hp)
+    with torch.no_grad():
+        nll = model(inputs, targets)[:, -1]
+        logits = model.logits(inputs)
+    assert logits.shape == (len(inputs), hp.vocab_size)
+    assert logits.abs().max() < hp.logit_softcap
+    found = torch.nn.functional.cross_entropy(logits, targets[:, -1], reduction="none")
+    torch.testing.assert_close(found, nll, atol=1e-5, rtol=0)
+
+
 def test_softcap_bounds_the_logits():
     hp = settings(LOGIT_SOFTCAP=3.0, TIE_EMBEDDINGS=0)
     model = random_model(hp)
