@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor, nn
@@ -422,6 +423,66 @@ class Lookahead(torch.optim.Optimizer):
         torch._foreach_add_(params, ahead)
 
 
+class RateGuard:
+    """Halve all rates where the loss or the gradient leaps, on the device (Surogate's LossGuard).
+
+    A loss leaps that is over mean + 3σ and over mean + 0.5 of the last HISTORY ones; a gradient
+    norm, that is over 10 times their mean. What leaps is not remembered.
+    """
+
+    HISTORY = 100
+    LEAST = 50  # steps before the first halving
+    PAUSE = 50  # steps after one, without another
+    MOST = 5  # halvings
+
+    def __init__(self, device: torch.device) -> None:
+        self.state = torch.zeros(2 * self.HISTORY + 5, device=device)  # all that a resume needs
+        self.past = self.state[:-5].view(2, self.HISTORY)  # losses and norms, the last one first
+        self.count, self.pause, self.halvings, self.at, self.kind = self.state[-5:].unbind()
+        self.told = 0
+
+    def leaps(self, now: Tensor) -> Tensor:
+        """Tell whether the loss, and whether the norm, leaps: bool (2,), of fp32 (2,)."""
+        known = torch.arange(self.HISTORY, device=now.device) < self.count
+        size = self.count.clamp(min=1)
+        mean = (self.past * known).sum(1) / size
+        away = (self.past - mean[:, None]) * known
+        deviation = (away.square().sum(1) / size).sqrt()
+        usual = (3 * deviation[0]).clamp(min=0.5)
+        limits = torch.stack((mean[0] + usual, 10 * mean[1]))
+        return (now > limits) & (self.count >= self.LEAST)
+
+    def scale(self, loss: Tensor, square: Tensor, step: int, bad: Tensor) -> Tensor:
+        """Take in a step's loss and squared norm; the scale of the rates from it on, fp32 ()."""
+        now = torch.stack((loss, square.sqrt()))
+        leaps = self.leaps(now)
+        good = ~bad
+        leapt = leaps.any() & good
+        halves = leapt & (self.pause == 0) & (self.halvings < self.MOST)
+        self.halvings += halves
+        self.at.masked_fill_(halves, step)
+        self.kind.copy_(torch.where(halves, leaps[1], self.kind))
+        self.pause -= good.float()
+        self.pause.clamp_(min=0)
+        self.pause.masked_fill_(halves, self.PAUSE)
+        kept = good & ~leapt
+        newer = torch.cat((now[:, None], self.past[:, :-1]), dim=1)
+        self.past.copy_(torch.where(kept, newer, self.past))
+        self.count += kept
+        self.count.clamp_(max=self.HISTORY)
+        return 0.5**self.halvings
+
+    def tell(self, run: core.Run) -> None:
+        """Log the halvings since the last time."""
+        if self.halvings > self.told:
+            self.told = int(self.halvings)
+            step = int(self.at)
+            scale = 0.5**self.told
+            reason = "gradient norm" if self.kind else "loss"
+            line = f"lr_reduction: rates times {scale:g} from step {step} on: the {reason} leapt"
+            run.log(line, "lr_reduction", step=step, scale=scale, reason=reason)
+
+
 # ===================================== SCHEDULES =====================================
 LOOKS_AHEAD = (0.125, 0.7)  # shares of the run between which Lookahead does
 SHAPES = {  # the rates' fall, by the share of it that is still to come
@@ -635,6 +696,9 @@ class Trainer(core.Trainer):
             self.average = self.share.clone()
         if hp.ema_nesterov and self.owned:
             self.optimizers.append(Lookahead([*self.owned.values()], hp.ema_nesterov))
+        self.guard = RateGuard(run.device) if hp.auto_lr_reduction else None
+        both = hp.auto_lr_reduction and hp.ema_nesterov
+        core.require(not both, "AUTO_LR_REDUCTION, EMA_NESTEROV: only one of them")
         self.prefixes: Tensor | None = None
         if hp.prefix_weight:
             table = prefix_table(core.Tokenizer(hp))
@@ -719,10 +783,28 @@ class Trainer(core.Trainer):
 
     def update(self, step: int, elapsed: float, bad: Tensor) -> None:
         """Let the optimizers update the own share, and move its average: e ← d·e + (1 - d)·w."""
-        super().update(step, elapsed, bad)
+        if self.guard:
+            self.update_guarded(step, elapsed, bad)
+        else:
+            super().update(step, elapsed, bad)
         if self.average is not None:
             weight = 1 - self.run.hp.ema_decay
             self.average.lerp_(self.share, weight * (~bad).float())
+
+    def update_guarded(self, step: int, elapsed: float, bad: Tensor) -> None:
+        """Take of the step, which is linear in the rates, what the guard leaves."""
+        before = self.share.clone()
+        super().update(step, elapsed, bad)
+        scale = self.guard.scale(*self.seen, step, bad)
+        if self.run.world_size > 1:  # sums may end on other bits on other ranks
+            dist.broadcast(scale, 0)
+        self.share.copy_(before.lerp(self.share, scale))
+
+    def look_back(self, delay: int) -> None:
+        """Wait for the step that was `delay` steps ago; tell what the guard did."""
+        super().look_back(delay)
+        if self.guard and not delay:
+            self.guard.tell(self.run)
 
     def schedule(self, step: int, elapsed: float) -> None:
         """Set rates, decays and momentum of a step."""

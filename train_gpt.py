@@ -128,6 +128,7 @@ class Hyperparameters:
     warmdown_frac: float | str = result_setting("", "[0, 1]", "or: share of the run; empty: off")
     final_lr_frac: float = result_setting(0.0, "[0, 1]", "share of the rates where it ends")
     lr_schedule: str = result_technique("linear", "linear, cosine, wsd, constant", "how it falls")
+    auto_lr_reduction: int = result_technique(0, "0, 1", "halve the rates where the loss leaps")
     lr_warmup_steps: int = result_technique(0, "[0, inf)", "steps in which the rates rise")
     lr_warmup_ratio: float = result_technique(0.0, "[0, 1)", "or: share of the run; 0: off")
     ema_decay: float = result_technique(0.0, "[0, 1)", "export the moving average; 0: off")

@@ -97,7 +97,7 @@ def test_everything_is_on():
     """A new technique must come into ALL; some exclude others."""
     techniques = [name for name, f in tg.FIELDS.items() if f.metadata.get("file") == "frontier.py"]
     off = [n for n in techniques if n not in ALL or ALL[n] == tg.FIELDS[n].default]
-    assert off == ["LR_WARMUP_RATIO", "ROPE_SCALING", "MATRIX_OPTIMIZER"]
+    assert off == ["AUTO_LR_REDUCTION", "LR_WARMUP_RATIO", "ROPE_SCALING", "MATRIX_OPTIMIZER"]
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +347,20 @@ def test_a_step_tells_the_loss_that_it_learns_from(step, weights, job, dataset):
                 nll = model(inputs, torch.tensor(labels), documents)
                 total += weight * nll.double().sum().item()
     assert loss == pytest.approx(total / (TOKENS[step + 1] - TOKENS[step]), abs=1e-5)
+
+
+def test_logits_are_those_of_the_prediction_with_everything_on(job):
+    model = tg.build_model(resolve(job(**ALL)))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.1, 0.3)
+    inputs = torch.randint(2, model.tok_emb.num_embeddings, (3, 20))
+    inputs[:, 7] = model.bos
+    targets = torch.randint(2, model.tok_emb.num_embeddings, (3, 20))
+    with torch.no_grad():
+        nll = model(inputs, targets)[:, -1]
+        logits = model.logits(inputs)
+    found = torch.nn.functional.cross_entropy(logits, targets[:, -1], reduction="none")
+    torch.testing.assert_close(found, nll, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("values", [{}, {"DATA_SHUFFLE": 1}, {"TRAIN_DOC_ISOLATED": 1}], ids=str)
