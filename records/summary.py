@@ -20,8 +20,12 @@ import program
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 Event = dict[str, Any]
+BLUE = "#4c72b0"
+RED = "#c44e52"
+GREEN = "#4f9a63"
 NUMBERS = {  # that an event of this kind has
     "train": ("step", "train_loss"),
     "val": ("step", "val_loss", "val_bpb", "train_time_ms", "tokens_per_second"),
@@ -61,38 +65,100 @@ def read_events(folder: Path) -> list[Event]:
     return last
 
 
-def top(values: Iterable[float]) -> float:
-    """Choose the upper end of an axis that starts at 0: a little over the largest number."""
-    return 1.05 * max((v for v in values if 0 < v < 1e300), default=1.0)
+def column(events: list[Event], name: str) -> list[float]:
+    """Give a field of events; nan, which is a gap, for what is missing or cannot be drawn."""
+    values = [event.get(name) for event in events]
+    known = [isinstance(value, int | float) and abs(value) < 1e300 for value in values]
+    return [value if there else math.nan for value, there in zip(values, known, strict=True)]
+
+
+def running_mean(values: list[float]) -> list[float]:
+    """Give the mean of the k values before and after each, k = 1/40 of all; nan where one is nan.
+
+    At the start, where the loss falls steeply, there are no more values before than after.
+    """
+    reach = math.ceil(len(values) / 40)
+    means = []
+    for i, value in enumerate(values):
+        k = min(i, reach)
+        near = [v for v in values[i - k : i + k + 1] if math.isfinite(v)]
+        means.append(sum(near) / len(near) if math.isfinite(value) else math.nan)
+    return means
+
+
+def ends(*lines: Iterable[float]) -> tuple[float, float]:
+    """Choose the ends of an axis: those of the values, with a little room."""
+    values = [value for line in lines for value in line if math.isfinite(value)]
+    low = min(values, default=0.0)
+    high = max(values, default=1.0)
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 0.5
+    return low - room, high + room
+
+
+def draw_training(left: Axes, train: list[Event], val: list[Event]) -> None:
+    """Draw the training loss as logged, and its running mean.
+
+    The axis has room for the mean and for validation; a leap of a single step may leave it.
+    """
+    steps = column(train, "step")
+    losses = column(train, "train_loss")
+    mean = running_mean(losses)
+    left.plot(steps, losses, color=BLUE, lw=0.8, alpha=0.45)
+    left.plot(steps, mean, color=BLUE, lw=1.8)
+    least = [min(filter(math.isfinite, losses), default=math.nan)]
+    left.set_ylim(*ends(mean, least, column(val, "val_loss")))
+    left.set_ylabel("training loss, nats per token", color=BLUE)
+    left.grid(alpha=0.3)
+
+
+def draw_validation(left: Axes, val: list[Event], final: Event) -> None:
+    """Draw validation BPB, and a star for the score of the artifact.
+
+    On one validation text, a nat per token is always the same in bits per byte: both axes show the
+    same height as the same loss.
+    """
+    right = left.twinx()
+    steps = column(val, "step")
+    scores = column(val, "val_bpb")
+    (score,) = column([final], "val_bpb")
+    (loss,) = column([final], "val_loss")
+    right.plot(steps, scores, "o-", color=RED, ms=4, lw=1.2)
+    right.set_ylim(*ends(scores, [score]))
+    if 0 < score < math.inf and loss > 0:
+        right.set_ylim(*(end * score / loss for end in left.get_ylim()))
+    right.set_ylabel("validation, bits per byte", color=RED)
+    if math.isfinite(score):
+        right.plot(steps[-1:], [score], "*", color=RED, ms=13, mec="white")
+        text = f"★ {score:.4f} bits per byte from the artifact"
+        corner = {"ha": "right", "va": "top", "transform": right.transAxes}
+        right.text(0.98, 0.96, text, color=RED, **corner)
+
+
+def draw_rates(below: Axes, train: list[Event]) -> None:
+    """Draw what the learning rates are multiplied by."""
+    rates = column(train, "lr_scale")
+    below.plot(column(train, "step"), rates, color=GREEN, lw=1.5)
+    below.set_ylim(*ends([0.0, 1.0], rates))
+    below.set_ylabel("rates, times", color=GREEN)
+    below.grid(alpha=0.3)
 
 
 def draw_loss(events: list[Event], name: str) -> bytes:
-    """Draw training loss (nats per token) and validation BPB over the steps; a PNG."""
+    """Draw training loss and validation BPB over the steps, and the rates, if there; a PNG."""
     train = [event for event in events if event["event"] == "train"]
     val = [event for event in events if event["event"] == "val"]
     final = next(event for event in events if event["event"] == "final")
-    figure, left = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    right = left.twinx()
-    steps, losses = [e["step"] for e in train], [e["train_loss"] for e in train]
-    left.plot(steps, losses, color="#4c72b0", lw=1.5)
-    right.plot([e["step"] for e in val], [e["val_bpb"] for e in val], "o-", color="#c44e52", ms=4)
-    if math.isfinite(val[-1]["val_bpb"]):
-        right.annotate(
-            f"{final['val_bpb']:.4f} from the artifact",
-            (val[-1]["step"], val[-1]["val_bpb"]),
-            xytext=(0, -26),
-            textcoords="offset points",
-            ha="right",
-            color="#c44e52",
-        )
-    left.set_xlabel("step")
-    left.set_ylabel("training loss, nats per token", color="#4c72b0")
-    right.set_ylabel("validation, bits per byte", color="#c44e52")
-    left.set_ylim(0, top([*losses[:1], val[0]["val_loss"]]))
-    right.set_ylim(0, top([val[0]["val_bpb"]]))
-    left.grid(alpha=0.3)
+    has_rates = any(map(math.isfinite, column(train, "lr_scale")))
+    heights = [4, 1] if has_rates else [4]
+    figure = plt.figure(figsize=(7.5, 5.2 if has_rates else 4.2), layout="constrained")
+    parts = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    draw_training(parts[0], train, val)
+    draw_validation(parts[0], val, final)
+    if has_rates:
+        draw_rates(parts[1], train)
+    parts[-1].set_xlabel("step")
     shown = "".join(c if c.isprintable() else "?" for c in name)
-    left.set_title(f"{shown}: {val[-1]['step']} steps", loc="left", parse_math=False)
+    parts[0].set_title(f"{shown}: {val[-1]['step']} steps", loc="left", parse_math=False)
     png = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # that the font lacks: a box stands there

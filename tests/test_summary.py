@@ -109,6 +109,57 @@ def test_a_torn_final_event_is_no_finished_run(tmp_path):
     assert (done.returncode, "did not finish" in done.stderr) == (1, True)
 
 
+# ---- the picture
+
+
+def drawing(monkeypatch, events: list[dict]) -> list:
+    """The axes of the picture of these events."""
+    monkeypatch.setattr(summary.plt, "close", lambda figure: None)
+    assert summary.draw_loss(events, "a_run").startswith(b"\x89PNG")
+    figure = summary.plt.gcf()
+    monkeypatch.undo()
+    summary.plt.close(figure)
+    return figure.axes
+
+
+def test_the_axes_are_those_of_the_data(monkeypatch):
+    left, right = drawing(monkeypatch, EVENTS)
+    low, high = left.get_ylim()
+    assert (low, high) == pytest.approx((5.5 - 0.06 * 1.4, 6.9 + 0.06 * 1.4))
+    assert right.get_ylim()[0] > 2
+
+
+def test_both_axes_show_a_loss_at_the_same_height(monkeypatch):
+    left, right = drawing(monkeypatch, EVENTS)
+    bpb_per_nat = EVENTS[-1]["val_bpb"] / EVENTS[-1]["val_loss"]
+    assert right.get_ylim() == pytest.approx([bpb_per_nat * end for end in left.get_ylim()])
+
+
+def test_the_score_of_the_artifact_is_drawn_and_told(monkeypatch):
+    _, right = drawing(monkeypatch, EVENTS)
+    star = right.lines[-1]
+    assert (*star.get_xdata(), *star.get_ydata()) == (2, 3.3125)
+    assert "3.3125 bits per byte from the artifact" in right.texts[0].get_text()
+
+
+def test_the_rates_are_drawn_where_they_are_logged(monkeypatch):
+    assert len(drawing(monkeypatch, EVENTS)) == 2
+    rated = [event | {"lr_scale": 0.5} if event["event"] == "train" else event for event in EVENTS]
+    _, below, _ = drawing(monkeypatch, rated)
+    assert list(below.lines[0].get_ydata()) == [0.5, 0.5]
+
+
+def test_the_running_mean_is_that_of_as_many_values_on_both_sides():
+    values = [float((7 * i) % 13) for i in range(90)]
+    values[40] = math.nan
+    reach = 3  # 90 / 40, rounded up
+    for i, mean in enumerate(summary.running_mean(values)):
+        near = values[i - min(i, reach) : i + min(i, reach) + 1]
+        known = [value for value in near if value == value]
+        wanted = math.nan if i == 40 else sum(known) / len(known)
+        assert mean == pytest.approx(wanted, nan_ok=True)
+
+
 NAMES = ["costs $5 and $6", "$\\frac{$", "a_b^c", "日本", "ü\udcff", "a\nb", "-x", "100%", "{name}"]
 
 
