@@ -6,12 +6,14 @@ follows in the same line is read.
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
 NAME = "metrics.jsonl"
+HEAD = 512  # bytes that a file is known by
 STEPPED = ("train", "val", "skipped_step", "lr_reduction")  # events of a place on the curve
 
 
@@ -48,6 +50,7 @@ class Tail:
         self.offset = 0
         self.identity = (0, 0)  # device and inode: a new file may have come in its place
         self.rest = b""  # a line without its end
+        self.head = b""  # of the file: one that is written over it may have the same inode
 
     def read(self) -> list[Event]:
         """Read what is new. A file that is not there yet has nothing. Raises OSError."""
@@ -59,14 +62,18 @@ class Tail:
 
     def read_from(self, file: Any) -> list[Event]:
         """Read from an open file on; from its start, if it is another or shorter one."""
-        status = Path(self.path).stat()
+        status = os.fstat(file.fileno())
         identity = (status.st_dev, status.st_ino)
-        if identity != self.identity or status.st_size < self.offset:
+        is_same = identity == self.identity and file.read(len(self.head)) == self.head
+        if not is_same or status.st_size < self.offset:
             self.offset = 0
             self.rest = b""
+            self.head = b""
         self.identity = identity
         file.seek(self.offset)
         data = file.read()
+        if len(self.head) < HEAD:
+            self.head = (self.head + data)[:HEAD]
         self.offset += len(data)
         *lines, self.rest = (self.rest + data).split(b"\n")
         return [event for event in map(parse, lines) if event]
