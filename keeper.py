@@ -25,6 +25,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -44,6 +45,8 @@ import train_gpt as core
 from train_gpt import UserError, require
 
 # ===================================== SETTINGS =====================================
+WATCHER = Path(__file__).resolve().parent / "lab" / "watch.py"
+REPORTERS = {"wandb", "tensorboard", "trackio", "aim"}
 
 
 def launcher_problems(environ: Mapping[str, str]) -> list[str]:
@@ -85,6 +88,7 @@ def value_rules(hp: core.Hyperparameters, context: int) -> list[tuple[Any, str]]
     least = context * core.launched("WORLD_SIZE", 1)
     gptq = hp.quant_method == "gptq"
     unfit = hp.fit_budget == "sigma" and (gptq or hp.quant_clip != "sigma")
+    reporters = set(hp.report_to.split(",")) if hp.report_to else set()
     kept = gptq and 0 < hp.max_wallclock_seconds <= hp.calibration_seconds
     return [
         (uneven, "{MODEL_DIM}: not divisible by {NUM_HEADS}"),
@@ -102,6 +106,7 @@ def value_rules(hp: core.Hyperparameters, context: int) -> list[tuple[Any, str]]
         (hp.eval_only and not hp.artifact, "{EVAL_ONLY}: needs ARTIFACT, the file to score"),
         (unfit, "{FIT_BUDGET}: needs QUANT_METHOD=round and QUANT_CLIP=sigma"),
         (hp.fit_budget == "step" and not gptq, "{FIT_BUDGET}: needs QUANT_METHOD=gptq"),
+        (reporters - REPORTERS, "{REPORT_TO}: expected " + ", ".join(sorted(REPORTERS))),
         (kept, "{CALIBRATION_SECONDS}: all of {MAX_WALLCLOCK_SECONDS}; nothing is left to train"),
         *technique_rules(hp),
         *schedule_rules(hp),
@@ -227,6 +232,8 @@ def place_problems(hp: core.Hyperparameters) -> list[str]:
     download = f"python data/download.py --variant {shlex.quote(variant)}"
     get = f"get it: {download if kind == 'fineweb10B' else 'see data/README.md'}"
     resume = hp.resume in ("", "auto") or Path(hp.resume).is_file()
+    watcher = "REPORT_TO" if hp.report_to else "WATCH"
+    lonely = (hp.watch or hp.report_to) and not WATCHER.is_file()
     out = Path(hp.out_dir).absolute()
     while not out.exists():
         out = out.parent
@@ -242,6 +249,7 @@ def place_problems(hp: core.Hyperparameters) -> list[str]:
         (not resume, "RESUME", "no such file"),
         (not os.access(f"{out}/", os.W_OK), "OUT_DIR", "cannot be written to"),
         (not can_save, "SAVE_NLL", "no file can be made there"),
+        (lonely, watcher, "needs lab/watch.py beside keeper.py"),
     ]
     return [f"{name}={getattr(hp, name.lower())}: {text}" for broken, name, text in rules if broken]
 
@@ -759,14 +767,30 @@ def log_model(trainer: core.Trainer, run: core.Run) -> None:
     run.log(line, "model", **fields)
 
 
+def start_watcher(run: core.Run) -> None:
+    """Let lab/watch.py look on, as WATCH and REPORT_TO ask; it ends when the run does."""
+    hp = run.hp
+    if not (hp.watch or hp.report_to):
+        return
+    command = [sys.executable, str(WATCHER), str(run.dir), "--child", str(os.getpid())]
+    command += ["--report-to", hp.report_to] if hp.report_to else []
+    command += [] if hp.watch else ["--silent"]
+    try:
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        warn(run, f"{WATCHER} cannot be started: {error}")
+
+
 def memory_mib(device: torch.device) -> float:
     """Measure the memory that was in use at most: the device's own, or else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage has the parent's, if that was larger
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in bytes on macOS
 
 
 def unknown_note(folder: Path, count: int, lost: int | None) -> str:
@@ -1047,6 +1071,7 @@ class Keeper:
         run = self.run
         self.data = Identity(trainer.stream)
         log_model(trainer, run)
+        start_watcher(run)
         forecast(trainer.params, run)
         path = None
         if run.hp.resume:

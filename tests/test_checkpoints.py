@@ -458,7 +458,7 @@ def test_the_same_tokens_in_other_shards_are_the_same_data(interrupted, whole, d
 def test_a_disk_that_fills_up_costs_a_warning_and_not_the_run(disk, server, dataset, whole):
     """It has room for the log, the results and one checkpoint and a half."""
     size = checkpoint(whole.folder, 3).stat().st_size
-    place = Place(server, dataset, disk(int(1.5 * size) + 300_000))
+    place = Place(server, dataset, disk(int(1.5 * size) + 350_000))
     run = place.run()
     assert_ended_like(place, whole, run)
     assert len(re.findall(r"^warning: .*No space left on device.*", run.output, re.M)) == 2

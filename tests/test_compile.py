@@ -36,7 +36,7 @@ FAILURES = {
 @pytest.mark.parametrize("failure", FAILURES)
 def test_auto_goes_on_without_and_says_why_once(failure, monkeypatch, capsys):
     model = compiled("auto", monkeypatch, FAILURES[failure])
-    monkeypatch.setattr(Run, "log", lambda _, line, *__: print(line))
+    monkeypatch.setattr(Run, "log", lambda _, line, *__, **___: print(line))
     assert [model(torch.tensor(1)).item() for _ in range(3)] == [2, 2, 2]
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: COMPILE=auto does not work here, going on without: ")
@@ -64,7 +64,7 @@ def test_too_little_memory_is_not_the_compilers_fault(monkeypatch):
 def test_an_error_of_the_model_itself_is_not_swallowed(monkeypatch):
     model = compiled("auto", monkeypatch, RuntimeError("shapes"))
     model.model = lambda _: 1 / 0
-    monkeypatch.setattr(Run, "log", lambda *_: None)
+    monkeypatch.setattr(Run, "log", lambda *_, **__: None)
     with pytest.raises(ZeroDivisionError):
         model(torch.tensor(1))
 
@@ -109,7 +109,7 @@ from train_gpt import Hyperparameters, Run
 run = Run(Hyperparameters(device="cpu", compile="auto"))
 run.rank = 1
 model = Compiled(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), run)
-run.log = print
+run.log = lambda line, *_, **__: print(line)
 print(model(torch.ones(2, 4)).shape)
 """
 
@@ -175,7 +175,7 @@ def test_a_limit_that_is_passed_ends_no_run(graphs, monkeypatch):
     monkeypatch.setattr(train_gpt, "GRAPHS", 3)
     told = []
     run = Run(Hyperparameters(device="cpu", compile="auto"))
-    run.log = told.append
+    run.log = lambda line, *_, **__: told.append(line)
     model = Compiled(torch.nn.Linear(2, 2), run)
     shapes = [model(torch.zeros(rows, 2)).shape for rows in range(2, 8)]
     assert shapes == [(rows, 2) for rows in range(2, 8)]

@@ -96,7 +96,7 @@ def origin(**changed):
     lines, hp = [], train_gpt.Hyperparameters()
     then = {**train_gpt.setting_texts(hp), "DATA": "tokens", **changed}
     state = {"step": 3, "settings": {name: text for name, text in then.items() if text is not None}}
-    run = SimpleNamespace(hp=hp, log=lines.append)
+    run = SimpleNamespace(hp=hp, log=lambda line, *_, **__: lines.append(line))
     grave = keeper.check_origin(state, Path("c.pt"), "tokens", run)
     return grave, lines
 
