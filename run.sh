@@ -69,7 +69,10 @@ wait_for_others
 find_python # again: others may have made .venv
 make_venv
 install requirements.txt
-[ $# -eq 0 ] || install tests/requirements.txt
+if [ $# -gt 0 ]; then
+  install lab/requirements.txt
+  install tests/requirements.txt
+fi
 exec 9>&-
 [ $# -gt 0 ] || exec "$py" records/sample.py
 exec "$py" -m pytest -n auto "${@:2}"

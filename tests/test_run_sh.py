@@ -64,7 +64,7 @@ class Clone:
         for name, text in STUBS.items():
             (folder / name).write_text(text)
         self.write_python(folder / ".venv" / "bin" / "python")
-        for name in ("requirements.txt", "tests/requirements.txt"):
+        for name in ("requirements.txt", "lab/requirements.txt", "tests/requirements.txt"):
             stamp = f"installed_{name.replace('/', '_')}"
             shutil.copy(folder / name, folder / ".venv" / stamp)
 
