@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import metrics
 import torch
+from gpus import CARDS, Card, kind_of
 from plan_dial import PlanError, UsageError, core, keeper, resolve, shapes_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,28 +57,6 @@ def parameters_by_role(shapes: Mapping[str, Tensor]) -> Counter[str]:
 
 
 # ===================================== DEVICES =====================================
-
-
-class Card(NamedTuple):
-    """A kind of GPU, by its maker's data sheet."""
-
-    peak: float  # bf16 products with sums in fp32, dense, FLOP/s
-    memory: float  # GB
-
-
-CARDS = {
-    "H100": Card(989e12, 80),
-    "H100PCIE": Card(756e12, 80),
-    "H200": Card(989e12, 141),
-    "GH200": Card(989e12, 96),
-    "B200": Card(2250e12, 180),
-    "A100": Card(312e12, 80),
-    "L40S": Card(362e12, 48),
-    "L4": Card(121e12, 24),
-    "A10G": Card(70e12, 24),
-    "RTX4090": Card(165.2e12, 24),
-    "RTX3090": Card(71e12, 24),
-}
 USUAL_MFU = 0.28
 WHY_MFU = (
     "assumed: one H200 reached 0.26 to 0.30 of its peak (docs/speed.md); several were not tried"
@@ -104,7 +83,7 @@ def parse_devices(text: str) -> Devices:
         raise UsageError(f"GPUS={text}: expected 1 or more")
     if kind is None:
         return Devices(count, "cuda", "", None)
-    name = re.sub(r"[\W_]|NVIDIA|GEFORCE|SXM\d|\d+GB|HBM\d", "", kind.upper())
+    name = kind_of(kind)
     if name == "CPU":
         return Devices(count, "cpu", "cpu", None)
     if name not in CARDS:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from gpus import CARDS, kind_of
 from guards import GUARDS, Finding, Guards
 from metrics import (
     NAME,
@@ -36,32 +37,11 @@ UPLOAD_SECONDS = 120  # for reporters to finish
 LEVELS = ("off", "warn", "act")  # act: warn, and send SIGUSR1
 DEFAULT_LEVELS = dict.fromkeys(GUARDS, "warn") | {"early_stop": "off"}
 
-# Products and sums of bf16 a second, dense, from the makers' data sheets. The first name that the
-# device's name contains counts.
-PEAK_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "GH200": 989.4e12,
-    "H200": 989.4e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989.4e12,
-    "H800": 989.4e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-}
-
 
 def peak_flops(device: str) -> float:
     """Give a GPU's peak by its name; nan if it is not known."""
-    words = f" {device} ".replace("-", " ")
-    known = [peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words]
-    return known[0] if known and "Laptop" not in words else math.nan
+    card = CARDS.get(kind_of(device))
+    return card.peak if card else math.nan
 
 
 def duration(seconds: float) -> str:

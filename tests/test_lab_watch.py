@@ -322,7 +322,7 @@ def test_a_finished_run_is_shown_and_ends_well(tmp_path):
     assert fields["step"] == "100/100"
     assert fields["val_bpb"] == fields["final_bpb"] == "1.2500"
     assert fields["bytes"] == "1000"
-    assert fields["mfu"] == f"{100 * 1e8 * 5e6 / (8 * 989.4e12):.1f}%"
+    assert fields["mfu"] == f"{100 * 1e8 * 5e6 / (8 * 989e12):.1f}%"
 
 
 def test_a_dead_run_is_told_and_ends_with_1(tmp_path):
@@ -471,7 +471,7 @@ def test_a_child_says_only_what_it_finds_and_ends_with_its_parent(tmp_path):
 @pytest.mark.parametrize(
     ("device", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L4", 121e12),
