@@ -1,5 +1,6 @@
 """What the test files share: train_gpt as a module, a tiny dataset, and ways to run the script."""
 
+import atexit
 import contextlib
 import functools
 import io
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -420,16 +422,21 @@ def run_cli(
     cwd: Path | None = None,
 ) -> Outcome:
     """Run train_gpt.py as a program that sees only `env`; or its copy in the folder `copy_to`, with
-    the files `beside` it."""
+    the files `beside` it. One process is forked from one that has PyTorch loaded."""
     script = SCRIPT
     if copy_to:
         copy_to.mkdir(parents=True, exist_ok=True)
         script = Path(shutil.copy(SCRIPT, copy_to))
         for name in beside:
             shutil.copy(SCRIPT.with_name(name), copy_to)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command = [sys.executable, *(launcher if nproc > 1 else []), str(script), *args]
     start = time.perf_counter()
+    if nproc == 1 and "OMP_NUM_THREADS" not in env:  # which PyTorch reads when it is loaded
+        code, printed, errors = common_server().call(
+            [str(script), *args], cli_env(env), cwd or Path.cwd()
+        )
+        return Outcome(code, printed, errors, time.perf_counter() - start)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    command = [sys.executable, *launcher, str(script), *args]
     done = subprocess.run(
         command,
         env=cli_env(env),
@@ -440,6 +447,15 @@ def run_cli(
         check=False,
     )
     return Outcome(done.returncode, done.stdout, done.stderr, time.perf_counter() - start)
+
+
+@functools.cache
+def common_server() -> Server:
+    """What forks the programs of `run_cli`; it ends with the tests."""
+    server = Server(Path(tempfile.mkdtemp(prefix="programs")))
+    atexit.register(shutil.rmtree, server.folder, ignore_errors=True)
+    atexit.register(server.close)
+    return server
 
 
 def run_main(env: dict[str, str], *args: str) -> None:

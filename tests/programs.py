@@ -130,6 +130,17 @@ class Server:
             runs.append(self.start(env | place, *own, script=script, report=file))
         return runs
 
+    def call(self, command: list[str], env: dict[str, str], cwd: Path) -> tuple[int, str, str]:
+        """Run a script with arguments to its end: exit code, what it printed, and its errors."""
+        self.count += 1
+        files = [self.folder / f"{name}_{self.count}.txt" for name in ("printed", "errors")]
+        script, *arguments = command
+        request = {"env": env, "faults": [], "script": script, "report": "", "cwd": str(cwd)}
+        request |= {"arguments": arguments, "printed": str(files[0]), "errors": str(files[1])}
+        program = Program(self, self.ask(request), files[0]).wait()
+        printed, errors = (file.read_text(encoding="utf-8") for file in files)
+        return program.returncode, printed, errors
+
     def run(self, env: dict[str, str], *faults: Fault) -> Program:
         """Run the script to its end."""
         return self.start(env, *faults).wait()
@@ -229,7 +240,7 @@ def execute(request: dict) -> int:
         from faults import main_with_faults
 
         return main_with_faults(request["faults"], Path(request["report"]))
-    sys.argv = [request["script"]]
+    sys.argv = [request["script"], *request.get("arguments", [])]
     sys.path[0] = str(Path(request["script"]).parent)
     plant_all(request["faults"])
     runpy.run_path(request["script"], run_name="__main__")
@@ -238,10 +249,12 @@ def execute(request: dict) -> int:
 
 def become_the_script(request: dict) -> None:
     """What a forked process does."""
-    file = os.open(request["printed"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    printed, errors = request["printed"], request.get("errors", request["printed"])
+    files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in (printed, errors)]
     null = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((null, 0), (file, 1), (file, 2)):
+    for source, target in ((null, 0), (files[0], 1), (files[1], 2)):
         os.dup2(source, target)
+    os.chdir(request.get("cwd", "."))
     os.environ.clear()
     os.environ.update(request["env"])
     code = 1
