@@ -42,7 +42,7 @@ check = functools.partial(dynamic_rules.check, isolated=ISOLATED)
 UNCHECKED = dict.fromkeys(("claim", "paid_prefix"), "NOT CHECKED")
 # Tokens, not the time, end these audits: they try the same on every machine.
 PLAN = Plan(least=1000, plain=1300, dense=60, stream_tokens=30_000, fine=1.0)
-TRAINER = Plan(least=1000, plain=700, dense=32, stream_tokens=20_000, fine=1.0)
+TRAINER = Plan(least=1000, plain=700, dense=24, stream_tokens=8_000, fine=1.0)
 
 
 @pytest.fixture(scope="module")
