@@ -112,10 +112,12 @@ class Texts:
         that became bytes.
         """
         image = lower_case(text) if self.case_ops else text
-        pieces = self.sp.encode(image, return_type="proto").pieces
-        tokens = [piece.id for piece in pieces]
-        unknown = [piece.surface for piece in pieces if self.sp.is_unknown(piece.id)]
-        as_bytes = [piece.surface for piece in pieces if self.sp.is_byte(piece.id)]
+        found = self.sp.encode(image, return_type="offset_mapping")
+        tokens = found["ids"]
+        parts = [image[begin:end] for begin, end in found["offsets"]]
+        pairs = [*zip(tokens, parts, strict=True)]
+        unknown = [part for token, part in pairs if self.sp.is_unknown(token)]
+        as_bytes = [part for token, part in pairs if self.sp.is_byte(token)]
         if self.tokenizer.byte_level:
             as_bytes = []
         return tokens, distinct(unknown), distinct(as_bytes)
