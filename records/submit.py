@@ -37,6 +37,7 @@ import program
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from summary import BLUE, RED, ends, running_mean
 
 FORMAT = "birdie-1"
 CAP = 16_000_000
@@ -55,8 +56,8 @@ SETTING = re.compile(rb"[A-Z][A-Z0-9_]*=")
 RUN = re.compile(b"\n" + RULER + SETTING.pattern)
 # Settings that say where a run lies, not what it is.
 PLACES = ("RUN_ID", "OUT_DIR", "SAVE_NLL", "ARTIFACT")
-# Settings that say how a run was protected. keeper.py reads them, and it is not packed.
-PROTECTION = ("SAVE_EVERY", "SAVE_TOTAL_LIMIT", "RESUME", "RESUME_CHANGED")
+# Settings that say how a run was protected and watched. keeper.py reads them, and is not packed.
+PROTECTION = ("SAVE_EVERY", "SAVE_TOTAL_LIMIT", "RESUME", "RESUME_CHANGED", "WATCH", "REPORT_TO")
 DATA = {"DATA_PATH": "data/datasets", "TOKENIZER_PATH": "data/tokenizers"}
 UP = "../../../"  # from a record folder to the repository's root
 LINES = {
@@ -466,21 +467,27 @@ def sha256(data: bytes) -> str:
 
 
 def draw_curve(runs: list[FinishedRun], path: Path) -> None:
-    """Draw training loss and validation BPB of every seed over the steps into a PNG."""
+    """Draw training loss, its mean, validation BPB and artifact scores of all seeds into a PNG."""
     figure, left = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     right = left.twinx()
+    losses, scores = [], []
     for run in runs:
         train = [(int(step), float(loss)) for step, loss in run.lines["train"]]
         val = [(int(step), float(bpb)) for step, _, bpb, _ in run.lines["val"]]
-        left.plot(
-            *zip(*train, strict=True) if train else ((), ()), color="#4c72b0", lw=1, alpha=0.6
-        )
-        right.plot(*zip(*val, strict=True), "o-", color="#c44e52", ms=4, lw=1, alpha=0.6)
+        final = run.numbers()["val_bpb"]
+        mean = running_mean([loss for _, loss in train])
+        steps = [step for step, _ in train]
+        left.plot(steps, [loss for _, loss in train], color=BLUE, lw=0.6, alpha=0.35)
+        left.plot(steps, mean, color=BLUE, lw=1.4, alpha=0.8)
+        right.plot(*zip(*val, strict=True), "o-", color=RED, ms=4, lw=1, alpha=0.6)
+        right.plot(val[-1][0], final, "*", color=RED, ms=12, mec="white")
+        losses += mean
+        scores += [*(bpb for _, bpb in val), final]
     left.set_xlabel("step")
-    left.set_ylabel("training loss, nats per token", color="#4c72b0")
-    right.set_ylabel("validation, bits per byte", color="#c44e52")
-    for axes in (left, right):
-        axes.set_ylim(0, 1.05 * max(max(line.get_ydata(), default=0) for line in axes.lines))
+    left.set_ylabel("training loss, nats per token", color=BLUE)
+    right.set_ylabel("validation, bits per byte; ★ from the artifact", color=RED)
+    left.set_ylim(*ends(losses))
+    right.set_ylim(*ends(scores))
     left.grid(alpha=0.3)
     seeds = ", ".join(str(run.seed) for run in runs)
     left.set_title(f"seed{'s' * (len(runs) > 1)} {seeds}", loc="left")

@@ -368,11 +368,12 @@ def test_names_and_places_of_runs_may_differ(root):
 
 
 def test_how_a_run_was_protected_may_differ_and_is_not_packed(root):
-    write_run(root, "b", fake_log(ONE | {"SEED": "2", "SAVE_EVERY": "500", "RESUME": "auto"}))
+    protected = {"SAVE_EVERY": "500", "RESUME": "auto", "WATCH": "1", "REPORT_TO": "wandb"}
+    write_run(root, "b", fake_log(ONE | {"SEED": "2"} | protected))
     folder = pack(root, "b", "a")
     for text in ((folder / name).read_text() for name in ("config.env", "README.md")):
         assert "NUM_LAYERS" in text
-        assert not re.search("SAVE_EVERY|RESUME", text)
+        assert not re.search("SAVE_EVERY|RESUME|WATCH|REPORT_TO", text)
 
 
 LINES = fake_log(ONE).count("\n") - FAKE.count("\n") - 2
