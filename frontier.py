@@ -795,7 +795,7 @@ class Trainer(core.Trainer):
         """Take of the step, which is linear in the rates, what the guard leaves."""
         before = self.share.clone()
         super().update(step, elapsed, bad)
-        scale = self.guard.scale(*self.seen, step, bad)
+        scale = self.guard.scale(*self.sums, step, bad)
         if self.run.world_size > 1:  # sums may end on other bits on other ranks
             dist.broadcast(scale, 0)
         self.share.copy_(before.lerp(self.share, scale))

@@ -788,9 +788,11 @@ def memory_mib(device: torch.device) -> float:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**20
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage has the parent's, if that was larger
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in bytes on macOS
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if peak:  # getrusage has the parent's, if that was larger
+        return int(peak[1]) / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def unknown_note(folder: Path, count: int, lost: int | None) -> str:
@@ -1266,7 +1268,7 @@ class Keeper:
         scales = [group["lr"] / group["base_lr"] for group in groups if group["base_lr"]]
         guard = guard_of(trainer)
         reduced = 0.5 ** float(guard.halvings) if guard else 1.0
-        _, square = trainer.seen
+        _, square = trainer.sums
         found = {"grad_norm": math.sqrt(square), "memory_mib": memory_mib(self.run.device)}
         if scales:
             found |= {"lr_scale": reduced * scales[0], "momentum": groups[0]["momentum"]}

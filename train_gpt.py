@@ -1829,7 +1829,7 @@ class Trainer:
         grads = self.grads[self.run.rank]
         square = self.reduce(grads)
         loss = grads[-1].clone()
-        self.seen = loss, square
+        self.sums = loss, square
         bad = ~(square + loss).isfinite() | dry
         if hp.grad_clip_norm:
             grads *= (hp.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
