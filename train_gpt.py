@@ -1075,12 +1075,12 @@ def batches(
         sent = send(pairs, run.device)
         return [(*pair, cuts) for pair, cuts in zip(sent, documents, strict=True)]
 
-    with ThreadPoolExecutor(1) as worker:
-        ahead = [worker.submit(load, first + i) for i in range(LOADED)]
-        for step in itertools.count(first + LOADED):
-            ready = ahead.pop(0).result()
-            ahead.append(worker.submit(load, step))
-            yield ready
+    worker = ThreadPoolExecutor(1)  # gc in it cannot join it
+    ahead = [worker.submit(load, first + i) for i in range(LOADED)]
+    for step in itertools.count(first + LOADED):
+        ready = ahead.pop(0).result()
+        ahead.append(worker.submit(load, step))
+        yield ready
 
 
 # ===================================== EVALUATION =====================================
