@@ -436,7 +436,7 @@ def run_cli(
         )
         return Outcome(code, printed, errors, time.perf_counter() - start)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command = [sys.executable, *launcher, str(script), *args]
+    command = [sys.executable, *(launcher if nproc > 1 else []), str(script), *args]
     done = subprocess.run(
         command,
         env=cli_env(env),
